@@ -1,0 +1,117 @@
+"""The front door: `fae COMMAND`. It wires, it decides nothing."""
+
+from __future__ import annotations
+
+import sys
+from typing import Annotated
+
+import typer
+
+app = typer.Typer(
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    add_completion=False,
+    rich_markup_mode=None,
+    help="Feature Auto-Encoders on Ray: train on frozen features, precompute latents in bulk.",
+)
+train_app = typer.Typer(
+    no_args_is_help=True, help="Train a model with Ray Train; the same command again resumes."
+)
+app.add_typer(train_app, name="train")
+
+RecipeName = Annotated[
+    str, typer.Argument(metavar="RECIPE", help="A shipped recipe's name or a YAML path.")
+]
+Overrides = Annotated[
+    list[str] | None,
+    typer.Argument(metavar="[KEY=VALUE]...", help="Overrides, dotted: autoencoder.latent_dim=48"),
+]
+PrintConfig = Annotated[
+    bool, typer.Option("--print-config", help="Print the merged recipe and stop.")
+]
+
+
+@train_app.command("autoencoder")
+def train_autoencoder_command(
+    recipe: RecipeName, overrides: Overrides = None, print_config: PrintConfig = False
+) -> None:
+    """Train a FAE on the images of data.path; writes STORAGE/RUN/autoencoder.safetensors.
+
+    Example: fae train autoencoder photos-dinov2s data.path=photos run=first storage=runs
+    """
+    from pipelines.config import load_recipe
+
+    loaded = load_recipe(recipe, overrides or [])
+    if print_config:
+        typer.echo(loaded.to_yaml(), nl=False)
+        return
+    from pipelines.train_autoencoder import train_autoencoder
+
+    result = train_autoencoder(loaded)
+    typer.echo(f"autoencoder: {result.checkpoint}")
+
+
+@app.command()
+def precompute(
+    recipe: RecipeName, overrides: Overrides = None, print_config: PrintConfig = False
+) -> None:
+    """Encode every image of data.path into the latent store at output; the same command again resumes.
+
+    Example: fae precompute photos-dinov2s data.path=photos autoencoder.checkpoint=runs/first/autoencoder.safetensors output=latents
+    """
+    from pipelines.config import load_recipe
+
+    loaded = load_recipe(recipe, overrides or [])
+    if print_config:
+        typer.echo(loaded.to_yaml(), nl=False)
+        return
+    from pipelines.precompute import precompute as run_precompute
+
+    manifest = run_precompute(loaded)
+    typer.echo(f"{loaded.output}: {manifest['stored']} latents, {manifest['errors']} errors")
+
+
+@app.command()
+def inspect(
+    uri: Annotated[str, typer.Argument(help="A latent store or an autoencoder checkpoint.")],
+    verify: Annotated[
+        bool, typer.Option("--verify", help="Re-read every shard against the manifest.")
+    ] = False,
+    figure: Annotated[
+        str | None, typer.Option(help="Write PCA maps of some latents to this PNG.")
+    ] = None,
+) -> None:
+    """Say what a latent store or a checkpoint holds."""
+    from pipelines.inspection import inspect as run_inspect
+
+    if not run_inspect(uri, verify=verify, figure=figure):
+        raise typer.Exit(1)
+
+
+@app.command()
+def demo(
+    output: Annotated[
+        str, typer.Option(help="Folder for everything that the demo writes.")
+    ] = "fae-demo",
+) -> None:
+    """The whole chain, small: train, precompute, verify and draw, offline, in five minutes on two cores."""
+    from pipelines.demo import run_demo
+
+    run_demo(output)
+
+
+def main() -> None:
+    """Run the command; an error made for the user ends with its message alone and exit status 2."""
+    from fae_core.checkpoint import CheckpointError
+    from fae_core.weights import WeightsError
+    from pipelines.config import RecipeError
+
+    try:
+        app()
+    except (RecipeError, CheckpointError, WeightsError) as error:
+        print(f"fae: {error}", file=sys.stderr)
+        sys.exit(2)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,97 @@
+"""Trained modules as one safetensors file with their configuration and fingerprints in its metadata.
+
+`load` builds the module back from the file alone. Nothing is unpickled: a file that is not safetensors is refused.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file
+from safetensors.torch import save as serialise
+from torch import Tensor
+
+from fae_core.autoencoder import AutoencoderConfig, FeatureAutoencoder
+
+MODULES = {"autoencoder": (FeatureAutoencoder, AutoencoderConfig)}
+
+
+class CheckpointError(ValueError):
+    """A file that is no checkpoint of ours, or not a whole one."""
+
+
+def tensors_sha256(tensors: Mapping[str, Tensor]) -> str:
+    """SHA-256 over names, dtypes, shapes and contents in name order: the same for any file format and device."""
+    digest = hashlib.sha256()
+    for name in sorted(tensors):
+        tensor = tensors[name].detach().cpu().contiguous()
+        digest.update(f"{name}:{tensor.dtype}:{tuple(tensor.shape)};".encode())
+        digest.update(tensor.flatten().view(-1).numpy().tobytes())
+    return digest.hexdigest()
+
+
+def save(path: str | Path, module: FeatureAutoencoder, fingerprints: Mapping[str, str]) -> str:
+    """Write the module whole or not at all (temporary file, then rename); returns its `tensors_sha256`."""
+    kind = next(name for name, (cls, _) in MODULES.items() if isinstance(module, cls))
+    tensors = {name: t.detach().cpu().contiguous() for name, t in module.state_dict().items()}
+    sha256 = tensors_sha256(tensors)
+    metadata = {
+        "format": "fae-1",
+        "kind": kind,
+        "config": json.dumps(dataclasses.asdict(module.config), sort_keys=True),
+        "fingerprints": json.dumps(dict(fingerprints), sort_keys=True),
+        "weights_sha256": sha256,
+    }
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    temporary.write_bytes(serialise(tensors, metadata))
+    temporary.replace(path)
+    return sha256
+
+
+@dataclasses.dataclass(frozen=True)
+class Loaded:
+    """A module built back (eval mode, on the CPU), what it was trained against, and its content hash."""
+
+    module: FeatureAutoencoder
+    fingerprints: dict[str, str]
+    weights_sha256: str
+
+
+def read_metadata(path: str | Path) -> dict[str, str]:
+    """The file's own metadata: format, kind, config, fingerprints, weights_sha256. Raises CheckpointError."""
+    if not Path(path).is_file():
+        raise CheckpointError(f"No checkpoint at {path}.")
+    try:
+        with safe_open(str(path), framework="pt") as file:
+            metadata = file.metadata() or {}
+    except SafetensorError as error:
+        raise CheckpointError(f"{path} is not a safetensors file ({error}).") from None
+    if metadata.get("format") != "fae-1" or metadata.get("kind") not in MODULES:
+        raise CheckpointError(
+            f"{path} is safetensors, but not a checkpoint that `fae train` wrote."
+        )
+    return dict(metadata)
+
+
+def load(path: str | Path) -> Loaded:
+    """Rebuild the module that `save` wrote. Raises CheckpointError, also when the weights' hash differs."""
+    metadata = read_metadata(path)
+    module_class, config_class = MODULES[metadata["kind"]]
+    values = json.loads(metadata["config"])
+    values["grid"] = tuple(values["grid"])
+    module = module_class(config_class(**values))
+    tensors = load_file(str(path))
+    if tensors_sha256(tensors) != metadata["weights_sha256"]:
+        raise CheckpointError(
+            f"{path}: the weights do not match the hash in its metadata; the file is damaged."
+        )
+    module.load_state_dict(tensors, strict=True)
+    return Loaded(module.eval(), json.loads(metadata["fingerprints"]), metadata["weights_sha256"])

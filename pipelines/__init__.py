@@ -1,0 +1,1 @@
+"""The method on Ray: Data, Train, and the latent store."""

