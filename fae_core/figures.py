@@ -1,0 +1,102 @@
+"""Pictures of features: the first three principal components as colours, in the manner of DINOv2's figure 1.
+
+`principal_basis` fits one basis for several maps, so that equal colours mean equal features; `reconstruction_figure`
+lays out image, features, latents and reconstruction. Validation and the demo log what these return.
+"""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from PIL import Image
+
+
+@dataclass(frozen=True)
+class PrincipalBasis:
+    """Projection to three components, and the range of each that spans the colours."""
+
+    mean: np.ndarray
+    components: np.ndarray
+    low: np.ndarray
+    high: np.ndarray
+
+    def colours(self, features: np.ndarray) -> np.ndarray:
+        """Features [N, D] as uint8 colours [N, 3]."""
+        projected = (features.astype(np.float64) - self.mean) @ self.components
+        unit = (projected - self.low) / np.maximum(self.high - self.low, 1e-12)
+        return np.rint(np.clip(unit, 0.0, 1.0) * 255.0).astype(np.uint8)
+
+
+def principal_basis(features: np.ndarray) -> PrincipalBasis:
+    """The three leading components of features [..., D] by eigenvectors of the covariance.
+
+    Signs are fixed (largest entry positive), so the same features give the same colours; colours span the 1st to the
+    99th percentile. Fewer than three channels leave the last colours constant.
+    """
+    rows = np.asarray(features, np.float64).reshape(-1, features.shape[-1])
+    mean = rows.mean(0)
+    centred = rows - mean
+    _, vectors = np.linalg.eigh(centred.T @ centred)
+    components = vectors[:, ::-1][:, :3]
+    components = np.pad(components, ((0, 0), (0, 3 - components.shape[1])))
+    largest = np.abs(components).argmax(0)
+    signs = np.sign(components[largest, np.arange(3)])
+    components = components * np.where(signs == 0, 1.0, signs)
+    low, high = np.percentile(centred @ components, [1, 99], axis=0)
+    return PrincipalBasis(mean, components, low, high)
+
+
+def pca_map(
+    features: np.ndarray,
+    grid: tuple[int, int],
+    basis: PrincipalBasis | None = None,
+    size: int = 256,
+) -> np.ndarray:
+    """Features [N, D] on `grid` as a uint8 picture [height, width, 3] whose longer side is `size` px.
+
+    Without a `basis` the picture has its own.
+    """
+    colours = (basis or principal_basis(features)).colours(features).reshape(*grid, 3)
+    scale = size / max(grid)
+    shape = (round(grid[1] * scale), round(grid[0] * scale))
+    return np.asarray(Image.fromarray(colours).resize(shape, Image.Resampling.NEAREST))
+
+
+def reconstruction_figure(
+    images: np.ndarray,
+    features: np.ndarray,
+    latents: np.ndarray,
+    reconstructions: np.ndarray,
+    grid: tuple[int, int],
+    titles: Sequence[str] = ("image", "features", "latents", "reconstruction"),
+) -> bytes:
+    """A PNG with one row an image: uint8 images [B, S, S, 3], PCA of features, latents and reconstruction [B, N, *].
+
+    Features and their reconstruction share one basis, fitted to the features of all rows; latents have their own.
+    """
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib.figure import Figure
+
+    feature_basis, latent_basis = principal_basis(features), principal_basis(latents)
+    figure = Figure(figsize=(2.0 * len(titles), 2.0 * len(images) + 0.3), layout="constrained")
+    axes = figure.subplots(len(images), len(titles), squeeze=False)
+    for row, image in enumerate(images):
+        cells = (
+            image,
+            pca_map(features[row], grid, feature_basis),
+            pca_map(latents[row], grid, latent_basis),
+            pca_map(reconstructions[row], grid, feature_basis),
+        )
+        for axis, cell in zip(axes[row], cells, strict=True):
+            axis.imshow(cell)
+            axis.set_axis_off()
+    for axis, title in zip(axes[0], titles, strict=True):
+        axis.set_title(title, fontsize=10)
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=110)
+    return buffer.getvalue()

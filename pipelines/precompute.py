@@ -1,0 +1,353 @@
+"""Images -> latents: `fae precompute`, a Ray Data job that fills a latent store shard by shard.
+
+list -> plan -> decode and crop (CPU tasks) -> frozen backbone and FAE encoder (actor pool) -> Parquet shard. One row of
+the Ray data set is one whole shard, so no stage can split it and each file is written by one call. Also
+`python -m pipelines.precompute RECIPE key=value ...`, which is what a cluster's job runs.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fae_core import checkpoint
+from fae_core.backbone import Backbone, load_backbone
+from fae_core.checkpoint import CheckpointError
+from pipelines import latent_store, storage
+from pipelines.config import Recipe, RecipeError, load_recipe
+from pipelines.images import decode_records, list_images, read_records
+from pipelines.latent_store import Plan, open_plan
+from pipelines.ray_session import start_ray
+
+CROP = "adm-center-crop-1"
+
+
+class TooManyErrors(RuntimeError):
+    """More images than `precompute.max_error_rate` allows could not be encoded; the first messages are in the text."""
+
+
+def precompute(recipe: Recipe, show_progress: bool = True) -> dict[str, Any]:
+    """Encode what is missing and commit; returns the manifest.
+
+    Raises RecipeError, SourceError, StoreMismatch (same output, another model, recipe or source) and TooManyErrors.
+    """
+    if recipe.output is None or recipe.autoencoder.checkpoint is None or recipe.data.path is None:
+        raise RecipeError(
+            "precompute needs data.path=…, autoencoder.checkpoint=… and output=… (a folder or s3:// prefix each)."
+        )
+    started = time.monotonic()
+    records = list_images(recipe.data)
+    parts = fingerprint_parts(recipe)
+    plan = latent_store.ensure_plan(recipe.output, records, recipe.precompute.shard_size, parts)
+    del records
+    storage.write_bytes(storage.join(recipe.output, "recipe.yaml"), recipe.to_yaml().encode())
+    todo = latent_store.missing_shards(recipe.output, plan)
+    if todo:
+        encode_shards(recipe, plan, todo, parts, show_progress)
+    errors = list(latent_store.read_errors(recipe.output))
+    _check_error_rate(recipe, plan, errors)
+    return latent_store.commit(
+        recipe.output, plan, {"seconds": time.monotonic() - started, "shards_encoded": len(todo)}
+    )
+
+
+def fingerprint_parts(recipe: Recipe) -> dict[str, str]:
+    """What decides a latent's bits besides its image. Raises CheckpointError if the autoencoder is another backbone's."""
+    encoder = Encoder.of(recipe)
+    return {
+        "backbone": recipe.backbone.name,
+        "backbone weights": encoder.backbone.weights_sha256,
+        "autoencoder weights": encoder.autoencoder_sha256,
+        "image size": str(recipe.image_size),
+        "crop": CROP,
+        "columns": ",".join(recipe.precompute.columns),
+        "precision": recipe.precompute.precision,
+    }
+
+
+def build_dataset(recipe: Recipe, todo: list[int], weights: dict[str, str]) -> Any:
+    """The Ray data set whose rows are finished shards: {shard, rows, errors (JSON)}. Nothing runs until it is read."""
+    import ray.data
+
+    options = recipe.precompute
+    context = ray.data.DataContext.get_current()
+    context.enable_progress_bars = False
+    dataset = ray.data.from_items([{"shard": i} for i in todo], override_num_blocks=len(todo))
+    return (
+        dataset.map(decode_shard, fn_args=(recipe,), num_cpus=options.cpus_per_decode)
+        .map_batches(
+            EncodeShards,
+            fn_constructor_args=(recipe, weights),
+            batch_size=1,
+            batch_format="numpy",
+            compute=ray.data.ActorPoolStrategy(size=options.num_actors),
+            num_cpus=options.cpus_per_actor,
+            num_gpus=options.gpus_per_actor,
+        )
+        .map(write_shard, fn_args=(recipe,), num_cpus=0.1)
+    )
+
+
+def encode_shards(
+    recipe: Recipe, plan: Plan, todo: list[int], weights: dict[str, str], show_progress: bool
+) -> None:
+    """Run the Ray data set over the shards `todo`; stops early once too many images have failed."""
+    start_ray()
+    progress = Progress(len(todo), plan.num_images, show_progress)
+    errors: list[dict[str, str]] = []
+    for row in build_dataset(recipe, todo, weights).iter_rows():
+        found = json.loads(str(row["errors"]))
+        errors += found
+        progress.add(int(row["rows"]), len(found))
+        _check_error_rate(recipe, plan, errors)
+    progress.close()
+
+
+def _check_error_rate(recipe: Recipe, plan: Plan, errors: list[dict[str, str]]) -> None:
+    allowed = recipe.precompute.max_error_rate
+    if len(errors) <= allowed * plan.num_images:
+        return
+    first = "\n".join(f"  {e['key']} [{e['stage']}] {e['message']}" for e in errors[:10])
+    raise TooManyErrors(
+        f"{len(errors)} of {plan.num_images} images could not be encoded, more than precompute.max_error_rate="
+        f"{allowed:g} allows. Nothing was committed; finished shards stay, and the same command goes on from "
+        f"them. Mend the source or raise the rate. The first:\n{first}"
+    )
+
+
+@cache
+def _plan_of(output: str) -> Plan:
+    return open_plan(output)
+
+
+def decode_shard(row: dict[str, Any], recipe: Recipe) -> dict[str, Any]:
+    """{shard} -> {shard, images uint8 [n,S,S,3], ok (positions in the plan's shard), errors (JSON)}."""
+    assert recipe.output is not None
+    records = _plan_of(recipe.output).shard(int(row["shard"]))
+    blobs = read_records(records, recipe.data)
+    images, ok, errors = decode_records(records, blobs, recipe.image_size, recipe.data.max_pixels)
+    return {
+        "shard": int(row["shard"]),
+        "images": images,
+        "ok": np.asarray(ok, dtype=np.int64),
+        "errors": json.dumps(errors, ensure_ascii=False),
+    }
+
+
+def write_shard(row: dict[str, Any], recipe: Recipe) -> dict[str, Any]:
+    """Write one encoded shard and its errors; returns {shard, rows, errors (JSON)}."""
+    assert recipe.output is not None
+    records = _plan_of(recipe.output).shard(int(row["shard"]))
+    kept = [records[i] for i in row["ok"]]
+    errors = json.loads(str(row["errors"]))
+    latents = {name: np.asarray(row[name]) for name in recipe.precompute.columns}
+    latent_store.write_shard(
+        recipe.output,
+        int(row["shard"]),
+        [r.key for r in kept],
+        [r.label for r in kept],
+        [r.caption for r in kept],
+        latents,
+        errors,
+    )
+    return {"shard": int(row["shard"]), "rows": len(kept), "errors": json.dumps(errors)}
+
+
+@dataclass
+class Encoder:
+    """Frozen backbone and FAE encoder on one device; what the actors hold and what the benchmark's bare loop runs."""
+
+    backbone: Backbone
+    autoencoder: Any
+    autoencoder_sha256: str
+    columns: list[str]
+    precision: str
+    device: torch.device
+
+    @classmethod
+    def of(cls, recipe: Recipe, device: str = "cpu") -> Encoder:
+        """Load what the recipe names. Raises CheckpointError when the two do not belong together."""
+        assert recipe.autoencoder.checkpoint is not None
+        loaded = load_checkpoint(recipe.autoencoder.checkpoint)
+        backbone = load_backbone(recipe.backbone.name, recipe.backbone.weights)
+        ours = {
+            "backbone": f"{recipe.backbone.name}:{backbone.weights_sha256}",
+            "image_size": str(recipe.image_size),
+        }
+        for part, value in ours.items():
+            theirs = loaded.fingerprints.get(part)
+            if theirs != value:
+                raise CheckpointError(
+                    f"{recipe.autoencoder.checkpoint} was trained with {part} {theirs}, this recipe has {value}."
+                )
+        if loaded.module.config.grid != backbone.grid:
+            raise CheckpointError(
+                f"The autoencoder's grid {loaded.module.config.grid} is not the backbone's {backbone.grid}."
+            )
+        return cls(
+            backbone.to(device),
+            loaded.module.to(device),
+            loaded.weights_sha256,
+            list(recipe.precompute.columns),
+            recipe.precompute.precision,
+            torch.device(device),
+        )
+
+    def micro_batches(self, images: np.ndarray, size: int) -> Iterator[Tensor]:
+        """Device tensors [b,S,S,3] of `images`; on a GPU the next copy runs while the caller computes."""
+        pieces = [torch.from_numpy(images[i : i + size]) for i in range(0, len(images), size)]
+        if self.device.type != "cuda":
+            yield from pieces
+            return
+        stream = torch.cuda.Stream(self.device)
+        ready: list[tuple[Tensor, Tensor]] = []
+
+        def send(piece: Tensor) -> None:
+            pinned = piece.pin_memory()
+            with torch.cuda.stream(stream):
+                ready.append((pinned.to(self.device, non_blocking=True), pinned))
+
+        if pieces:
+            send(pieces[0])
+        for i in range(len(pieces)):
+            torch.cuda.current_stream(self.device).wait_stream(stream)
+            batch, _pinned = ready.pop(0)
+            batch.record_stream(torch.cuda.current_stream(self.device))
+            if i + 1 < len(pieces):
+                send(pieces[i + 1])
+            yield batch
+
+    @torch.inference_mode()
+    def encode(self, images: np.ndarray, batch_size: int) -> dict[str, np.ndarray]:
+        """Columns float16 [n,C,H,W] of uint8 crops [n,S,S,3], in micro-batches of `batch_size`."""
+        outputs: dict[str, list[Tensor]] = {name: [] for name in self.columns}
+        autocast = torch.autocast(
+            self.device.type, dtype=torch.bfloat16, enabled=self.precision == "bf16"
+        )
+        for batch in self.micro_batches(images, batch_size):
+            for flipped in (False, True):
+                suffix = "_flip" if flipped else ""
+                wanted = [n for n in self.columns if n.endswith("_flip") == flipped]
+                if not wanted:
+                    continue
+                with autocast:
+                    features = self.backbone(batch.flip(2) if flipped else batch)
+                    posterior = self.autoencoder.encode(features)
+                for name in wanted:
+                    values = posterior.mean if name == "mean" + suffix else posterior.logvar
+                    height, width = self.backbone.grid
+                    latents = values.transpose(1, 2).unflatten(2, (height, width))
+                    outputs[name].append(latents.to(torch.float16))
+        shape = (0, self.autoencoder.config.latent_dim, *self.backbone.grid)
+        return {
+            name: torch.cat(parts).cpu().numpy() if parts else np.zeros(shape, np.float16)
+            for name, parts in outputs.items()
+        }
+
+
+class EncodeShards:
+    """The actor: one accelerator (or the CPU) each, model loaded once."""
+
+    def __init__(self, recipe: Recipe, weights: dict[str, str]) -> None:
+        on_gpu = recipe.precompute.gpus_per_actor > 0
+        if not on_gpu:
+            torch.set_num_threads(recipe.precompute.threads_per_actor or os.cpu_count() or 1)
+        self.recipe = recipe
+        self.encoder = Encoder.of(recipe, "cuda" if on_gpu else "cpu")
+        found = (self.encoder.backbone.weights_sha256, self.encoder.autoencoder_sha256)
+        if found != (weights["backbone weights"], weights["autoencoder weights"]):
+            raise CheckpointError(
+                "The weights on this node are not the ones that the job was planned with; "
+                "they changed, or the path means another file here."
+            )
+
+    def __call__(self, batch: dict[str, np.ndarray]) -> dict[str, Any]:
+        images, ok = np.asarray(batch["images"][0]), np.asarray(batch["ok"][0], dtype=np.int64)
+        errors = json.loads(str(batch["errors"][0]))
+        columns = self.encoder.encode(images, self.recipe.precompute.batch_size)
+        finite = np.ones(len(ok), dtype=bool)
+        for values in columns.values():
+            finite &= np.isfinite(values).reshape(len(ok), -1).all(axis=1)
+        if not finite.all():
+            shard = int(batch["shard"][0])
+            assert self.recipe.output is not None
+            records = _plan_of(self.recipe.output).shard(shard)
+            errors += [
+                {"key": records[i].key, "stage": "encode", "message": "the latent is not finite"}
+                for i in ok[~finite]
+            ]
+        return {
+            "shard": batch["shard"],
+            "ok": [ok[finite]],
+            "errors": [json.dumps(errors, ensure_ascii=False)],
+            **{name: [values[finite]] for name, values in columns.items()},
+        }
+
+
+def load_checkpoint(uri: str) -> checkpoint.Loaded:
+    """A checkpoint from a local path or s3:// address. Raises CheckpointError."""
+    if not storage.is_s3(uri):
+        return checkpoint.load(uri)
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "checkpoint.safetensors"
+        path.write_bytes(storage.read_bytes(uri))
+        return checkpoint.load(path)
+
+
+class Progress:
+    """One line: done / total, images/s, time left, errors. Rewritten in place on a terminal, every 10 s elsewhere."""
+
+    def __init__(self, num_shards: int, num_images: int, enabled: bool) -> None:
+        self.num_shards, self.num_images, self.enabled = num_shards, num_images, enabled
+        self.shards = self.images = self.errors = 0
+        self.started = self.shown = time.monotonic()
+
+    def add(self, rows: int, errors: int) -> None:
+        self.shards += 1
+        self.images += rows
+        self.errors += errors
+        now = time.monotonic()
+        if sys.stderr.isatty() or now - self.shown > 10:
+            self.shown = now
+            self._show("\r" if sys.stderr.isatty() else "")
+
+    def _show(self, start: str) -> None:
+        seconds = max(time.monotonic() - self.started, 1e-9)
+        left = seconds / max(self.shards, 1) * (self.num_shards - self.shards)
+        if self.enabled:
+            print(
+                f"{start}shards {self.shards}/{self.num_shards} | {self.images} images | "
+                f"{self.images / seconds:.1f} images/s | {left:.0f} s left | {self.errors} errors ",
+                end="" if start else "\n",
+                file=sys.stderr,
+                flush=True,
+            )
+
+    def close(self) -> None:
+        self._show("\r" if sys.stderr.isatty() else "")
+        if self.enabled and sys.stderr.isatty():
+            print(file=sys.stderr)
+
+
+def main(arguments: list[str]) -> None:
+    """`python -m pipelines.precompute RECIPE key=value ...`"""
+    manifest = precompute(load_recipe(arguments[0], arguments[1:]))
+    print(json.dumps({k: manifest[k] for k in ("planned", "stored", "errors")}))
+
+
+if __name__ == "__main__":
+    if len(sys.argv) < 2:
+        sys.exit("python -m pipelines.precompute RECIPE [key=value ...]")
+    main(sys.argv[1:])

@@ -1,0 +1,314 @@
+"""The one way to open a local or s3:// path: whole reads and writes, listing, Arrow filesystems.
+
+A write is whole or absent: a temporary file renamed into place locally, one PUT on S3; `write_once`
+never replaces (hard link locally, `If-None-Match: *` on S3). AWS_ENDPOINT_URL points everything at
+another S3 server.
+"""
+
+from __future__ import annotations
+
+import errno
+import functools
+import hashlib
+import os
+import uuid
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+import boto3
+import pyarrow as pa
+from botocore.config import Config
+from botocore.exceptions import BotoCoreError, ClientError, NoCredentialsError
+from pyarrow import fs
+
+
+class StorageError(OSError):
+    """A path that cannot be read, written or listed; the message says what to check."""
+
+
+@dataclass(frozen=True)
+class FileInfo:
+    """One file or object: its whole address and its bytes."""
+
+    uri: str
+    size: int
+
+
+def is_s3(uri: str) -> bool:
+    """Whether `uri` is an s3:// address. Raises StorageError for any scheme but s3 and file."""
+    scheme, separator, _ = uri.partition("://")
+    if separator and scheme not in ("s3", "file") and scheme.isalnum():
+        raise StorageError(f"{uri}: {scheme}:// is not supported. Give a local path or s3://.")
+    return bool(separator) and scheme == "s3"
+
+
+def filesystem(uri: str) -> tuple[fs.FileSystem, str]:
+    """The Arrow filesystem of `uri` and the path inside it, without scheme, absolute if local."""
+    if is_s3(uri):
+        return _arrow_s3(*_s3_settings()), uri.removeprefix("s3://").rstrip("/")
+    return fs.LocalFileSystem(), _local(uri)
+
+
+def join(uri: str, *parts: str) -> str:
+    """`uri` and `parts` with one slash between them; parts are relative."""
+    return "/".join([uri.rstrip("/"), *(part.strip("/") for part in parts)]) if parts else uri
+
+
+def open_input(uri: str) -> pa.NativeFile:
+    """`uri` open for reading at any offset; on S3 a read is a ranged GET. Raises StorageError."""
+    filesystem_, path = filesystem(uri)
+    try:
+        return filesystem_.open_input_file(path)
+    except OSError as error:
+        raise storage_error("open", uri, error) from None
+
+
+def read_bytes(uri: str) -> bytes:
+    """The whole content of `uri`. Raises StorageError."""
+    try:
+        if is_s3(uri):
+            bucket, key = _bucket_key(uri)
+            content: bytes = _s3().get_object(Bucket=bucket, Key=key)["Body"].read()
+            return content
+        return Path(_local(uri)).read_bytes()
+    except (ClientError, BotoCoreError, OSError) as error:
+        raise storage_error("read", uri, error) from None
+
+
+def exists(uri: str) -> bool:
+    """Whether there is a file, folder or object, or any object below `uri`. Raises StorageError."""
+    if not is_s3(uri):
+        return os.path.exists(_local(uri))
+    bucket, key = _bucket_key(uri)
+    prefixes = [key, f"{key}/"] if key else [""]
+    try:
+        for prefix in prefixes:
+            # The object itself sorts before every longer key that begins with it: one is enough.
+            page = _s3().list_objects_v2(Bucket=bucket, Prefix=prefix, MaxKeys=1)
+            found = [item["Key"] for item in page.get("Contents", [])]
+            if found and (prefix != key or found[0] == key or not key):
+                return True
+    except (ClientError, BotoCoreError) as error:
+        raise storage_error("look up", uri, error) from None
+    return False
+
+
+def write_bytes(uri: str, data: bytes) -> str:
+    """Writes or replaces `uri` whole; returns its ETag (locally the MD5). Raises StorageError."""
+    try:
+        if is_s3(uri):
+            bucket, key = _bucket_key(uri)
+            return _etag(_s3().put_object(Bucket=bucket, Key=key, Body=data))
+        path = _local(uri)
+        temporary = _write_temporary(path, data)
+        try:
+            os.replace(temporary, path)
+        except OSError:
+            os.unlink(temporary)
+            raise
+        _sync_folder(path)
+    except (ClientError, BotoCoreError, OSError) as error:
+        raise storage_error("write", uri, error) from None
+    return hashlib.md5(data, usedforsecurity=False).hexdigest()
+
+
+def write_once(uri: str, data: bytes) -> str:
+    """Like `write_bytes`, but raises FileExistsError if `uri` is there already, even in a race."""
+    try:
+        if is_s3(uri):
+            bucket, key = _bucket_key(uri)
+            return _etag(_s3().put_object(Bucket=bucket, Key=key, Body=data, IfNoneMatch="*"))
+        path = _local(uri)
+        temporary = _write_temporary(path, data)
+        try:
+            os.link(temporary, path)
+        finally:
+            os.unlink(temporary)
+        _sync_folder(path)
+    except FileExistsError:
+        raise FileExistsError(errno.EEXIST, "Written once and there already", uri) from None
+    except ClientError as error:
+        # 409 is S3's answer to the loser of two conditional writes that overlap.
+        if _code(error) in ("PreconditionFailed", "412", "ConditionalRequestConflict", "409"):
+            raise FileExistsError(errno.EEXIST, "Written once and there already", uri) from None
+        raise storage_error("write", uri, error) from None
+    except (BotoCoreError, OSError) as error:
+        raise storage_error("write", uri, error) from None
+    return hashlib.md5(data, usedforsecurity=False).hexdigest()
+
+
+def list_files(uri: str, recursive: bool = True) -> Iterator[FileInfo]:
+    """Every file under `uri`, or `uri` itself where it is a file; nothing where there is nothing.
+
+    Streams in no promised order. Local folders that are symbolic links are not entered, and file
+    links that leave `uri` are left out. Raises StorageError.
+    """
+    if is_s3(uri):
+        yield from _list_s3(uri, recursive)
+        return
+    root = _local(uri)
+    if os.path.isfile(root):
+        yield FileInfo(root, os.path.getsize(root))
+    elif os.path.isdir(root):
+        yield from _list_local(root, os.path.realpath(root), recursive)
+
+
+def storage_error(operation: str, uri: str, error: Exception) -> StorageError:
+    """`error` as a StorageError: operation, address, what to check; no secret, no request id."""
+    if isinstance(error, StorageError):
+        return error
+    where = uri
+    if uri.startswith("s3://"):
+        bucket, key = _bucket_key(uri)
+        where = f"bucket {bucket!r}, key {key!r}"
+    return StorageError(f"Cannot {operation} {where}: {_advice(error)}")
+
+
+def _advice(error: Exception) -> str:
+    code = _code(error)
+    text = f"{code} {error}".upper()
+    if isinstance(error, NoCredentialsError) or "CREDENTIAL" in text:
+        return "no AWS credentials. Check AWS_PROFILE, AWS_ACCESS_KEY_ID or the machine's role."
+    if code in ("NoSuchBucket",) or "NO_SUCH_BUCKET" in text:
+        return "the bucket does not exist (404). Check its name, AWS_ENDPOINT_URL and the region."
+    if isinstance(error, FileNotFoundError) or code in ("NoSuchKey", "NotFound", "404"):
+        return "it is not there (404). Check the path; it may have been removed meanwhile."
+    if any(
+        word in text for word in ("ACCESS_DENIED", "ACCESSDENIED", "FORBIDDEN", "403")
+    ) or code in (
+        "InvalidAccessKeyId",
+        "SignatureDoesNotMatch",
+    ):
+        return "access denied (403). Check the credentials and their right to list, read and write."
+    if isinstance(error, BotoCoreError) or any(
+        word in text for word in ("NETWORK_CONNECTION", "CURLCODE", "CONNECT TO", "TIMED OUT")
+    ):
+        name = type(error).__name__
+        return f"no connection ({name}). Check AWS_ENDPOINT_URL, the region and the network."
+    if isinstance(error, ClientError):
+        return f"the server answered {code}."
+    if isinstance(error, OSError) and error.strerror:
+        return f"{os.strerror(error.errno) if error.errno else error.strerror}."
+    return f"{type(error).__name__}."
+
+
+def _code(error: Exception) -> str:
+    if isinstance(error, ClientError):
+        return str(error.response.get("Error", {}).get("Code", ""))
+    return ""
+
+
+def _local(uri: str) -> str:
+    return os.path.abspath(os.path.expanduser(uri.removeprefix("file://")))
+
+
+def _write_temporary(path: str, data: bytes) -> str:
+    folder, name = os.path.split(path)
+    os.makedirs(folder, exist_ok=True)
+    temporary = os.path.join(folder, f".{name[:100]}.{uuid.uuid4().hex}.tmp")
+    try:
+        with open(temporary, "xb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+    except OSError:
+        if os.path.exists(temporary):
+            os.unlink(temporary)
+        raise
+    return temporary
+
+
+def _sync_folder(path: str) -> None:
+    # The new name itself survives a power cut only once its folder is synced.
+    descriptor = os.open(os.path.dirname(path), os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _list_local(folder: str, root: str, recursive: bool) -> Iterator[FileInfo]:
+    try:
+        with os.scandir(folder) as entries:
+            found = list(entries)
+    except OSError as error:
+        raise storage_error("list", folder, error) from None
+    for entry in found:
+        if entry.is_dir(follow_symlinks=False):
+            if recursive:
+                yield from _list_local(entry.path, root, recursive)
+            continue
+        target = os.path.realpath(entry.path) if entry.is_symlink() else ""
+        if target and not target.startswith(root.rstrip("/") + "/"):
+            continue
+        try:
+            if entry.is_file():
+                yield FileInfo(entry.path, entry.stat().st_size)
+        except FileNotFoundError:
+            continue
+
+
+def _list_s3(uri: str, recursive: bool) -> Iterator[FileInfo]:
+    bucket, key = _bucket_key(uri)
+    try:
+        if key:
+            page = _s3().list_objects_v2(Bucket=bucket, Prefix=key, MaxKeys=1)
+            for item in page.get("Contents", []):
+                if item["Key"] == key:
+                    yield FileInfo(f"s3://{bucket}/{key}", item["Size"])
+        options = {} if recursive else {"Delimiter": "/"}
+        pages = _s3().get_paginator("list_objects_v2")
+        for page in pages.paginate(Bucket=bucket, Prefix=f"{key}/" if key else "", **options):
+            for item in page.get("Contents", []):
+                # Consoles mark a folder with an empty object whose name ends in a slash.
+                if not item["Key"].endswith("/"):
+                    yield FileInfo(f"s3://{bucket}/{item['Key']}", item["Size"])
+    except (ClientError, BotoCoreError) as error:
+        raise storage_error("list", uri, error) from None
+
+
+def _bucket_key(uri: str) -> tuple[str, str]:
+    bucket, _, key = uri.removeprefix("s3://").partition("/")
+    if not bucket:
+        raise StorageError(f"{uri}: no bucket. Expected s3://BUCKET/KEY.")
+    return bucket, key.rstrip("/")
+
+
+def _etag(answer: dict[str, Any]) -> str:
+    return str(answer["ETag"]).strip('"')
+
+
+def _s3_settings() -> tuple[str | None, str | None]:
+    endpoint = os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL")
+    region = os.environ.get("AWS_DEFAULT_REGION") or os.environ.get("AWS_REGION")
+    return endpoint or None, region or None
+
+
+def _s3() -> Any:
+    return _boto_s3(*_s3_settings())
+
+
+@functools.cache
+def _boto_s3(endpoint: str | None, region: str | None) -> Any:
+    config = Config(
+        retries={"mode": "standard", "max_attempts": 5},
+        s3={"addressing_style": "path" if endpoint else "auto"},
+        max_pool_connections=32,
+        connect_timeout=10,
+        read_timeout=60,
+    )
+    return boto3.client("s3", endpoint_url=endpoint, region_name=region, config=config)
+
+
+@functools.cache
+def _arrow_s3(endpoint: str | None, region: str | None) -> fs.S3FileSystem:
+    options: dict[str, Any] = {"region": region} if region else {}
+    if endpoint:
+        parts = urlsplit(endpoint if "://" in endpoint else f"https://{endpoint}")
+        options |= {"endpoint_override": parts.netloc, "scheme": parts.scheme}
+        # Without a region Arrow asks AWS where the bucket is, which another server cannot answer.
+        options.setdefault("region", "us-east-1")
+    return fs.S3FileSystem(**options)

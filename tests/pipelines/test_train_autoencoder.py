@@ -1,0 +1,172 @@
+"""The autoencoder's trainer: split, refusals, and with real Ray a SIGKILL that changes no bit."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from fae_core import checkpoint
+from pipelines import storage
+from pipelines.config import RecipeError, load_recipe
+from pipelines.images import ImageRecord
+from pipelines.train_autoencoder import claim_run, split_records, train_autoencoder
+from pipelines.training import TrainingError
+
+ROOT = Path(__file__).parents[2]
+
+
+def test_the_split_depends_on_the_key_alone():
+    records = [ImageRecord(f"image {i}", f"/x/{i}") for i in range(2000)]
+    training, validation = split_records(records, 0.1)
+    assert len(training) + len(validation) == 2000 and 140 < len(validation) < 260
+    again = split_records(list(reversed(records[:1000])), 0.1)[1]
+    assert {r.key for r in again} == {r.key for r in validation} & {r.key for r in records[:1000]}
+    assert split_records(records, 0.0)[1] == []
+    with pytest.raises(TrainingError, match="validation_fraction"):
+        split_records(records[:1], 1.0 - 1e-12)
+
+
+def test_a_run_of_another_recipe_is_refused_and_names_the_keys(tmp_path):
+    uri = str(tmp_path / "r")
+    claim_run(load_recipe("photos-dinov2s", ["run=r"]), uri)
+    claim_run(
+        load_recipe("photos-dinov2s", ["run=r", "training.num_workers=2", "training.log_every=3"]),
+        uri,
+    )
+    with pytest.raises(RecipeError, match=r"autoencoder.latent_dim: 32 there, 48 now") as error:
+        claim_run(load_recipe("photos-dinov2s", ["run=r", "autoencoder.latent_dim=48"]), uri)
+    assert "steps" not in str(error.value)
+
+
+def test_a_run_needs_a_name():
+    with pytest.raises(RecipeError, match="run=NAME"):
+        train_autoencoder(load_recipe("photos-dinov2s"))
+
+
+def test_a_finished_run_returns_at_once(tmp_path):
+    recipe = load_recipe("photos-dinov2s", ["run=r", f"storage={tmp_path}"])
+    claim_run(recipe, storage.join(str(tmp_path), "r"))
+    storage.write_bytes(f"{tmp_path}/r/result.json", b'{"mse": 0.5}')
+    result = train_autoencoder(recipe)
+    assert result.metrics == {"mse": 0.5} and result.checkpoint.endswith(
+        "r/autoencoder.safetensors"
+    )
+
+
+@pytest.fixture(scope="module")
+def photographs(tmp_path_factory) -> Path:
+    import skimage.data
+
+    folder = tmp_path_factory.mktemp("photographs")
+    for name in ("astronaut", "chelsea", "coffee", "rocket"):
+        picture = Image.fromarray(getattr(skimage.data, name)())
+        for index in range(6):
+            left = index * 20
+            picture.crop((left, 0, left + 280, 280)).save(folder / f"{name} {index}.png")
+    (folder / "damaged.jpg").write_bytes(b"no image")
+    return folder
+
+
+def command(photographs: Path, storage_folder: Path, *overrides: str) -> list[str]:
+    return [
+        sys.executable, "-m", "pipelines.train_autoencoder", "photos-dinov2s", "run=test",
+        f"storage={storage_folder}", f"data.path={photographs}", "data.validation_fraction=0.2",
+        "backbone.name=vit_tiny_patch16_224", "backbone.weights=random", "image_size=224",
+        "autoencoder.latent_dim=8", "autoencoder.encoder.num_heads=3", "autoencoder.encoder.head_dim=32",
+        "autoencoder.decoder.num_heads=3", "autoencoder.decoder.depth=1", "training.steps=8",
+        "training.batch_size=8", "training.accumulation=2", "training.warmup_steps=2",
+        "training.statistics_images=8", "training.log_every=1", "training.checkpoint_every=2",
+        "training.validate_every=4", "training.ema_decay=0.9", "tracking.enabled=false", *overrides,
+    ]  # fmt: skip
+
+
+def start(arguments: list[str]) -> subprocess.Popen:
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    environment.pop("RAY_ADDRESS", None)
+    return subprocess.Popen(
+        arguments,
+        cwd=ROOT,
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+
+
+def finish(arguments: list[str]) -> str:
+    process = start(arguments)
+    output, _ = process.communicate(timeout=300)
+    assert process.returncode == 0, output
+    return output
+
+
+def weights(folder: Path) -> dict[str, np.ndarray]:
+    module = checkpoint.load(folder / "test" / "autoencoder.safetensors").module
+    return {name: tensor.numpy() for name, tensor in module.state_dict().items()}
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(photographs, tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("uninterrupted")
+    output = finish(command(photographs, folder))
+    assert "step 8/8" in output and "data_wait_share" in output
+    return folder
+
+
+@pytest.mark.integration
+def test_a_killed_run_ends_with_the_same_parameters_bit_for_bit(
+    photographs, uninterrupted, tmp_path
+):
+    process = start(command(photographs, tmp_path))
+    checkpoints = tmp_path / "test" / "checkpoints"
+    deadline = time.monotonic() + 240
+    while not list(checkpoints.glob("step_*.pt")):
+        assert time.monotonic() < deadline and process.poll() is None
+        time.sleep(0.05)
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+    assert not (tmp_path / "test" / "result.json").exists()
+    output = finish(command(photographs, tmp_path))
+    assert "resumed at step" in output
+    expected, actual = weights(uninterrupted), weights(tmp_path)
+    assert expected.keys() == actual.keys()
+    for name, value in expected.items():
+        assert np.array_equal(value, actual[name]), name
+
+
+@pytest.mark.integration
+def test_the_run_folder_tells_what_was_done(uninterrupted):
+    folder = uninterrupted / "test"
+    metrics = json.loads((folder / "result.json").read_text())
+    assert {"mse", "cosine", "kl", "active_channels"} <= metrics.keys() and 0 < metrics["mse"] < 10
+    loaded = checkpoint.load(folder / "autoencoder.safetensors")
+    assert loaded.fingerprints["backbone"].startswith("vit_tiny_patch16_224:")
+    bad = [
+        json.loads(line) for line in (folder / "bad_images-00000.jsonl").read_text().splitlines()
+    ]
+    assert [error["key"] for error in bad] == ["damaged.jpg"]
+    assert len(list((folder / "checkpoints").iterdir())) == 2
+
+
+@pytest.mark.integration
+def test_two_workers_match_one(photographs, uninterrupted, tmp_path):
+    finish(
+        command(
+            photographs,
+            tmp_path,
+            "training.num_workers=2",
+            "training.cpus_per_worker=0.5",
+            "training.precision=fp32",
+        )
+    )
+    finish(command(photographs, tmp_path / "one", "training.precision=fp32"))
+    expected, actual = weights(tmp_path / "one"), weights(tmp_path)
+    for name, value in expected.items():
+        np.testing.assert_allclose(actual[name], value, rtol=1e-3, atol=2e-4, err_msg=name)

@@ -1,0 +1,177 @@
+"""The training harness without Ray: accumulation, schedule, randomness, resume, split of the data."""
+
+import math
+
+import pytest
+import torch
+from pipelines.epoch_order import EpochOrder
+from torch import nn
+
+from pipelines.config import TrainingSection
+from pipelines.training import (
+    Batch,
+    NonFiniteError,
+    TrainingError,
+    TrainState,
+    learning_rate,
+    list_checkpoints,
+    random_flips,
+    sample_noise,
+    save_checkpoint,
+    step_parts,
+    train_step,
+)
+
+BATCH = 8
+
+
+def section(**values) -> TrainingSection:
+    defaults = {
+        "steps": 10,
+        "batch_size": BATCH,
+        "warmup_steps": 2,
+        "precision": "fp32",
+        "learning_rate": 1e-2,
+    }
+    return TrainingSection(**{**defaults, **values})
+
+
+def new_state(training: TrainingSection) -> TrainState:
+    torch.manual_seed(0)
+    return TrainState(nn.Sequential(nn.Linear(12, 16), nn.GELU(), nn.Linear(16, 12)), training)
+
+
+def batches_of(step: int, parts: int, skip: int = 0) -> list[Batch]:
+    generator = torch.Generator().manual_seed(step)
+    images = torch.randint(0, 256, (BATCH, 2, 2, 3), generator=generator, dtype=torch.uint8)
+    size = BATCH // parts
+    return [
+        Batch(
+            step,
+            images[s + skip : s + size],
+            list(range(s + skip, s + size)),
+            [f"k{i}" for i in range(s + skip, s + size)],
+            (size - skip) / size,
+            [],
+        )
+        for s in range(0, BATCH, size)
+    ]
+
+
+def loss(model: nn.Module, batch: Batch) -> dict[str, torch.Tensor]:
+    target = random_flips(7, batch).flatten(1).float() / 255
+    return {
+        "loss": (model(target + sample_noise(7, "noise", batch, (12,))) - target).square().mean()
+    }
+
+
+def parameters(state: TrainState) -> torch.Tensor:
+    return torch.cat([p.detach().flatten() for p in state.model.parameters()])
+
+
+@pytest.mark.parametrize("parts", [2, 4, 8])
+def test_accumulation_equals_the_large_batch(parts):
+    training = section(gradient_clip=0.5)
+    whole, split = new_state(training), new_state(training)
+    for step in range(5):
+        a = train_step(whole, whole.model, loss, batches_of(step, 1), training)
+        b = train_step(split, split.model, loss, batches_of(step, parts), training)
+        torch.testing.assert_close(a["loss"], b["loss"])
+    torch.testing.assert_close(parameters(whole), parameters(split), rtol=1e-5, atol=1e-6)
+
+
+def test_a_skipped_image_only_loses_its_own_gradient():
+    training = section(gradient_clip=None)
+    full, short = new_state(training), new_state(training)
+    train_step(full, full.model, loss, batches_of(0, BATCH), training)
+    train_step(short, short.model, loss, batches_of(0, 1, skip=1), training)
+    gradients = []
+    for state in (full, short):
+        gradients.append(torch.cat([p.grad.flatten() for p in state.model.parameters()]))
+    alone = new_state(training)
+    first = batches_of(0, BATCH)[0]
+    (loss(alone.model, first)["loss"] / BATCH).backward()
+    lost = torch.cat([p.grad.flatten() for p in alone.model.parameters()])
+    torch.testing.assert_close(gradients[0] - lost, gradients[1])
+
+
+def test_the_schedule_warms_up_then_follows_a_cosine_or_stays():
+    training = section(steps=110, warmup_steps=10, learning_rate=1.0, final_learning_rate=0.2)
+    assert learning_rate(0, training) == pytest.approx(0.1)
+    assert learning_rate(9, training) == learning_rate(10, training) == pytest.approx(1.0)
+    assert learning_rate(60, training) == pytest.approx(0.6)
+    assert learning_rate(85, training) == pytest.approx(0.2 + 0.4 * (1 + math.cos(0.75 * math.pi)))
+    assert learning_rate(110, training) == pytest.approx(0.2)
+    assert learning_rate(90, section(steps=110, schedule="constant", learning_rate=1.0)) == 1.0
+
+
+@pytest.mark.parametrize("killed_at", [1, 3, 5])
+@pytest.mark.parametrize("ema", [None, 0.9])
+def test_a_resumed_run_ends_at_the_same_bits(tmp_path, killed_at, ema):
+    training = section(ema_decay=ema)
+    whole = new_state(training)
+    for step in range(6):
+        train_step(whole, whole.model, loss, batches_of(step, 2), training)
+    first = new_state(training)
+    for step in range(killed_at):
+        train_step(first, first.model, loss, batches_of(step, 2), training)
+        save_checkpoint(first, str(tmp_path), keep=2)
+    assert len(list_checkpoints(str(tmp_path))) == min(2, killed_at)
+    torch.manual_seed(99)
+    second = TrainState(nn.Sequential(nn.Linear(12, 16), nn.GELU(), nn.Linear(16, 12)), training)
+    with open(list_checkpoints(str(tmp_path))[-1], "rb") as file:
+        second.load_bytes(file.read())
+    assert second.step == killed_at
+    for step in range(killed_at, 6):
+        train_step(second, second.model, loss, batches_of(step, 2), training)
+    assert torch.equal(parameters(whole), parameters(second))
+    assert all(torch.equal(a, b) for a, b in zip(whole.ema, second.ema, strict=True))
+
+
+def test_a_non_finite_loss_stops_before_the_step_and_names_the_images():
+    training = section()
+    state = new_state(training)
+    before = parameters(state).clone()
+
+    def broken(model: nn.Module, batch: Batch) -> dict[str, torch.Tensor]:
+        scale = math.nan if "k5" in batch.keys else 1.0
+        return {"loss": loss(model, batch)["loss"] * scale}
+
+    with pytest.raises(NonFiniteError, match=r"Step 0.*k4, k5") as error:
+        train_step(state, state.model, broken, batches_of(0, 4), training)
+    assert "k6" not in str(error.value)
+    assert torch.equal(before, parameters(state)) and state.step == 0
+
+
+@pytest.mark.parametrize(("workers", "accumulation"), [(1, 1), (2, 1), (4, 2), (1, 8)])
+def test_an_epoch_holds_every_image_exactly_once_on_any_number_of_workers(workers, accumulation):
+    num_images, steps = 24, 6
+    training = section(accumulation=accumulation)
+    order = EpochOrder(num_images, seed=3)
+    for epoch in range(2):
+        seen: list[int] = []
+        for step in range(epoch * steps // 2, (epoch + 1) * steps // 2):
+            places: list[int] = []
+            for rank in range(workers):
+                for part in step_parts(order, training, step, rank, workers):
+                    seen += part.items
+                    places += part.samples
+            assert sorted(places) == list(range(BATCH))
+        assert sorted(seen) == list(range(num_images))
+
+
+def test_the_same_sample_gets_the_same_image_on_any_rank():
+    order = EpochOrder(50, seed=1)
+    by_sample = []
+    for workers, accumulation in [(1, 1), (2, 2), (8, 1)]:
+        pairs: dict[int, int] = {}
+        for rank in range(workers):
+            for part in step_parts(order, section(accumulation=accumulation), 3, rank, workers):
+                pairs |= dict(zip(part.samples, part.items, strict=True))
+        by_sample.append(pairs)
+    assert by_sample[0] == by_sample[1] == by_sample[2]
+
+
+def test_a_batch_that_does_not_divide_is_refused_with_the_numbers():
+    with pytest.raises(TrainingError, match=r"batch_size=8 .* 3 x 1"):
+        step_parts(EpochOrder(50, seed=1), section(), 0, 0, 3)
