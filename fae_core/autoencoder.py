@@ -16,7 +16,12 @@ from torch.nn import functional as F
 
 from fae_core.layers import Block, init_linear, rope_table, sincos_position_table, split_heads
 
-ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"gelu": F.gelu, "silu": F.silu, "relu": F.relu, "identity": lambda x: x}
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "gelu": F.gelu,
+    "silu": F.silu,
+    "relu": F.relu,
+    "identity": lambda x: x,
+}
 
 
 @dataclass(frozen=True)

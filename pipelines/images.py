@@ -10,6 +10,7 @@ from __future__ import annotations
 import csv
 import difflib
 import io
+import itertools
 import json
 import posixpath
 import re
@@ -82,7 +83,7 @@ def list_images(data: DataSection) -> list[ImageRecord]:
             f"data.path={data.path!r} holds no images (0 of {len(files)} files; read as "
             f"{source_format}). Hidden files and links that leave the source are not read."
         )
-    for first, second in zip(records, records[1:], strict=False):
+    for first, second in itertools.pairwise(records):
         if first.key == second.key:
             raise SourceError(
                 f"The key {first.key!r} occurs twice: {first.uri} and {second.uri}. Keys name "

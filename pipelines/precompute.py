@@ -14,7 +14,7 @@ import tempfile
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -86,7 +86,7 @@ def build_dataset(recipe: Recipe, todo: list[int], weights: dict[str, str]) -> A
     context.enable_progress_bars = False
     dataset = ray.data.from_items([{"shard": i} for i in todo], override_num_blocks=len(todo))
     return (
-        dataset.map(decode_shard, fn_args=(recipe,), num_cpus=options.cpus_per_decode)
+        dataset.map(partial(decode_shard, recipe=recipe), num_cpus=options.cpus_per_decode)
         .map_batches(
             EncodeShards,
             fn_constructor_args=(recipe, weights),
@@ -96,7 +96,7 @@ def build_dataset(recipe: Recipe, todo: list[int], weights: dict[str, str]) -> A
             num_cpus=options.cpus_per_actor,
             num_gpus=options.gpus_per_actor,
         )
-        .map(write_shard, fn_args=(recipe,), num_cpus=0.1)
+        .map(partial(write_shard, recipe=recipe), num_cpus=0.1)
     )
 
 
@@ -149,20 +149,18 @@ def decode_shard(row: dict[str, Any], recipe: Recipe) -> dict[str, Any]:
 def write_shard(row: dict[str, Any], recipe: Recipe) -> dict[str, Any]:
     """Write one encoded shard and its errors; returns {shard, rows, errors (JSON)}."""
     assert recipe.output is not None
-    records = _plan_of(recipe.output).shard(int(row["shard"]))
-    kept = [records[i] for i in row["ok"]]
+    plan, index = _plan_of(recipe.output), int(row["shard"])
     errors = json.loads(str(row["errors"]))
-    latents = {name: np.asarray(row[name]) for name in recipe.precompute.columns}
     latent_store.write_shard(
         recipe.output,
-        int(row["shard"]),
-        [r.key for r in kept],
-        [r.label for r in kept],
-        [r.caption for r in kept],
-        latents,
+        index,
+        plan.shard(index),
+        [int(i) for i in row["ok"]],
+        {name: np.asarray(row[name]) for name in recipe.precompute.columns},
         errors,
+        plan.fingerprint,
     )
-    return {"shard": int(row["shard"]), "rows": len(kept), "errors": json.dumps(errors)}
+    return {"shard": index, "rows": len(row["ok"]), "errors": json.dumps(errors)}
 
 
 @dataclass

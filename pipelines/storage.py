@@ -31,10 +31,11 @@ class StorageError(OSError):
 
 @dataclass(frozen=True)
 class FileInfo:
-    """One file or object: its whole address and its bytes."""
+    """One file or object: its whole address, its bytes, and on S3 its ETag."""
 
     uri: str
     size: int
+    etag: str | None = None
 
 
 def is_s3(uri: str) -> bool:
@@ -138,6 +139,18 @@ def write_once(uri: str, data: bytes) -> str:
     except (BotoCoreError, OSError) as error:
         raise storage_error("write", uri, error) from None
     return hashlib.md5(data, usedforsecurity=False).hexdigest()
+
+
+def delete(uri: str) -> None:
+    """Removes the file or object; nothing happens where there is none. Raises StorageError."""
+    try:
+        if is_s3(uri):
+            bucket, key = _bucket_key(uri)
+            _s3().delete_object(Bucket=bucket, Key=key)
+        else:
+            Path(_local(uri)).unlink(missing_ok=True)
+    except (ClientError, BotoCoreError, OSError) as error:
+        raise storage_error("delete", uri, error) from None
 
 
 def list_files(uri: str, recursive: bool = True) -> Iterator[FileInfo]:
@@ -258,14 +271,14 @@ def _list_s3(uri: str, recursive: bool) -> Iterator[FileInfo]:
             page = _s3().list_objects_v2(Bucket=bucket, Prefix=key, MaxKeys=1)
             for item in page.get("Contents", []):
                 if item["Key"] == key:
-                    yield FileInfo(f"s3://{bucket}/{key}", item["Size"])
+                    yield FileInfo(f"s3://{bucket}/{key}", item["Size"], _etag(item))
         options = {} if recursive else {"Delimiter": "/"}
         pages = _s3().get_paginator("list_objects_v2")
         for page in pages.paginate(Bucket=bucket, Prefix=f"{key}/" if key else "", **options):
             for item in page.get("Contents", []):
                 # Consoles mark a folder with an empty object whose name ends in a slash.
                 if not item["Key"].endswith("/"):
-                    yield FileInfo(f"s3://{bucket}/{item['Key']}", item["Size"])
+                    yield FileInfo(f"s3://{bucket}/{item['Key']}", item["Size"], _etag(item))
     except (ClientError, BotoCoreError) as error:
         raise storage_error("list", uri, error) from None
 

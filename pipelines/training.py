@@ -416,8 +416,7 @@ def save_checkpoint(state: TrainState, run_uri: str, keep: int) -> None:
     """Write the state, then delete all but the `keep` newest checkpoints."""
     storage.write_bytes(checkpoint_uri(run_uri, state.step), state.to_bytes())
     for uri in list_checkpoints(run_uri)[:-keep]:
-        filesystem, path = storage.filesystem(uri)
-        filesystem.delete_file(path)
+        storage.delete(uri)
 
 
 # The loop -------------------------------------------------------------------------------------------------------------

@@ -33,7 +33,6 @@ from pipelines.images import (
     list_images,
     read_records,
 )
-from tests.pipelines.test_storage import root, s3_server  # noqa: F401
 
 SIZE = 32
 LIMIT = 1_000_000
@@ -429,7 +428,7 @@ def test_a_bad_list_is_refused(tmp_path: Path, rows: list[list[str]], message: s
 # S3 gives what a local folder gives; `root` runs each test on both
 
 
-def test_a_tree_reads_alike_locally_and_on_s3(root: str) -> None:  # noqa: F811
+def test_a_tree_reads_alike_locally_and_on_s3(root: str) -> None:
     for name in ("cat/a b é.jpg", "dog/c.png"):
         storage.write_bytes(storage.join(root, "tree", name), name.encode())
     data = DataSection(path=storage.join(root, "tree"))
@@ -441,7 +440,7 @@ def test_a_tree_reads_alike_locally_and_on_s3(root: str) -> None:  # noqa: F811
     assert isinstance(third, storage.StorageError)
 
 
-def test_shards_and_lists_read_alike_locally_and_on_s3(root: str, tmp_path: Path) -> None:  # noqa: F811
+def test_shards_and_lists_read_alike_locally_and_on_s3(root: str, tmp_path: Path) -> None:
     shard = make_tar(tmp_path / "made.tar", {"a.cls": b"1", "a.jpg": b"aa", "b/c.jpg": b"cc"})
     pq.write_table(pa.table({"image": [b"0", b"1"]}), tmp_path / "made.pq")
     storage.write_bytes(storage.join(root, "wds/s.tar"), shard.read_bytes())

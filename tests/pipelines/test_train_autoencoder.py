@@ -83,7 +83,7 @@ def command(photographs: Path, storage_folder: Path, *overrides: str) -> list[st
         "autoencoder.decoder.num_heads=3", "autoencoder.decoder.depth=1", "training.steps=8",
         "training.batch_size=8", "training.accumulation=2", "training.warmup_steps=2",
         "training.statistics_images=8", "training.log_every=1", "training.checkpoint_every=2",
-        "training.validate_every=4", "training.ema_decay=0.9", "tracking.enabled=false", *overrides,
+        "training.validate_every=4", "training.ema_decay=0.9", "training.precision=fp32", "tracking.enabled=false", *overrides,
     ]  # fmt: skip
 
 
@@ -163,10 +163,8 @@ def test_two_workers_match_one(photographs, uninterrupted, tmp_path):
             tmp_path,
             "training.num_workers=2",
             "training.cpus_per_worker=0.5",
-            "training.precision=fp32",
         )
     )
-    finish(command(photographs, tmp_path / "one", "training.precision=fp32"))
-    expected, actual = weights(tmp_path / "one"), weights(tmp_path)
+    expected, actual = weights(uninterrupted), weights(tmp_path)
     for name, value in expected.items():
         np.testing.assert_allclose(actual[name], value, rtol=1e-3, atol=2e-4, err_msg=name)

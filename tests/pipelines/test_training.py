@@ -4,10 +4,10 @@ import math
 
 import pytest
 import torch
-from pipelines.epoch_order import EpochOrder
 from torch import nn
 
 from pipelines.config import TrainingSection
+from pipelines.epoch_order import EpochOrder
 from pipelines.training import (
     Batch,
     NonFiniteError,

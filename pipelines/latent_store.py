@@ -1,0 +1,570 @@
+"""The latent store on disk or S3: plan, one Parquet object a shard, and a manifest written once, last.
+
+```
+plan.parquet               immutable: shard, key, uri, label, caption; sorted by key, one row group a shard
+shards/00000042.parquet    key, label, caption and the latents of shard 42, written whole
+errors/00000042.parquet    key, stage, message of its images that could not be encoded; absent where there are none
+manifest.json              written once; readers trust it alone
+```
+Latents are uncompressed in one page a shard, so a row is one range of the file (`offsets` in the manifest), while any
+Parquet reader sees `arrow.fixed_shape_tensor<float16>`. latent_reader.py reads; this module writes and verifies.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import importlib.metadata
+import io
+import json
+import platform
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from fae_core.latent_stats import ChannelStats
+from pipelines import storage
+from pipelines.images import ImageRecord
+
+FORMAT = "fae-latents-1"
+LATENT_COLUMNS = ("mean", "logvar", "mean_flip", "logvar_flip")
+THREADS = 16
+_MD5 = re.compile(r"[0-9a-f]{32}")
+_ERROR_SCHEMA = pa.schema([("key", pa.string()), ("stage", pa.string()), ("message", pa.string())])
+# One data page a column: Parquet's own limits are set out of reach.
+_ONE_PAGE = {"data_page_size": 2**31 - 1, "max_rows_per_page": 2**31 - 1}
+
+
+class StoreError(ValueError):
+    """A latent store that cannot be read or completed; the message says why."""
+
+
+class StoreMismatch(StoreError):
+    """The output holds another model's, recipe's or source's store; the message names the part that differs."""
+
+
+def shard_uri(uri: str, index: int) -> str:
+    """Address of shard `index` of the store `uri`."""
+    return storage.join(uri, "shards", f"{index:08d}.parquet")
+
+
+def errors_uri(uri: str, index: int) -> str:
+    """Address of the errors of shard `index`; the file exists only where there are errors."""
+    return storage.join(uri, "errors", f"{index:08d}.parquet")
+
+
+# Plan -----------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Which image belongs to which shard; `parts` are what the fingerprint hashes, in words."""
+
+    uri: str
+    num_images: int
+    num_shards: int
+    shard_size: int
+    parts: Mapping[str, str]
+    source: str
+    _file: pq.ParquetFile = field(repr=False, compare=False)
+
+    @property
+    def fingerprint(self) -> str:
+        """SHA-256 over `parts`: everything but its image that decides a latent's bits."""
+        return fingerprint_of(self.parts)
+
+    def shard(self, index: int) -> list[ImageRecord]:
+        """The records of shard `index` in key order; reads that shard's row group alone."""
+        columns = self._file.read_row_group(index, columns=["key", "uri", "label", "caption"])
+        return [ImageRecord(**row) for row in columns.to_pylist()]
+
+    def shard_rows(self, index: int) -> int:
+        """How many images shard `index` holds."""
+        return min(self.shard_size, self.num_images - index * self.shard_size)
+
+
+def fingerprint_of(parts: Mapping[str, str]) -> str:
+    """SHA-256 of `parts`, independent of their order."""
+    return hashlib.sha256(json.dumps(dict(sorted(parts.items()))).encode()).hexdigest()
+
+
+def source_digest(records: Sequence[ImageRecord]) -> str:
+    """SHA-256 over key, uri, label and caption of every record in order."""
+    digest = hashlib.sha256()
+    for r in records:
+        digest.update(json.dumps([r.key, r.uri, r.label, r.caption]).encode())
+    return digest.hexdigest()
+
+
+def ensure_plan(
+    uri: str, records: Sequence[ImageRecord], shard_size: int, parts: Mapping[str, str]
+) -> Plan:
+    """The store's plan, written now unless it is there. Raises StoreMismatch where the one that is there differs.
+
+    Images that vanished from the source since it was planned do not differ: they become errors of their shards.
+    """
+    source = source_digest(records)
+    plan_uri = storage.join(uri, "plan.parquet")
+    if not storage.exists(plan_uri):
+        # Where another driver was first, its plan is compared like any other.
+        with contextlib.suppress(FileExistsError):
+            storage.write_once(plan_uri, _encode_plan(records, shard_size, parts, source))
+    plan = open_plan(uri)
+    differing = [
+        f"{name}: {plan.parts.get(name, 'nothing')} there, {parts.get(name, 'nothing')} now"
+        for name in sorted(plan.parts.keys() | parts.keys())
+        if plan.parts.get(name) != parts.get(name)
+    ]
+    if plan.shard_size != shard_size:
+        differing.append(f"shard size: {plan.shard_size} there, {shard_size} now")
+    if plan.source != source:
+        differing += _source_differences(plan, records)
+    if differing:
+        raise StoreMismatch(
+            f"{uri} holds a store that was planned otherwise:\n  "
+            + "\n  ".join(differing)
+            + "\nNothing was changed. Choose another output=, or give what it was planned with."
+        )
+    return plan
+
+
+def open_plan(uri: str) -> Plan:
+    """The plan of the store at `uri`. Raises StorageError, or StoreError where the file is no plan."""
+    plan_uri = storage.join(uri, "plan.parquet")
+    try:
+        file = pq.ParquetFile(pa.BufferReader(storage.read_bytes(plan_uri)))
+        info = json.loads(file.schema_arrow.metadata[b"fae"])
+    except (pa.ArrowException, KeyError, TypeError, ValueError) as error:
+        raise StoreError(f"{plan_uri} is no plan of a latent store: {error}") from None
+    return Plan(
+        uri,
+        file.metadata.num_rows,
+        file.metadata.num_row_groups,
+        int(info["shard_size"]),
+        info["parts"],
+        str(info["source"]),
+        file,
+    )
+
+
+def _encode_plan(
+    records: Sequence[ImageRecord], shard_size: int, parts: Mapping[str, str], source: str
+) -> bytes:
+    info = {"format": FORMAT, "shard_size": shard_size, "parts": dict(parts), "source": source}
+    schema = pa.schema(
+        [
+            ("shard", pa.int64()),
+            ("key", pa.string()),
+            ("uri", pa.string()),
+            ("label", pa.int64()),
+            ("caption", pa.string()),
+        ],
+        metadata={"fae": json.dumps(info)},
+    )
+    table = pa.table(
+        {
+            "shard": pa.array(np.arange(len(records)) // shard_size, pa.int64()),
+            "key": [r.key for r in records],
+            "uri": [r.uri for r in records],
+            "label": pa.array([r.label for r in records], pa.int64()),
+            "caption": pa.array([r.caption for r in records], pa.string()),
+        },
+        schema=schema,
+    )
+    buffer = io.BytesIO()
+    pq.write_table(table, buffer, row_group_size=shard_size, compression="zstd")
+    return buffer.getvalue()
+
+
+def _source_differences(plan: Plan, records: Sequence[ImageRecord]) -> list[str]:
+    now = {r.key: r for r in records}
+    planned = {r.key: r for i in range(plan.num_shards) for r in plan.shard(i)}
+    added = [key for key in now if key not in planned]
+    changed = [key for key in now if key in planned and planned[key] != now[key]]
+    found = []
+    if added:
+        found.append(f"source: {len(added)} images more than planned, the first {added[0]!r}")
+    if changed:
+        key = changed[0]
+        found.append(
+            f"source: {len(changed)} images with another address, label or caption, the first {key!r} "
+            f"({planned[key]} there, {now[key]} now)"
+        )
+    return found
+
+
+# Shards ---------------------------------------------------------------------------------------------------------------
+
+
+def missing_shards(uri: str, plan: Plan) -> list[int]:
+    """Shards still to be encoded: not there, or not as the manifest (where there is one) recorded them."""
+    there = {f.uri.rpartition("/")[2]: f for f in storage.list_files(storage.join(uri, "shards"))}
+    recorded = {entry["name"]: entry for entry in (read_manifest(uri) or {"shards": []})["shards"]}
+    missing = []
+    for index in range(plan.num_shards):
+        name = f"{index:08d}.parquet"
+        file, entry = there.get(name), recorded.get(name)
+        same = entry is None or (
+            file is not None
+            and (file.size, file.etag or entry["etag"]) == (entry["bytes"], entry["etag"])
+        )
+        if file is None or not same:
+            missing.append(index)
+    return missing
+
+
+def write_shard(
+    uri: str,
+    index: int,
+    records: Sequence[ImageRecord],
+    kept: Sequence[int],
+    latents: Mapping[str, np.ndarray],
+    errors: Sequence[Mapping[str, str]],
+    fingerprint: str,
+) -> str:
+    """Write shard `index` and its errors; returns the shard's ETag.
+
+    `records` is the plan's shard, `kept` the places of those that have latents (float16 [n, C, H, W] each), `errors`
+    the others' key, stage and message. Writing again replaces a file by the same bytes. The errors come first:
+    a shard that is there has its errors beside it. Raises ValueError where an image is in both places or in none.
+    """
+    accounted = sorted([records[i].key for i in kept] + [e["key"] for e in errors])
+    if accounted != sorted(r.key for r in records):
+        raise ValueError(
+            f"Shard {index}: {len(records)} images planned, but latents and errors do not name each once."
+        )
+    if errors:
+        table = pa.Table.from_pylist(sorted((dict(e) for e in errors), key=lambda e: e["key"]))
+        buffer = io.BytesIO()
+        pq.write_table(table.cast(_ERROR_SCHEMA), buffer, compression="zstd")
+        storage.write_bytes(errors_uri(uri, index), buffer.getvalue())
+    elif storage.exists(errors_uri(uri, index)):
+        storage.delete(errors_uri(uri, index))
+    rows = [records[i] for i in kept]
+    data = encode_shard(index, rows, latents, len(errors), fingerprint)
+    return storage.write_bytes(shard_uri(uri, index), data)
+
+
+def encode_shard(
+    index: int,
+    records: Sequence[ImageRecord],
+    latents: Mapping[str, np.ndarray],
+    num_errors: int,
+    fingerprint: str,
+) -> bytes:
+    """The Parquet bytes of a shard: the same for the same input and version of pyarrow."""
+    statistics = {}
+    columns: dict[str, Any] = {
+        "key": pa.array([r.key for r in records], pa.string()),
+        "label": pa.array([r.label for r in records], pa.int64()),
+        "caption": pa.array([r.caption for r in records], pa.string()),
+    }
+    for name, values in latents.items():
+        values = np.ascontiguousarray(values, np.float16)
+        if len(values) != len(records):
+            raise ValueError(
+                f"Shard {index}: {len(values)} rows of {name} for {len(records)} keys."
+            )
+        stats = ChannelStats.empty(values.shape[1])
+        stats.update(np.moveaxis(values, 1, -1))
+        statistics[name] = stats.to_dict()
+        columns[name] = _tensor_array(values)
+    info = {
+        "format": FORMAT,
+        "shard": index,
+        "fingerprint": fingerprint,
+        "errors": num_errors,
+        "statistics": statistics,
+    }
+    table = pa.table(columns).replace_schema_metadata({"fae": json.dumps(info)})
+    buffer = io.BytesIO()
+    compression = {name: "none" if name in latents else "zstd" for name in columns}
+    options: dict[str, Any] = {"compression": compression, **_ONE_PAGE}
+    pq.write_table(
+        table,
+        buffer,
+        row_group_size=max(len(records), 1),
+        use_dictionary=False,
+        write_statistics=["key"],
+        write_page_checksum=True,
+        **options,
+    )
+    data = buffer.getvalue()
+    offsets = latent_offsets(
+        pq.read_metadata(io.BytesIO(data)), {n: v.shape for n, v in latents.items()}
+    )
+    for name, values in latents.items():
+        start = offsets[name]
+        size = values.size * 2
+        if data[start : start + size] != np.ascontiguousarray(values, np.float16).tobytes():
+            raise AssertionError(f"Parquet did not lay {name} out in one page.")
+    return data
+
+
+def _tensor_array(values: np.ndarray) -> pa.Array:
+    shape = values.shape[1:]
+    storage_array = pa.FixedSizeListArray.from_arrays(
+        pa.array(values.reshape(-1)), int(np.prod(shape))
+    )
+    return pa.ExtensionArray.from_storage(pa.fixed_shape_tensor(pa.float16(), shape), storage_array)
+
+
+def latent_offsets(
+    metadata: pq.FileMetaData, shapes: Mapping[str, tuple[int, ...]]
+) -> dict[str, int]:
+    """Byte offset in the file of each latent column's values: the end of its one uncompressed page."""
+    offsets = {}
+    if metadata.num_row_groups == 0:
+        return dict.fromkeys(shapes, 0)
+    group = metadata.row_group(0)
+    for i in range(group.num_columns):
+        column = group.column(i)
+        name = column.path_in_schema.partition(".")[0]
+        if name in shapes:
+            end = column.data_page_offset + column.total_compressed_size
+            offsets[name] = end - metadata.num_rows * int(np.prod(shapes[name][-3:])) * 2
+    return offsets
+
+
+def read_errors(uri: str) -> Iterator[dict[str, str]]:
+    """Every recorded error (key, stage, message) of finished shards, in shard order."""
+    files = sorted(f.uri for f in storage.list_files(storage.join(uri, "errors")))
+    for file in files:
+        yield from pq.read_table(pa.BufferReader(storage.read_bytes(file))).to_pylist()
+
+
+# Manifest -------------------------------------------------------------------------------------------------------------
+
+
+def read_manifest(uri: str) -> dict[str, Any] | None:
+    """The manifest, or None where the store is not finished. Raises StoreError for another format."""
+    manifest_uri = storage.join(uri, "manifest.json")
+    if not storage.exists(manifest_uri):
+        return None
+    try:
+        manifest: dict[str, Any] = json.loads(storage.read_bytes(manifest_uri))
+    except ValueError as error:
+        raise StoreError(f"{manifest_uri} is not JSON: {error}") from None
+    if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
+        raise StoreError(f"{manifest_uri} is not of format {FORMAT}.")
+    return manifest
+
+
+def commit(uri: str, plan: Plan, run: Mapping[str, Any]) -> dict[str, Any]:
+    """Check that every planned image is in exactly one place, then write the manifest; returns it.
+
+    What depends on when and where it ran is under "run"; the rest depends on images, model and recipe alone. Where a
+    manifest is there already its content must be the same. Raises StoreError where something is missing.
+    """
+    files = {f.uri.rpartition("/")[2]: f for f in storage.list_files(storage.join(uri, "shards"))}
+    absent = [i for i in range(plan.num_shards) if f"{i:08d}.parquet" not in files]
+    if absent:
+        raise StoreError(
+            f"{uri}: {len(absent)} of {plan.num_shards} shards are missing, the first {absent[0]}."
+        )
+    names = [f"{i:08d}.parquet" for i in range(plan.num_shards)]
+    with ThreadPoolExecutor(THREADS) as pool:
+        found = list(pool.map(lambda name: _describe(files[name]), names))
+    shapes = found[-1][2]
+    entries: list[dict[str, Any]] = []
+    statistics: dict[str, ChannelStats] = {}
+    for index, (entry, info, _) in enumerate(found):
+        planned = plan.shard_rows(index)
+        if info["fingerprint"] != plan.fingerprint or info["shard"] != index:
+            raise StoreError(
+                f"{uri}: shard {index} belongs to another store; delete it and run again."
+            )
+        if entry["rows"] + entry["errors"] != planned:
+            raise StoreError(
+                f"{uri}: shard {index} holds {entry['rows']} latents and {entry['errors']} errors of "
+                f"{planned} planned images."
+            )
+        entries.append(entry)
+        for name, values in info["statistics"].items():
+            stats = ChannelStats.from_dict(values)
+            if name in statistics:
+                statistics[name].merge(stats)
+            else:
+                statistics[name] = stats
+    recorded = sum(1 for _ in read_errors(uri))
+    errors = sum(entry["errors"] for entry in entries)
+    if recorded != errors:
+        raise StoreError(f"{uri}: {errors} errors in the shards, {recorded} recorded in errors/.")
+    manifest = {
+        "format": FORMAT,
+        "fingerprint": plan.fingerprint,
+        "parts": dict(plan.parts),
+        "source": plan.source,
+        "shard_size": plan.shard_size,
+        "planned": plan.num_images,
+        "stored": sum(entry["rows"] for entry in entries),
+        "errors": errors,
+        "columns": list(shapes),
+        "latent_shape": list(next(iter(shapes.values()))),
+        "statistics": {
+            name: {**stats.to_dict(), "mean": stats.mean.tolist(), "std": stats.std.tolist()}
+            for name, stats in statistics.items()
+        },
+        "shards": entries,
+    }
+    assert manifest["planned"] == manifest["stored"] + manifest["errors"]
+    whole = manifest | {"run": {**run, "versions": versions()}}
+    try:
+        text = json.dumps(whole, indent=1, ensure_ascii=False).encode()
+        storage.write_once(storage.join(uri, "manifest.json"), text)
+        return whole
+    except FileExistsError:
+        existing = read_manifest(uri) or {}
+        differing = [key for key in manifest if manifest[key] != existing.get(key)]
+        if differing:
+            raise StoreMismatch(
+                f"{uri}/manifest.json is there and says otherwise in: {', '.join(differing)}. "
+                "The store changed after it was finished; `fae inspect --verify` says where."
+            ) from None
+        return existing
+
+
+def _describe(
+    file: storage.FileInfo,
+) -> tuple[dict[str, Any], dict[str, Any], dict[str, tuple[int, ...]]]:
+    """(manifest entry, what the writer noted in the footer, shapes of the latent columns) of a shard file."""
+    name = file.uri.rpartition("/")[2]
+    try:
+        with storage.open_input(file.uri) as handle:
+            etag = file.etag or _md5(handle)
+            parquet = pq.ParquetFile(handle)
+            metadata, schema = parquet.metadata, parquet.schema_arrow
+        info = json.loads(schema.metadata[b"fae"])
+    except (pa.ArrowException, KeyError, TypeError, ValueError) as error:
+        raise StoreError(
+            f"{file.uri} is not a whole shard ({error}); delete it and run again."
+        ) from None
+    shapes = {f.name: tuple(f.type.shape) for f in schema if f.name in LATENT_COLUMNS}
+    entry = {
+        "name": name,
+        "rows": metadata.num_rows,
+        "errors": info["errors"],
+        "bytes": file.size,
+        "etag": etag,
+        "offsets": latent_offsets(metadata, shapes),
+    }
+    return entry, info, shapes
+
+
+def _md5(handle: pa.NativeFile) -> str:
+    digest = hashlib.md5(usedforsecurity=False)
+    while chunk := handle.read(1 << 22):
+        digest.update(chunk)
+    handle.seek(0)
+    return digest.hexdigest()
+
+
+def versions() -> dict[str, str]:
+    """Versions of what decides or made the latents."""
+    names = ("torch", "timm", "pillow", "pyarrow", "numpy", "ray")
+    found = {name: importlib.metadata.version(name) for name in names}
+    return {"python": platform.python_version(), **found}
+
+
+# Verification ---------------------------------------------------------------------------------------------------------
+
+
+def verify(uri: str, on_shard: Callable[[int, int], None] | None = None) -> list[str]:
+    """Re-read every shard against the manifest and the plan; the problems in words, none if the store is sound.
+
+    Finds a missing, truncated, changed, swapped or extra shard, a flipped byte anywhere in it, an image that is in two
+    places or in none, and statistics that are not the latents'. `on_shard(done, of)` is called as it goes on.
+    """
+    manifest = read_manifest(uri)
+    plan = open_plan(uri)
+    if manifest is None:
+        done = plan.num_shards - len(missing_shards(uri, plan))
+        return [f"not finished: {done} of {plan.num_shards} shards, no manifest.json"]
+    problems = []
+    if plan.fingerprint != manifest["fingerprint"] or plan.source != manifest["source"]:
+        problems.append("plan.parquet is not the plan that the manifest was made from")
+    errors: dict[str, set[str]] = {}
+    for file in storage.list_files(storage.join(uri, "errors")):
+        name = file.uri.rpartition("/")[2]
+        try:
+            rows = pq.read_table(pa.BufferReader(storage.read_bytes(file.uri))).to_pylist()
+            errors[name] = {row["key"] for row in rows}
+        except (pa.ArrowException, KeyError, OSError) as error:
+            problems.append(f"errors/{name} is not readable: {error}")
+    there = {f.uri.rpartition("/")[2] for f in storage.list_files(storage.join(uri, "shards"))}
+    names = {entry["name"] for entry in manifest["shards"]}
+    problems += [f"shards/{name} is not in the manifest" for name in sorted(there - names)]
+    problems += [f"errors/{name} has no shard" for name in sorted(errors.keys() - names)]
+    totals: dict[str, ChannelStats] = {}
+    for done, (index, entry) in enumerate(enumerate(manifest["shards"]), 1):
+        planned = {r.key for r in plan.shard(index)} if index < plan.num_shards else set()
+        lost = errors.get(entry["name"], set())
+        problems += [
+            f"shards/{entry['name']} {problem}"
+            for problem in _verify_shard(uri, index, entry, planned, lost, totals)
+        ]
+        if on_shard:
+            on_shard(done, len(manifest["shards"]))
+    if not problems:
+        for name, stats in totals.items():
+            recorded = manifest["statistics"][name]
+            if stats.to_dict() != {key: recorded[key] for key in ("count", "sums", "squares")}:
+                problems.append(f"the manifest's statistics of {name} are not the latents'")
+        counted = sum(e["rows"] for e in manifest["shards"]), sum(map(len, errors.values()))
+        if (
+            counted != (manifest["stored"], manifest["errors"])
+            or sum(counted) != manifest["planned"]
+        ):
+            problems.append("the manifest's totals are not the shards'")
+    return problems
+
+
+def _verify_shard(
+    uri: str,
+    index: int,
+    entry: Mapping[str, Any],
+    planned: set[str],
+    lost: set[str],
+    totals: dict[str, ChannelStats],
+) -> list[str]:
+    if not storage.exists(shard_uri(uri, index)):
+        return ["is missing"]
+    data = storage.read_bytes(shard_uri(uri, index))
+    if len(data) != entry["bytes"]:
+        return [f"has {len(data)} bytes, the manifest says {entry['bytes']}"]
+    # The ETag of a multipart or KMS-encrypted object is no MD5; page checksums and statistics remain.
+    content = hashlib.md5(data, usedforsecurity=False).hexdigest()
+    if _MD5.fullmatch(entry["etag"]) and content != entry["etag"]:
+        return ["has the right size and other bytes than when it was written"]
+    try:
+        table = pq.read_table(pa.BufferReader(data), page_checksum_verification=True)
+    except (pa.ArrowException, OSError) as error:
+        return [f"is not readable: {error}"]
+    keys = table["key"].to_pylist()
+    problems = []
+    if len(keys) != entry["rows"] or len(lost) != entry["errors"]:
+        problems.append(
+            f"has {len(keys)} rows and {len(lost)} errors, the manifest says {entry['rows']} and {entry['errors']}"
+        )
+    if len(set(keys)) != len(keys) or set(keys) & lost or set(keys) | lost != planned:
+        problems.append("and its errors do not name each planned image once")
+    for name in table.column_names:
+        if name in LATENT_COLUMNS:
+            values = tensor_values(table[name])
+            stats = totals.setdefault(name, ChannelStats.empty(values.shape[1]))
+            stats.update(np.moveaxis(values, 1, -1))
+    return problems
+
+
+def tensor_values(column: pa.ChunkedArray) -> np.ndarray:
+    """A fixed-shape tensor column as float16 [n, C, H, W]."""
+    shape = tuple(column.type.shape)
+    parts = [chunk.storage.flatten().to_numpy() for chunk in column.chunks]
+    flat = np.concatenate(parts) if parts else np.empty(0, np.float16)
+    return flat.reshape(-1, *shape)
