@@ -102,15 +102,9 @@ def demo(
 
 def main() -> None:
     """Run the command; an error made for the user ends with its message alone and exit status 2."""
-    from fae_core.checkpoint import CheckpointError
-    from fae_core.weights import WeightsError
-    from pipelines.config import RecipeError
+    from pipelines.command import guarded
 
-    try:
-        app()
-    except (RecipeError, CheckpointError, WeightsError) as error:
-        print(f"fae: {error}", file=sys.stderr)
-        sys.exit(2)
+    sys.exit(guarded(app))
 
 
 if __name__ == "__main__":

@@ -18,11 +18,12 @@ from safetensors.torch import save as serialise
 from torch import Tensor
 
 from fae_core.autoencoder import AutoencoderConfig, FeatureAutoencoder
+from fae_core.errors import UserError
 
 MODULES = {"autoencoder": (FeatureAutoencoder, AutoencoderConfig)}
 
 
-class CheckpointError(ValueError):
+class CheckpointError(UserError, ValueError):
     """A file that is no checkpoint of ours, or not a whole one."""
 
 

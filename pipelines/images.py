@@ -25,6 +25,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from PIL import Image, ImageOps, UnidentifiedImageError
 
+from fae_core.errors import UserError
 from pipelines import storage
 from pipelines.config import DataSection
 from pipelines.storage import FileInfo
@@ -42,7 +43,7 @@ _ROW = re.compile(r"(.+)#row=(\d+)")
 _RANGE = re.compile(r"(.+)#offset=(\d+)&size=(\d+)")
 
 
-class SourceError(ValueError):
+class SourceError(UserError, ValueError):
     """A source that cannot be planned; the message is for the person who named it."""
 
 

@@ -95,9 +95,8 @@ class LatentStore:
             for index, entry in enumerate(self.manifest["shards"])
             if entry["rows"]
         ]
-        return ray.data.read_parquet(
-            paths, filesystem=filesystem, columns=None if columns is None else list(columns)
-        )
+        dataset = ray.data.read_parquet(paths, filesystem=filesystem)
+        return dataset if columns is None else dataset.select_columns(list(columns))
 
     def reader(
         self,

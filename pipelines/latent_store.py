@@ -28,6 +28,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from fae_core.errors import UserError
 from fae_core.latent_stats import ChannelStats
 from pipelines import storage
 from pipelines.images import ImageRecord
@@ -41,7 +42,7 @@ _ERROR_SCHEMA = pa.schema([("key", pa.string()), ("stage", pa.string()), ("messa
 _ONE_PAGE = {"data_page_size": 2**31 - 1, "max_rows_per_page": 2**31 - 1}
 
 
-class StoreError(ValueError):
+class StoreError(UserError, ValueError):
     """A latent store that cannot be read or completed; the message says why."""
 
 

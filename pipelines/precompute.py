@@ -25,16 +25,18 @@ from torch import Tensor
 from fae_core import checkpoint
 from fae_core.backbone import Backbone, load_backbone
 from fae_core.checkpoint import CheckpointError
+from fae_core.errors import UserError
 from pipelines import latent_store, storage
-from pipelines.config import Recipe, RecipeError, load_recipe
+from pipelines.command import run_module
+from pipelines.config import Recipe, RecipeError
 from pipelines.images import decode_records, list_images, read_records
 from pipelines.latent_store import Plan, open_plan
-from pipelines.ray_session import start_ray
+from pipelines.ray_session import for_workers, start_ray
 
 CROP = "adm-center-crop-1"
 
 
-class TooManyErrors(RuntimeError):
+class TooManyErrors(UserError, RuntimeError):
     """More images than `precompute.max_error_rate` allows could not be encoded; the first messages are in the text."""
 
 
@@ -47,12 +49,14 @@ def precompute(recipe: Recipe, show_progress: bool = True) -> dict[str, Any]:
         raise RecipeError(
             "precompute needs data.path=…, autoencoder.checkpoint=… and output=… (a folder or s3:// prefix each)."
         )
-    started = time.monotonic()
+    started, written = time.monotonic(), recipe.to_yaml()
+    recipe = for_workers(recipe)
+    assert recipe.output is not None
     records = list_images(recipe.data)
     parts = fingerprint_parts(recipe)
     plan = latent_store.ensure_plan(recipe.output, records, recipe.precompute.shard_size, parts)
     del records
-    storage.write_bytes(storage.join(recipe.output, "recipe.yaml"), recipe.to_yaml().encode())
+    storage.write_bytes(storage.join(recipe.output, "recipe.yaml"), written.encode())
     todo = latent_store.missing_shards(recipe.output, plan)
     if todo:
         encode_shards(recipe, plan, todo, parts, show_progress)
@@ -205,26 +209,26 @@ class Encoder:
 
     def micro_batches(self, images: np.ndarray, size: int) -> Iterator[Tensor]:
         """Device tensors [b,S,S,3] of `images`; on a GPU the next copy runs while the caller computes."""
-        pieces = [torch.from_numpy(images[i : i + size]) for i in range(0, len(images), size)]
+        pieces = (images[i : i + size] for i in range(0, len(images), size))
         if self.device.type != "cuda":
-            yield from pieces
+            # A copy, because arrays from Ray's object store are read-only and torch has no such tensor.
+            yield from (torch.from_numpy(piece.copy()) for piece in pieces)
             return
         stream = torch.cuda.Stream(self.device)
-        ready: list[tuple[Tensor, Tensor]] = []
 
-        def send(piece: Tensor) -> None:
-            pinned = piece.pin_memory()
+        def send(piece: np.ndarray) -> tuple[Tensor, Tensor]:
+            pinned = torch.empty(piece.shape, dtype=torch.uint8, pin_memory=True)
+            pinned.numpy()[:] = piece
             with torch.cuda.stream(stream):
-                ready.append((pinned.to(self.device, non_blocking=True), pinned))
+                return pinned.to(self.device, non_blocking=True), pinned
 
-        if pieces:
-            send(pieces[0])
-        for i in range(len(pieces)):
-            torch.cuda.current_stream(self.device).wait_stream(stream)
-            batch, _pinned = ready.pop(0)
-            batch.record_stream(torch.cuda.current_stream(self.device))
-            if i + 1 < len(pieces):
-                send(pieces[i + 1])
+        sent = map(send, pieces)
+        following = next(sent, None)
+        while following is not None:
+            current = torch.cuda.current_stream(self.device)
+            current.wait_stream(stream)
+            (batch, _pinned), following = following, next(sent, None)
+            batch.record_stream(current)
             yield batch
 
     @torch.inference_mode()
@@ -339,13 +343,18 @@ class Progress:
             print(file=sys.stderr)
 
 
-def main(arguments: list[str]) -> None:
-    """`python -m pipelines.precompute RECIPE key=value ...`"""
-    manifest = precompute(load_recipe(arguments[0], arguments[1:]))
-    print(json.dumps({k: manifest[k] for k in ("planned", "stored", "errors")}))
+def main() -> int:
+    """`python -m pipelines.precompute RECIPE key=value ...`; the exit status."""
+
+    def job(recipe: Recipe) -> dict[str, Any]:
+        manifest = precompute(recipe)
+        return {key: manifest[key] for key in ("planned", "stored", "errors", "fingerprint")}
+
+    return run_module("pipelines.precompute", job)
 
 
 if __name__ == "__main__":
-    if len(sys.argv) < 2:
-        sys.exit("python -m pipelines.precompute RECIPE [key=value ...]")
-    main(sys.argv[1:])
+    # Under its own name, so that Ray ships functions and classes by reference.
+    from pipelines.precompute import main as _main
+
+    sys.exit(_main())

@@ -7,7 +7,11 @@ from __future__ import annotations
 
 import logging
 import os
+from pathlib import Path
 from typing import Any
+
+from pipelines import storage
+from pipelines.config import Recipe
 
 QUIET = {
     "RAY_DATA_DISABLE_PROGRESS_BARS": "1",
@@ -21,11 +25,11 @@ def start_ray(**local: Any) -> None:
     for key, value in QUIET.items():
         os.environ.setdefault(key, value)
     import ray
+    import ray.data  # it sets its own log levels when imported; ours come after
 
     if ray.is_initialized():
         return
-    logging.getLogger("ray.data").setLevel(logging.WARNING)
-    logging.getLogger("ray.train").setLevel(logging.WARNING)
+    quiet_logs()
     # Ray Train asks the dashboard's state API about its controller, and complains every second without it.
     local = {} if os.environ.get("RAY_ADDRESS") else {"include_dashboard": True, **local}
     ray.init(
@@ -34,3 +38,28 @@ def start_ray(**local: Any) -> None:
         runtime_env={"env_vars": {key: os.environ[key] for key in QUIET}},
         **local,
     )
+
+
+def quiet_logs() -> None:
+    """Leave warnings and errors of Ray's libraries; drop their announcements."""
+    for name in ("ray.data", "ray.train"):
+        logging.getLogger(name).setLevel(logging.WARNING)
+    # Token authentication stays on and progress is our own; neither is worth a warning to the user.
+    for name in ("ray._private.authentication", "ray.data._internal.progress"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+
+
+def for_workers(recipe: Recipe) -> Recipe:
+    """The recipe with absolute local paths: Ray's workers run in other folders than the driver."""
+
+    def absolute(path: str | None) -> str | None:
+        return path if path is None or storage.is_s3(path) else storage.filesystem(path)[1]
+
+    made = recipe.model_copy(deep=True)
+    made.storage = absolute(recipe.storage) or recipe.storage
+    made.output = absolute(recipe.output)
+    made.data.path = absolute(recipe.data.path)
+    made.autoencoder.checkpoint = absolute(recipe.autoencoder.checkpoint)
+    if Path(recipe.backbone.weights).is_file():
+        made.backbone.weights = str(Path(recipe.backbone.weights).absolute())
+    return made

@@ -24,8 +24,10 @@ from botocore.config import Config
 from botocore.exceptions import BotoCoreError, ClientError, NoCredentialsError
 from pyarrow import fs
 
+from fae_core.errors import UserError
 
-class StorageError(OSError):
+
+class StorageError(UserError, OSError):
     """A path that cannot be read, written or listed; the message says what to check."""
 
 

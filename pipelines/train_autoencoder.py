@@ -29,14 +29,14 @@ from fae_core.backbone import Backbone, load_backbone
 from fae_core.figures import reconstruction_figure
 from fae_core.latent_stats import ChannelStats
 from pipelines import storage
-from pipelines.config import Recipe, RecipeError, load_recipe
+from pipelines.command import run_module
+from pipelines.config import Recipe, RecipeError
 from pipelines.images import ImageRecord, list_images
-from pipelines.ray_session import start_ray
+from pipelines.ray_session import for_workers, start_ray
 from pipelines.tracking import flatten, resolve_uri
 from pipelines.training import (
     Batch,
     Job,
-    NonFiniteError,
     TrainingError,
     decoded,
     fit,
@@ -93,12 +93,7 @@ def train_autoencoder(recipe: Recipe) -> TrainResult:
     if not storage.exists(result_uri):
         plan(recipe, run_uri)
         start_ray()
-        # Workers run in other folders: what is relative to this one becomes absolute.
-        values = recipe.model_dump(mode="json")
-        if not storage.is_s3(recipe.storage):
-            values["storage"] = storage.filesystem(recipe.storage)[1]
-        if Path(recipe.backbone.weights).is_file():
-            values["backbone"]["weights"] = str(Path(recipe.backbone.weights).absolute())
+        values = for_workers(recipe).model_dump(mode="json")
         fit(_worker, {"recipe": values, "tracking_uri": resolve_uri(recipe.tracking)}, recipe)
     metrics = json.loads(storage.read_bytes(result_uri))
     return TrainResult(storage.join(run_uri, "autoencoder.safetensors"), metrics)
@@ -349,21 +344,14 @@ class _HeldOut:
         return metrics, figure
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
+def main() -> int:
     """`python -m pipelines.train_autoencoder RECIPE key=value ...`; the exit status."""
-    values = list(sys.argv[1:] if arguments is None else arguments)
-    if not values or "=" in values[0]:
-        print(
-            "usage: python -m pipelines.train_autoencoder RECIPE [key=value ...]", file=sys.stderr
-        )
-        return 2
-    try:
-        result = train_autoencoder(load_recipe(values[0], values[1:]))
-    except (ValueError, TrainingError, NonFiniteError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    print(json.dumps({"checkpoint": result.checkpoint, **result.metrics}, indent=1))
-    return 0
+
+    def job(recipe: Recipe) -> dict[str, Any]:
+        result = train_autoencoder(recipe)
+        return {"checkpoint": result.checkpoint, **result.metrics}
+
+    return run_module("pipelines.train_autoencoder", job)
 
 
 if __name__ == "__main__":

@@ -11,7 +11,6 @@ import contextlib
 import hashlib
 import io
 import json
-import logging
 import math
 import os
 import queue
@@ -25,10 +24,12 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from fae_core.errors import UserError
 from pipelines import storage
 from pipelines.config import DataSection, Recipe, TrainingSection
 from pipelines.epoch_order import EpochOrder
 from pipelines.images import ImageRecord, decode_records, read_records
+from pipelines.ray_session import quiet_logs
 from pipelines.tracking import Tracker, flatten
 
 CHECKPOINTS = "checkpoints"
@@ -39,11 +40,11 @@ MAX_KEYS_IN_ERROR = 32
 T = TypeVar("T")
 
 
-class NonFiniteError(RuntimeError):
+class NonFiniteError(UserError, RuntimeError):
     """Loss or gradient is NaN or infinite; the message names the step and the batch's image keys."""
 
 
-class TrainingError(RuntimeError):
+class TrainingError(UserError, RuntimeError):
     """A run that cannot start or went wrong; the message says what to do."""
 
 
@@ -528,8 +529,7 @@ def prepare_worker(device: torch.device) -> None:
     import ray.data
     import ray.train
 
-    for name in ("ray.data", "ray.train"):
-        logging.getLogger(name).setLevel(logging.WARNING)
+    quiet_logs()
     if device.type == "cpu":
         local_workers = ray.train.get_context().get_local_world_size()
         torch.set_num_threads(max(1, (os.cpu_count() or 1) // local_workers))

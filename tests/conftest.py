@@ -34,3 +34,19 @@ def root(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.Mon
     client = boto3.client("s3", endpoint_url=endpoint)
     client.create_bucket(Bucket="bucket")
     return f"s3://bucket/{tmp_path.name}"
+
+
+@pytest.fixture(scope="session")
+def photographs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder of 96 JPEG crops of scikit-image's photographs, 200 to 280 px."""
+    import skimage.data
+    from PIL import Image
+
+    folder = tmp_path_factory.mktemp("photographs")
+    for name in ("astronaut", "chelsea", "coffee", "rocket"):
+        picture = Image.fromarray(getattr(skimage.data, name)())
+        for index in range(24):
+            left, side = index * 4, 200 + index * 4
+            crop = picture.crop((left, index, left + side, index + side))
+            crop.save(folder / f"{name} {index:02d}.jpg", quality=90)
+    return folder

@@ -277,7 +277,7 @@ def test_the_reader_gives_each_row_once_an_epoch_and_the_same_to_any_workers(tmp
         rows = np.concatenate([b.rows for b in whole[epoch * 4 : epoch * 4 + 4]])
         assert sorted(rows) == list(range(24))
     every = np.concatenate([store.read_shard(i)["mean"] for i in range(store.num_shards)])
-    labels = sum((store.read_shard(i)["label"] for i in range(store.num_shards)), [])
+    labels = [label for i in range(store.num_shards) for label in store.read_shard(i)["label"]]
     for step, batch in enumerate(whole):
         assert np.array_equal(batch.latents["mean"], every[batch.rows])
         assert list(batch.labels) == [
