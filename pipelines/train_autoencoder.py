@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+import safetensors.numpy
 import torch
 from omegaconf import OmegaConf
 from torch import Tensor, nn
@@ -28,6 +29,7 @@ from fae_core.autoencoder import AutoencoderConfig, FeatureAutoencoder
 from fae_core.backbone import Backbone, load_backbone
 from fae_core.figures import reconstruction_figure
 from fae_core.latent_stats import ChannelStats
+from fae_core.linear_baseline import Covariance, LinearBaseline
 from pipelines import storage
 from pipelines.command import run_module
 from pipelines.config import Recipe, RecipeError
@@ -196,7 +198,7 @@ def _worker(config: dict[str, Any]) -> None:
     training, validation = split_records(read_plan(run_uri), recipe.data.validation_fraction)
     backbone = load_backbone(recipe.backbone.name, recipe.backbone.weights).to(device)
     if is_first:
-        _save_feature_stats(training, recipe, run_uri, backbone, device)
+        _fit_feature_statistics(training, recipe, run_uri, backbone, device)
     barrier()
     stats = ChannelStats.from_dict(json.loads(storage.read_bytes(_stats_uri(run_uri))))
 
@@ -212,7 +214,10 @@ def _worker(config: dict[str, Any]) -> None:
         terms: dict[str, Tensor] = wrapped(backbone(images), noise)
         return terms
 
-    held_out = _HeldOut(validation, recipe, backbone, device) if validation and is_first else None
+    held_out = None
+    if validation and is_first:
+        arrays = safetensors.numpy.load(storage.read_bytes(_baseline_uri(run_uri)))
+        held_out = _HeldOut(validation, recipe, backbone, device, LinearBaseline(**arrays))
     metrics = run_job(Job(model, loss, held_out), recipe, run_uri, training, config["tracking_uri"])
     if is_first:
         _finish(model, recipe, backbone, run_uri, metrics)
@@ -255,28 +260,36 @@ def _stats_uri(run_uri: str) -> str:
     return storage.join(run_uri, "feature_stats.json")
 
 
-def _save_feature_stats(
+def _baseline_uri(run_uri: str) -> str:
+    return storage.join(run_uri, "linear_baseline.safetensors")
+
+
+def _fit_feature_statistics(
     records: Sequence[ImageRecord],
     recipe: Recipe,
     run_uri: str,
     backbone: Backbone,
     device: torch.device,
 ) -> None:
-    """Exact statistics of the features of the first `statistics_images` training images by key hash."""
-    uri = _stats_uri(run_uri)
-    if storage.exists(uri):
+    """Exact channel statistics, and the linear baseline, of the first `statistics_images` training images by key hash."""
+    if storage.exists(_stats_uri(run_uri)):
         return
     chosen = sorted(records, key=lambda record: (key_hash(record.key), record.key))
     chosen = chosen[: recipe.training.statistics_images]
     print(f"feature statistics over {len(chosen)} images", flush=True)
-    stats = ChannelStats.empty(backbone.dim)
+    stats, covariance = ChannelStats.empty(backbone.dim), Covariance(backbone.dim)
     for images, kept, _ in decoded(_image_batches(chosen, recipe), recipe.data, recipe.image_size):
         if kept:
             features = _features(backbone, torch.from_numpy(np.array(images)).to(device), recipe)
             stats.update(features.cpu().numpy())
+            covariance.update(features.cpu().numpy())
     if not stats.count:
         raise TrainingError(f"None of the first {len(chosen)} training images could be decoded.")
-    storage.write_bytes(uri, json.dumps(stats.to_dict()).encode())
+    baseline = covariance.fit(min(recipe.autoencoder.latent_dim, backbone.dim))
+    arrays = {name: np.ascontiguousarray(value) for name, value in vars(baseline).items()}
+    storage.write_bytes(_baseline_uri(run_uri), safetensors.numpy.save(arrays))
+    # Last: its presence says that both are there.
+    storage.write_bytes(_stats_uri(run_uri), json.dumps(stats.to_dict()).encode())
 
 
 class _HeldOut:
@@ -288,7 +301,10 @@ class _HeldOut:
         recipe: Recipe,
         backbone: Backbone,
         device: torch.device,
+        baseline: LinearBaseline,
     ) -> None:
+        self.baseline = baseline
+        self.baseline_metrics: dict[str, float] = {}
         ordered = sorted(records, key=lambda record: (key_hash(record.key), record.key))
         self.records = ordered[:MAX_VALIDATION_IMAGES]
         self.recipe = recipe
@@ -304,6 +320,7 @@ class _HeldOut:
                 _image_batches(self.records, self.recipe), self.recipe.data, self.recipe.image_size
             )
             self.images = [np.array(images) for images, kept, _ in made if kept]
+            self.baseline_metrics = self._linear_errors()
         if not self.images:
             return {}, None
         squares = cosines = 0.0
@@ -341,7 +358,23 @@ class _HeldOut:
             "active_channels": float(active),
             "num_images": float(num_images),
         }
-        return metrics, figure
+        return metrics | self.baseline_metrics, figure
+
+    def _linear_errors(self) -> dict[str, float]:
+        """The same errors of linear PCA with as many components as the latent has channels."""
+        squares = cosines = 0.0
+        num_tokens = 0
+        for array in self.images or []:
+            images = torch.from_numpy(array).to(self.device)
+            features = _features(self.backbone, images, self.recipe).double().cpu()
+            output = torch.from_numpy(self.baseline.reconstruct(features.numpy()))
+            error = (output - features) / torch.from_numpy(self.baseline.std)
+            squares += error.square().mean(-1).sum().item()
+            cosines += torch.cosine_similarity(output, features, dim=-1).sum().item()
+            num_tokens += features.shape[0] * features.shape[1]
+        if not num_tokens:
+            return {}
+        return {"linear_mse": squares / num_tokens, "linear_cosine": cosines / num_tokens}
 
 
 def main() -> int:
