@@ -1,7 +1,7 @@
 """Pictures of features: the first three principal components as colours, in the manner of DINOv2's figure 1.
 
-`principal_basis` fits one basis for several maps, so that equal colours mean equal features; `reconstruction_figure`
-lays out image, features, latents and reconstruction. Validation and the demo log what these return.
+`principal_basis` fits one basis for several maps, so that equal colours mean equal features; `picture_grid` lays them out.
+Validation, `fae inspect` and the demo show what these return.
 """
 
 from __future__ import annotations
@@ -65,38 +65,58 @@ def pca_map(
     return np.asarray(Image.fromarray(colours).resize(shape, Image.Resampling.NEAREST))
 
 
-def reconstruction_figure(
+def reconstruction_rows(
     images: np.ndarray,
     features: np.ndarray,
     latents: np.ndarray,
     reconstructions: np.ndarray,
     grid: tuple[int, int],
-    titles: Sequence[str] = ("image", "features", "latents", "reconstruction"),
-) -> bytes:
-    """A PNG with one row an image: uint8 images [B, S, S, 3], PCA of features, latents and reconstruction [B, N, *].
+) -> list[list[np.ndarray]]:
+    """A row an image: uint8 [S, S, 3] of `images` [B, S, S, 3], and PCA maps of features, latents, reconstructions [B, N, *].
 
     Features and their reconstruction share one basis, fitted to the features of all rows; latents have their own.
     """
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib.figure import Figure
-
     feature_basis, latent_basis = principal_basis(features), principal_basis(latents)
-    figure = Figure(figsize=(2.0 * len(titles), 2.0 * len(images) + 0.3), layout="constrained")
-    axes = figure.subplots(len(images), len(titles), squeeze=False)
-    for row, image in enumerate(images):
-        cells = (
+    return [
+        [
             image,
             pca_map(features[row], grid, feature_basis),
             pca_map(latents[row], grid, latent_basis),
             pca_map(reconstructions[row], grid, feature_basis),
-        )
-        for axis, cell in zip(axes[row], cells, strict=True):
-            axis.imshow(cell)
+        ]
+        for row, image in enumerate(images)
+    ]
+
+
+def picture_grid(
+    rows: Sequence[Sequence[np.ndarray | None]], titles: Sequence[str], note: str = ""
+) -> bytes:
+    """A PNG of uint8 pictures [H, W, 3] in rows under `titles`, and `note` (several lines) to their right.
+
+    None leaves a cell blank.
+    """
+    from matplotlib.figure import Figure
+
+    aside = 0.47 * max((len(line) for line in note.splitlines()), default=0) / 6.0
+    figure = Figure(
+        figsize=(2.0 * len(titles) + aside, 2.0 * len(rows) + 0.3), layout="constrained"
+    )
+    pictures, *texts = figure.subfigures(
+        1,
+        2 if note else 1,
+        width_ratios=[2.0 * len(titles), aside] if note else None,
+        squeeze=False,
+    )[0]
+    axes = pictures.subplots(len(rows), len(titles), squeeze=False)
+    for row, cells in zip(axes, rows, strict=True):
+        for axis, cell in zip(row, cells, strict=True):
             axis.set_axis_off()
+            if cell is not None:
+                axis.imshow(cell)
     for axis, title in zip(axes[0], titles, strict=True):
         axis.set_title(title, fontsize=10)
+    for text in texts:
+        text.text(0.0, 0.97, note, va="top", fontsize=10, family="monospace", linespacing=1.5)
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=110)
     return buffer.getvalue()

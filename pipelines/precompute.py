@@ -58,13 +58,11 @@ def precompute(recipe: Recipe, show_progress: bool = True) -> dict[str, Any]:
     del records
     storage.write_bytes(storage.join(recipe.output, "recipe.yaml"), written.encode())
     todo = latent_store.missing_shards(recipe.output, plan)
-    if todo:
-        encode_shards(recipe, plan, todo, parts, show_progress)
+    rates = encode_shards(recipe, plan, todo, parts, show_progress) if todo else {}
     errors = list(latent_store.read_errors(recipe.output))
     _check_error_rate(recipe, plan, errors)
-    return latent_store.commit(
-        recipe.output, plan, {"seconds": time.monotonic() - started, "shards_encoded": len(todo)}
-    )
+    run = {"seconds": time.monotonic() - started, "shards_encoded": len(todo), **rates}
+    return latent_store.commit(recipe.output, plan, run)
 
 
 def fingerprint_parts(recipe: Recipe) -> dict[str, str]:
@@ -106,8 +104,11 @@ def build_dataset(recipe: Recipe, todo: list[int], weights: dict[str, str]) -> A
 
 def encode_shards(
     recipe: Recipe, plan: Plan, todo: list[int], weights: dict[str, str], show_progress: bool
-) -> None:
-    """Run the Ray data set over the shards `todo`; stops early once too many images have failed."""
+) -> dict[str, float]:
+    """Run the Ray data set over the shards `todo`; stops early once too many images have failed.
+
+    Returns `images_per_second` from start to end, and from the second shard on as `steady_images_per_second`.
+    """
     start_ray()
     progress = Progress(len(todo), plan.num_images, show_progress)
     errors: list[dict[str, str]] = []
@@ -116,7 +117,7 @@ def encode_shards(
         errors += found
         progress.add(int(row["rows"]), len(found))
         _check_error_rate(recipe, plan, errors)
-    progress.close()
+    return progress.close()
 
 
 def _check_error_rate(recipe: Recipe, plan: Plan, errors: list[dict[str, str]]) -> None:
@@ -315,12 +316,14 @@ class Progress:
         self.num_shards, self.num_images, self.enabled = num_shards, num_images, enabled
         self.shards = self.images = self.errors = 0
         self.started = self.shown = time.monotonic()
+        self.first: tuple[int, float] | None = None
 
     def add(self, rows: int, errors: int) -> None:
         self.shards += 1
         self.images += rows
         self.errors += errors
         now = time.monotonic()
+        self.first = self.first or (self.images, now)
         if sys.stderr.isatty() or now - self.shown > 10:
             self.shown = now
             self._show("\r" if sys.stderr.isatty() else "")
@@ -337,10 +340,17 @@ class Progress:
                 flush=True,
             )
 
-    def close(self) -> None:
+    def close(self) -> dict[str, float]:
+        """Show the last line; the rates in images per second, over all and after the first shard."""
         self._show("\r" if sys.stderr.isatty() else "")
         if self.enabled and sys.stderr.isatty():
             print(file=sys.stderr)
+        now = time.monotonic()
+        rates = {"images_per_second": self.images / max(now - self.started, 1e-9)}
+        if self.first and self.shards > 1:
+            images, since = self.first
+            rates["steady_images_per_second"] = (self.images - images) / max(now - since, 1e-9)
+        return rates
 
 
 def main() -> int:

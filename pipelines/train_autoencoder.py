@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from fae_core import checkpoint
 from fae_core.autoencoder import AutoencoderConfig, FeatureAutoencoder
 from fae_core.backbone import Backbone, load_backbone
-from fae_core.figures import reconstruction_figure
+from fae_core.figures import picture_grid, reconstruction_rows
 from fae_core.latent_stats import ChannelStats
 from fae_core.linear_baseline import Covariance, LinearBaseline
 from pipelines import storage
@@ -51,6 +51,7 @@ from pipelines.training import (
 MAX_VALIDATION_IMAGES = 1024
 EVALUATION_BATCH = 32
 FIGURE_ROWS = 4
+FIGURE_TITLES = ("image", "features", "latents", "reconstruction")
 ACTIVE_KL = 0.01
 """Nats per token above which a latent channel counts as active."""
 
@@ -347,9 +348,10 @@ class _HeldOut:
                 first, codes, rebuilt = (
                     t[:FIGURE_ROWS].float().cpu().numpy() for t in (features, latents, output)
                 )
-                figure = reconstruction_figure(
+                rows = reconstruction_rows(
                     array[:FIGURE_ROWS], first, codes, rebuilt, self.backbone.grid
                 )
+                figure = picture_grid(rows, FIGURE_TITLES)
         active = int((channel_kl / num_tokens > ACTIVE_KL).sum())
         metrics = {
             "mse": squares / num_tokens,

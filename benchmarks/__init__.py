@@ -1,0 +1,1 @@
+"""Benchmarks: one command each; their figures are in docs/benchmarks.md."""

@@ -1,0 +1,132 @@
+"""Images per second of decoding alone, the model alone, and the whole pipeline, on the same images in one run.
+
+    python -m benchmarks.precompute [--images 1000] [KEY=VALUE ...]
+
+The bound on one machine's cores is 1 / (1/decode + 1/model), each measured with all cores; the pipeline's steady rate
+counts from its second shard on, and its start-up is stated apart. Overrides are the recipe's, for example
+precompute.shard_size=128.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import tempfile
+import time
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from benchmarks.environment import describe, write_photographs
+from fae_core import checkpoint
+from fae_core.autoencoder import FeatureAutoencoder
+from fae_core.backbone import load_backbone
+from pipelines.config import Recipe, load_recipe
+from pipelines.images import ImageRecord, decode_records, list_images, read_records
+from pipelines.precompute import Encoder, precompute
+from pipelines.ray_session import start_ray
+from pipelines.train_autoencoder import autoencoder_config
+
+MODEL_IMAGES = 192
+
+
+def decode(work: tuple[list[ImageRecord], Recipe]) -> np.ndarray:
+    """The crops of some records; runs in a process of its own."""
+    records, recipe = work
+    blobs = read_records(records, recipe.data)
+    return decode_records(records, blobs, recipe.image_size, recipe.data.max_pixels)[0]
+
+
+def decode_only(recipe: Recipe) -> tuple[float, np.ndarray]:
+    """(images per second on all cores, some crops for the model's turn)."""
+    records = list_images(recipe.data)
+    size = recipe.precompute.shard_size
+    parts = [(records[i : i + size], recipe) for i in range(0, len(records), size)]
+    with ProcessPoolExecutor(os.cpu_count()) as pool:
+        list(pool.map(decode, parts[: os.cpu_count()]))  # processes start and import here
+        started = time.perf_counter()
+        # Only counts come back: sending pixels between processes is the pipeline's cost, not decoding's.
+        count = sum(pool.map(count_decoded, parts))
+        seconds = time.perf_counter() - started
+    return count / seconds, decode((records[:MODEL_IMAGES], recipe))
+
+
+def count_decoded(work: tuple[list[ImageRecord], Recipe]) -> int:
+    """How many crops `decode` makes."""
+    return len(decode(work))
+
+
+def model_only(recipe: Recipe, crops: np.ndarray) -> float:
+    """Images per second of a plain loop over crops in memory, with all cores' threads."""
+    torch.set_num_threads(recipe.precompute.threads_per_actor or os.cpu_count() or 1)
+    encoder = Encoder.of(recipe)
+    size = recipe.precompute.batch_size
+    encoder.encode(crops[:size], size)
+    started = time.perf_counter()
+    encoder.encode(crops, size)
+    return len(crops) / (time.perf_counter() - started)
+
+
+def save_untrained(recipe: Recipe, path: Path) -> None:
+    """An autoencoder of the recipe's sizes with random weights: its speed is a trained one's."""
+    backbone = load_backbone(recipe.backbone.name, recipe.backbone.weights)
+    model = FeatureAutoencoder(autoencoder_config(recipe, backbone))
+    fingerprints = {
+        "backbone": f"{recipe.backbone.name}:{backbone.weights_sha256}",
+        "image_size": str(recipe.image_size),
+    }
+    checkpoint.save(path, model, fingerprints)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
+    parser.add_argument("--images", type=int, default=1000)
+    parser.add_argument("--recipe", default="photos-dinov2s")
+    parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE")
+    arguments = parser.parse_args()
+    with tempfile.TemporaryDirectory() as folder:
+        work = Path(folder)
+        places = [
+            f"data.path={work / 'images'}",
+            f"autoencoder.checkpoint={work / 'autoencoder.safetensors'}",
+            f"output={work / 'store'}",
+        ]
+        recipe = load_recipe(arguments.recipe, [*places, *arguments.overrides])
+        write_photographs(work / "images", arguments.images)
+        save_untrained(recipe, work / "autoencoder.safetensors")
+        decode_rate, crops = decode_only(recipe)
+        before = model_only(recipe, crops)
+        start_ray()
+        started = time.perf_counter()
+        manifest = precompute(recipe)
+        seconds = time.perf_counter() - started
+        import ray
+
+        ray.shutdown()
+        after = model_only(recipe, crops)
+    model_rate = max(before, after)
+    bound = 1 / (1 / decode_rate + 1 / model_rate)
+    steady = manifest["run"]["steady_images_per_second"]
+    startup = seconds - arguments.images / steady
+    print(f"\n{describe()}")
+    print(f"{arguments.images} images, {recipe.backbone.name}, {recipe.precompute.precision}, "
+          f"shards of {recipe.precompute.shard_size}, batches of {recipe.precompute.batch_size}\n")  # fmt: skip
+    print("| what | images/s | of the bound |\n|---|---|---|")
+    print(f"| decode and crop alone, all cores | {decode_rate:.1f} | |")
+    print(
+        f"| model alone, all cores (before, after: {before:.2f}, {after:.2f}) | {model_rate:.2f} | |"
+    )
+    print(f"| bound: both, one after the other | {bound:.2f} | 1 |")
+    print(f"| pipeline, steady | {steady:.2f} | {steady / bound:.3f} |")
+    print(f"| pipeline, with {startup:.1f} s of start-up | {arguments.images / seconds:.2f} | {arguments.images / seconds / bound:.3f} |")  # fmt: skip
+
+
+if __name__ == "__main__":
+    # Under its own name, so that processes find `decode`.
+    from benchmarks.precompute import main as _main
+
+    _main()

