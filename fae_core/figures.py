@@ -97,7 +97,7 @@ def picture_grid(
     """
     from matplotlib.figure import Figure
 
-    aside = 0.47 * max((len(line) for line in note.splitlines()), default=0) / 6.0
+    aside = 0.1 * max((len(line) for line in note.splitlines()), default=-4) + 0.4
     figure = Figure(
         figsize=(2.0 * len(titles) + aside, 2.0 * len(rows) + 0.3), layout="constrained"
     )

@@ -30,7 +30,7 @@ from pipelines.config import Recipe, RecipeError, load_recipe
 from pipelines.images import SourceError
 from pipelines.latent_reader import LatentStore
 from pipelines.latent_store import StoreMismatch
-from pipelines.precompute import Encoder, TooManyErrors, build_dataset, precompute
+from pipelines.precompute import Encoder, Progress, TooManyErrors, build_dataset, precompute
 from pipelines.train_autoencoder import autoencoder_config
 
 ROOT = Path(__file__).parents[2]
@@ -453,3 +453,14 @@ def test_from_s3_to_s3_gives_the_local_latents(
         client.get_object(Bucket="pipeline", Key="store/manifest.json")["Body"].read()
     )
     assert [e["etag"] for e in manifest["shards"]] == [e["etag"] for e in local.manifest["shards"]]
+
+
+def test_the_steady_rate_leaves_out_start_up_and_the_end():
+    progress = Progress(num_shards=12, num_images=120, enabled=False)
+    for index in range(12):
+        late = 50.0 if index == 0 else 100.0 + index * 2.0
+        progress.add(10, 0, late)
+    assert progress.close()["steady_images_per_second"] == pytest.approx(5.0)
+    few = Progress(num_shards=2, num_images=20, enabled=False)
+    few.add(10, 0, 1.0)
+    assert "steady_images_per_second" not in few.close()

@@ -1,0 +1,54 @@
+"""The front door: help that teaches, recipes that are printed, mistakes that are explained."""
+
+import subprocess
+import sys
+
+import pytest
+from typer.testing import CliRunner
+
+from fae import app
+from pipelines.config import load_recipe, recipe_names
+
+
+def fae(*arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "fae", *arguments], capture_output=True, text=True, check=False
+    )
+
+
+@pytest.mark.parametrize(
+    ("arguments", "word"),
+    [
+        ([], "precompute"),
+        (["precompute", "--help"], "autoencoder.checkpoint="),
+        (["train", "autoencoder", "--help"], "run=first"),
+        (["inspect", "--help"], "--verify"),
+        (["demo", "--help"], "--output"),
+    ],
+)
+def test_help_teaches(arguments, word):
+    assert word in CliRunner().invoke(app, arguments).output
+
+
+@pytest.mark.parametrize("name", recipe_names())
+def test_what_is_printed_is_the_recipe_again(name, tmp_path):
+    result = CliRunner().invoke(app, ["precompute", name, "seed=7", "--print-config"])
+    (tmp_path / "printed.yaml").write_text(result.output)
+    assert load_recipe(str(tmp_path / "printed.yaml")) == load_recipe(name, ["seed=7"])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["precompute", "photos-dinov2"], "Did you mean 'photos-dinov2s'?"),
+        (["precompute", "photos-dinov2s", "data.pth=x"], "Did you mean 'data.path'?"),
+        (["precompute", "photos-dinov2s", "autoencoder.latent_dim=none"], "autoencoder.latent_dim: given 'none'"),
+        (["precompute", "photos-dinov2s", "data.path=/nowhere", "output=x", "autoencoder.checkpoint=y"], "/nowhere"),
+        (["train", "autoencoder", "photos-dinov2s"], "run=NAME"),
+        (["inspect", "/nowhere"], "holds no latent store"),
+    ],
+)  # fmt: skip
+def test_a_mistake_is_explained_without_a_traceback(arguments, message):
+    result = fae(*arguments)
+    assert result.returncode == 2 and message in result.stderr
+    assert "Traceback" not in result.stderr
