@@ -7,6 +7,7 @@ processes. Presets name the encoders of arXiv 2512.07829 (DINOv2 and SigLIP2) an
 from __future__ import annotations
 
 import difflib
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -106,13 +107,26 @@ class Backbone(nn.Module):
             raise ValueError(
                 f"Expected uint8 images [B, S, S, 3], not {images.dtype} {tuple(images.shape)}."
             )
-        x = images.permute(0, 3, 1, 2).float() / 255.0
+        return self.normalise(images.permute(0, 3, 1, 2).float() / 255.0)
+
+    def normalise(self, x: Tensor) -> Tensor:
+        """The model's input [B, 3, size, size] of images [B, 3, S, S] float32 in [0, 1], differentiably."""
         if x.shape[-1] != self.spec.image_size or x.shape[-2] != self.spec.image_size:
             size = (self.spec.image_size, self.spec.image_size)
             x = F.interpolate(x, size, mode="bicubic", antialias=True, align_corners=False).clamp(
                 0.0, 1.0
             )
         return (x - self.mean) / self.std
+
+    def intermediate(self, images: Tensor, blocks: Sequence[int]) -> list[Tensor]:
+        """Patch tokens [B, N, D] after each of `blocks` (from 0) of images [B, 3, S, S] float32 in [0, 1].
+
+        Differentiable in the images: perceptual distances and discriminators look through here.
+        """
+        tokens: list[Tensor] = self.model.forward_intermediates(
+            self.normalise(images), indices=list(blocks), output_fmt="NLC", intermediates_only=True
+        )
+        return tokens
 
     @torch.no_grad()
     def tokens(self, images: Tensor) -> tuple[Tensor, Tensor | None]:

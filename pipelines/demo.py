@@ -45,13 +45,14 @@ CROPS_EACH = 20
 SMALLEST_CROP = 0.4
 FIGURE_ROWS = 4
 SETTINGS = (
-    "training.steps=150",
-    "training.batch_size=8",
-    "training.warmup_steps=15",
+    "autoencoder.decoder.depth=2",
+    "training.steps=320",
+    "training.learning_rate=1.5e-3",
+    "training.warmup_steps=30",
     "training.statistics_images=128",
-    "training.log_every=25",
+    "training.log_every=40",
     "training.validate_every=1000",
-    "training.checkpoint_every=50",
+    "training.checkpoint_every=80",
     "data.validation_fraction=0.15",
 )
 

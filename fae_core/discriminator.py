@@ -1,0 +1,177 @@
+"""What judges the pixel decoder: a patch discriminator on pixels, or small heads on a frozen backbone's features.
+
+The first is a PatchGAN with blurred downsampling, as in TA-TiTok and ml-starflow; the second follows the projected
+discriminators of StyleGAN-T and RAE. Both return logits for many places of an image; hinge losses average them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.nn.utils.parametrizations import spectral_norm
+
+from fae_core.backbone import Backbone
+
+
+class BlurDownsample(nn.Module):
+    """Halves height and width after the binomial filter [1, 3, 3, 1], which keeps high frequencies from aliasing."""
+
+    kernel: Tensor
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        row = torch.tensor([1.0, 3.0, 3.0, 1.0])
+        kernel = row[:, None] * row
+        self.register_buffer(
+            "kernel", (kernel / kernel.sum()).expand(channels, 1, 4, 4).clone(), False
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.pad(x, (1, 1, 1, 1), mode="reflect")
+        return F.conv2d(x, self.kernel.to(x.dtype), stride=2, groups=len(self.kernel))
+
+
+class PatchDiscriminator(nn.Module):
+    """Logits [B, places] of images [B, 3, S, S] in [0, 1]; `widths` are the stages' channels."""
+
+    def __init__(self, widths: Sequence[int] = (128, 256, 512), stem: int = 128) -> None:
+        super().__init__()
+        layers: list[nn.Module] = [nn.Conv2d(3, stem, 5, padding=2), nn.LeakyReLU(0.1)]
+        channels = stem
+        for width in widths:
+            layers += [
+                nn.Conv2d(channels, width, 3, padding=1),
+                BlurDownsample(width),
+                nn.GroupNorm(min(32, width // 4), width),
+                nn.LeakyReLU(0.1),
+            ]
+            channels = width
+        layers += [
+            nn.AdaptiveMaxPool2d(16),
+            nn.Conv2d(channels, channels, 1),
+            nn.LeakyReLU(0.1),
+            nn.Conv2d(channels, 1, 5, padding=2),
+        ]
+        self.layers = nn.Sequential(*layers)
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.layers(images * 2.0 - 1.0).flatten(1)
+
+
+class FeatureDiscriminator(nn.Module):
+    """Logits [B, heads*N] from spectrally normalised heads on the block outputs of a frozen backbone.
+
+    The backbone is given at each call and is no part of the module, so checkpoints hold the heads alone. `blocks` are
+    the depths whose tokens [B, N, D] are judged.
+    """
+
+    def __init__(
+        self, dim: int, grid: tuple[int, int], blocks: Sequence[int] = (2, 5, 8, 11)
+    ) -> None:
+        super().__init__()
+        self.blocks = tuple(blocks)
+        self.grid = grid
+        self.heads = nn.ModuleList(
+            nn.Sequential(
+                spectral_norm(nn.Conv2d(dim, dim // 2, 1)),
+                nn.GroupNorm(1, dim // 2),
+                nn.LeakyReLU(0.2),
+                spectral_norm(nn.Conv2d(dim // 2, dim // 2, 3, padding=1)),
+                nn.GroupNorm(1, dim // 2),
+                nn.LeakyReLU(0.2),
+                spectral_norm(nn.Conv2d(dim // 2, 1, 1)),
+            )
+            for _ in self.blocks
+        )
+
+    def forward(self, features: Sequence[Tensor]) -> Tensor:
+        height, width = self.grid
+        logits = [
+            head(x.transpose(1, 2).unflatten(2, (height, width))).flatten(1)
+            for head, x in zip(self.heads, features, strict=True)
+        ]
+        return torch.cat(logits, dim=1)
+
+
+class LeCam(nn.Module):
+    """LeCam regularisation (arXiv 2104.03310) with running means of the logits; zero before the first update."""
+
+    real: Tensor
+    fake: Tensor
+
+    def __init__(self, decay: float = 0.999) -> None:
+        super().__init__()
+        self.decay = decay
+        self.register_buffer("real", torch.zeros(()))
+        self.register_buffer("fake", torch.zeros(()))
+
+    def forward(self, real_logits: Tensor, fake_logits: Tensor) -> Tensor:
+        """The penalty (0-dim) against the running means, which are then moved towards this batch."""
+        real, fake = real_logits.float().mean(), fake_logits.float().mean()
+        penalty = F.relu(real - self.fake).square() + F.relu(self.real - fake).square()
+        with torch.no_grad():
+            self.real.lerp_(real.detach(), 1.0 - self.decay)
+            self.fake.lerp_(fake.detach(), 1.0 - self.decay)
+        return penalty
+
+
+class Discriminator(nn.Module):
+    """A judge with its LeCam state: `kind` is `patch` (pixels) or `backbone` (a frozen backbone's features).
+
+    `forward(images, backbone)` returns logits [B, places]; the backbone is used by the second kind only.
+    """
+
+    def __init__(
+        self,
+        kind: str,
+        dim: int = 0,
+        grid: tuple[int, int] = (16, 16),
+        blocks: Sequence[int] = (2, 5, 8, 11),
+    ) -> None:
+        super().__init__()
+        self.kind = kind
+        if kind == "patch":
+            self.judge: nn.Module = PatchDiscriminator()
+        elif kind == "backbone":
+            self.judge = FeatureDiscriminator(dim, grid, blocks)
+        else:
+            raise ValueError(f"Discriminator {kind!r} is neither patch nor backbone.")
+        self.lecam = LeCam()
+
+    def forward(self, images: Tensor, backbone: Backbone) -> Tensor:
+        if self.kind == "patch":
+            return self.judge(images)
+        judge: Any = self.judge
+        return judge(backbone.intermediate(images, judge.blocks))
+
+
+def discriminator_loss(real_logits: Tensor, fake_logits: Tensor) -> Tensor:
+    """Hinge loss, 0-dim: half of mean relu(1 - real) + mean relu(1 + fake)."""
+    real, fake = real_logits.float(), fake_logits.float()
+    return 0.5 * (F.relu(1.0 - real).mean() + F.relu(1.0 + fake).mean())
+
+
+def augment(images: Tensor, draws: Tensor) -> Tensor:
+    """DiffAugment (arXiv 2006.10738) of images [B, 3, S, S] by uniform `draws` [B, 5] in [0, 1], differentiably.
+
+    Brightness ±0.5, saturation x[0, 2], contrast x[0.5, 1.5], and a shift of up to an eighth, zeros coming in.
+    """
+    brightness, saturation, contrast = (draws[:, i].view(-1, 1, 1, 1) for i in range(3))
+    x = images + (brightness - 0.5)
+    grey = x.mean(dim=1, keepdim=True)
+    x = (x - grey) * (2.0 * saturation) + grey
+    mean = x.mean(dim=(1, 2, 3), keepdim=True)
+    x = (x - mean) * (contrast + 0.5) + mean
+    size, reach = images.shape[-1], images.shape[-1] // 8
+    offsets = (draws[:, 3:] * (2 * reach + 1)).floor().clamp(max=2 * reach).long()
+    padded = F.pad(x, (reach, reach, reach, reach))
+    along = torch.arange(size, device=images.device)
+    rows = (offsets[:, 0, None] + along)[:, None, :, None]
+    columns = (offsets[:, 1, None] + along)[:, None, None, :]
+    batch = torch.arange(len(images), device=images.device).view(-1, 1, 1, 1)
+    channels = torch.arange(3, device=images.device).view(1, -1, 1, 1)
+    return padded[batch, channels, rows, columns]

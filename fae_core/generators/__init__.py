@@ -1,0 +1,1 @@
+"""What trains on frozen latents: a diffusion transformer and a normalizing flow."""

@@ -1,0 +1,281 @@
+"""STARFlow: a normalizing flow of causal transformers on latents (arXiv 2506.06276, on TARFlow, arXiv 2412.06329).
+
+Each block turns tokens x into z_i = (x_i - mu_i(x_<i)) / sigma_i(x_<i) and reads them in the direction opposite to its
+neighbour's. All but one are shallow and stand on the data's side; the deep one stands next to the noise and alone
+knows the class. The likelihood is exact; sampling inverts block by block, token by token, with cached keys and values.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from timm.layers import Mlp
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint as recompute
+
+from fae_core.layers import apply_rope, init_linear, rope_table, split_heads
+
+HEAD_DIM = 64
+SOFTPLUS_ONE = math.log(math.e - 1.0)
+"""softplus of this is 1: a raw output of 0 means sigma = 1."""
+LATENT_PENALTY = 1e-4
+"""Weight of the mean square of every block's output but the last (STARFlow, appendix B.2)."""
+
+SIZES: dict[str, tuple[int, tuple[int, ...]]] = {
+    "S": (384, (2, 2, 8)),
+    "B": (512, (2, 2, 2, 12)),
+    "M": (768, (2, 2, 2, 12)),
+    "L": (1024, (2, 2, 2, 16)),
+    "XL": (2048, (2, 2, 2, 2, 2, 18)),
+}
+"""Width and layers per block, data side first. XL is the paper's for ImageNet, 1.41 B; the smaller are ours."""
+
+
+@dataclass(frozen=True)
+class StarFlowConfig:
+    """Shape of a StarFlow. `grid` is the latent's height and width; every cell is a token (patch 1)."""
+
+    latent_dim: int
+    grid: tuple[int, int]
+    width: int = 2048
+    layers: tuple[int, ...] = (2, 2, 2, 2, 2, 18)
+    """Layers of each block from the data to the noise; the last one is the deep, conditional block."""
+    num_classes: int = 1000
+    label_dropout: float = 0.1
+    """Share of training labels replaced by the null class; the paper gives it for text only."""
+    noise_std: float = 0.3
+    """Gaussian noise on training latents, in their own units; the paper's for SD-VAE. For FAE not given."""
+    soft_clip: float = 4.0
+    """Raw outputs r become a·tanh(r/a)."""
+    checkpoint_activations: bool = False
+
+    @classmethod
+    def preset(
+        cls, size: str, latent_dim: int, grid: tuple[int, int], **changes: object
+    ) -> StarFlowConfig:
+        """The flow of size S, B, M, L or XL. Raises ValueError for another."""
+        if size not in SIZES:
+            raise ValueError(f"No STARFlow size {size!r}; there are {', '.join(SIZES)}.")
+        width, layers = SIZES[size]
+        return cls(latent_dim, grid, **{"width": width, "layers": layers, **changes})  # type: ignore[arg-type]
+
+
+class CausalLayer(nn.Module):
+    """Pre-LayerNorm causal transformer layer; with a cache it takes only the new positions."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.num_heads = width // HEAD_DIM
+        self.norm_attention = nn.LayerNorm(width)
+        self.qkv = nn.Linear(width, 3 * width)
+        self.output = nn.Linear(width, width)
+        self.norm_mlp = nn.LayerNorm(width)
+        self.mlp = Mlp(width, 4 * width)
+
+    def forward(
+        self, x: Tensor, cos: Tensor, sin: Tensor, cache: list[Tensor] | None = None
+    ) -> Tensor:
+        q, k, v = split_heads(self.qkv(self.norm_attention(x)), self.num_heads)
+        q, k = apply_rope(q, cos, sin), apply_rope(k, cos, sin)
+        causal = True
+        if cache is not None:
+            causal = not cache
+            if cache:
+                k, v = torch.cat([cache[0], k], dim=2), torch.cat([cache[1], v], dim=2)
+            cache[:] = [k, v]
+        attended = F.scaled_dot_product_attention(q, k, v, is_causal=causal)
+        x = x + self.output(attended.transpose(1, 2).flatten(2))
+        return x + self.mlp(self.norm_mlp(x))
+
+
+class FlowBlock(nn.Module):
+    """One autoregressive affine map of tokens [B, N, C] in raster order; `flip` is the caller's business.
+
+    The network sees [class prefix,] start token, x_1 .. x_{N-1}; its output at a place parametrises the token that comes
+    next, whose position that place carries.
+    """
+
+    rope_cos: Tensor
+    rope_sin: Tensor
+
+    def __init__(self, config: StarFlowConfig, depth: int, conditional: bool) -> None:
+        super().__init__()
+        width, channels = config.width, config.latent_dim
+        if width % HEAD_DIM:
+            raise ValueError(f"STARFlow's width {width} is not a multiple of {HEAD_DIM}.")
+        self.soft_clip = config.soft_clip
+        self.checkpoint_activations = config.checkpoint_activations
+        self.start = nn.Parameter(torch.randn(1, 1, channels))
+        self.input = nn.Linear(channels, width)
+        self.prefix = nn.Linear(config.num_classes + 1, width) if conditional else None
+        self.layers = nn.ModuleList(CausalLayer(width) for _ in range(depth))
+        self.norm = nn.RMSNorm(width, eps=1e-6)
+        self.output = nn.Linear(width, 2 * channels)
+        cos, sin = rope_table(HEAD_DIM, config.grid)
+        if conditional:  # the class shares the first position
+            cos, sin = torch.cat([cos[:1], cos]), torch.cat([sin[:1], sin])
+        self.register_buffer("rope_cos", cos, persistent=False)
+        self.register_buffer("rope_sin", sin, persistent=False)
+        self.apply(init_linear)
+        # The released code leaves this bias random; at zero the block starts as the identity exactly.
+        nn.init.zeros_(self.output.weight)
+
+    def embed(self, tokens: Tensor, labels: Tensor | None) -> Tensor:
+        """Network inputs of the places before `tokens` [B, n, C] ends: [prefix,] start, then the tokens given."""
+        start = self.start.expand(len(tokens), -1, -1)
+        x = self.input(torch.cat([start, tokens], dim=1))
+        if self.prefix is None:
+            return x
+        assert labels is not None
+        one_hot = F.one_hot(labels, self.prefix.in_features).to(x.dtype)
+        return torch.cat([self.prefix(one_hot)[:, None], x], dim=1)
+
+    def run(self, x: Tensor, place: int, caches: Sequence[list[Tensor]] | None) -> Tensor:
+        """Hidden states of x [B, n, width], which stand at `place` and after it."""
+        cos, sin = (
+            self.rope_cos[place : place + x.shape[1]],
+            self.rope_sin[place : place + x.shape[1]],
+        )
+        for index, layer in enumerate(self.layers):
+            if self.checkpoint_activations and self.training:
+                x = recompute(layer, x, cos, sin, use_reentrant=False)
+            else:
+                x = layer(x, cos, sin, None if caches is None else caches[index])
+        return self.norm(x)
+
+    def affine(self, hidden: Tensor) -> tuple[Tensor, Tensor]:
+        """mu and sigma [B, n, C], float32, of hidden states [B, n, width]."""
+        with torch.autocast(hidden.device.type, enabled=False):
+            raw = F.linear(hidden.float(), self.output.weight.float(), self.output.bias.float())
+            raw = self.soft_clip * torch.tanh(raw / self.soft_clip)
+            mean, scale = raw.chunk(2, dim=-1)
+            return mean, F.softplus(scale + SOFTPLUS_ONE)
+
+    def forward(self, x: Tensor, labels: Tensor | None) -> tuple[Tensor, Tensor]:
+        """(z, log sigma), each float32 [B, N, C]."""
+        hidden = self.run(self.embed(x[:, :-1], labels), 0, None)
+        mean, std = self.affine(hidden[:, -x.shape[1] :])
+        return (x.float() - mean) / std, std.log()
+
+    def inverse(
+        self, z: Tensor, labels: Tensor | None, null: Tensor | None = None, guidance: float = 0.0
+    ) -> Tensor:
+        """Tokens x [B, N, C] of z, one after the other; with `null` labels guided by `guidance` (omega, 0 is none)."""
+        guided = null is not None and guidance != 0.0
+        if guided:
+            assert labels is not None and null is not None
+            labels = torch.cat([labels, null])
+        caches: list[list[Tensor]] = [[] for _ in self.layers]
+        batch = 2 * len(z) if guided else len(z)
+        entering = self.embed(z.new_zeros(batch, 0, z.shape[2]), labels)
+        place = 0
+        tokens: list[Tensor] = []
+        for index in range(z.shape[1]):
+            hidden = self.run(entering, place, caches)
+            place += entering.shape[1]
+            mean, std = self.affine(hidden[:, -1:])
+            if guided:
+                mean, std = guide(*mean.chunk(2), *std.chunk(2), guidance)
+            token = mean + std * z[:, index : index + 1].float()
+            tokens.append(token)
+            entering = self.input(torch.cat([token, token]) if guided else token)
+        return torch.cat(tokens, dim=1)
+
+
+def guide(
+    mean: Tensor, null_mean: Tensor, std: Tensor, null_std: Tensor, omega: float
+) -> tuple[Tensor, Tensor]:
+    """STARFlow's guidance (eq. 9): the Gaussian whose score is extrapolated, with the variances' ratio clipped to 1."""
+    ratio = (std / null_std).square().clamp(0.0, 1.0)
+    divisor = 1.0 + omega - omega * ratio
+    return mean + omega * ratio / divisor * (mean - null_mean), std / divisor.sqrt()
+
+
+class StarFlow(nn.Module):
+    """Exact log-likelihood of latents [B, C, H, W] and, by inversion, samples of them."""
+
+    def __init__(self, config: StarFlowConfig) -> None:
+        super().__init__()
+        self.config = config
+        last = len(config.layers) - 1
+        self.blocks = nn.ModuleList(
+            FlowBlock(config, depth, conditional=index == last)
+            for index, depth in enumerate(config.layers)
+        )
+
+    @property
+    def null_class(self) -> int:
+        """The label that stands for no class."""
+        return self.config.num_classes
+
+    def forward(self, latents: Tensor, labels: Tensor) -> dict[str, Tensor]:
+        """Noise-side tokens `z` [B, N, C], `log_det` [B] (of dz/dx) and `penalty`, the mean squares between blocks."""
+        x = latents.flatten(2).transpose(1, 2)
+        log_det = x.new_zeros(len(x), dtype=torch.float32)
+        penalty = x.new_zeros((), dtype=torch.float32)
+        for index, block in enumerate(self.blocks):
+            if index:
+                penalty = penalty + x.float().square().mean()
+            flipped = index % 2 == 1
+            z, log_std = block(x.flip(1) if flipped else x, labels if block.prefix else None)
+            x = z.flip(1) if flipped else z
+            log_det = log_det - log_std.sum(dim=(1, 2))
+        return {"z": x, "log_det": log_det, "penalty": penalty}
+
+    def log_likelihood(self, latents: Tensor, labels: Tensor) -> Tensor:
+        """Natural logarithm of the density [B] of latents [B, C, H, W]."""
+        output = self(latents, labels)
+        return _log_density(output)
+
+    @torch.no_grad()
+    def sample(self, noise: Tensor, labels: Tensor, guidance: float = 0.0) -> Tensor:
+        """Latents [B, C, H, W] of standard normal noise of that shape; `guidance` (omega) acts in the deep block alone.
+
+        In float32 whatever the surroundings, because an inverse in bf16 is not one.
+        """
+        height, width = noise.shape[2:]
+        null = torch.full_like(labels, self.null_class)
+        with torch.autocast(noise.device.type, enabled=False):
+            x = noise.float().flatten(2).transpose(1, 2)
+            for index in reversed(range(len(self.blocks))):
+                block = self.blocks[index]
+                assert isinstance(block, FlowBlock)
+                z = x.flip(1) if index % 2 else x
+                tokens = (
+                    block.inverse(z, labels, null, guidance)
+                    if block.prefix
+                    else block.inverse(z, None)
+                )
+                x = tokens.flip(1) if index % 2 else tokens
+        return x.transpose(1, 2).unflatten(2, (height, width))
+
+    def denoise(self, latents: Tensor, labels: Tensor) -> Tensor:
+        """Tweedie's estimate x + noise_std²·grad log p(x) [B, C, H, W] of the latents before training's noise."""
+        with torch.enable_grad(), torch.autocast(latents.device.type, enabled=False):
+            x = latents.detach().float().requires_grad_(True)
+            (score,) = torch.autograd.grad(self.log_likelihood(x, labels).sum(), x)
+        return (latents + self.config.noise_std**2 * score).detach()
+
+
+def _log_density(output: dict[str, Tensor]) -> Tensor:
+    z = output["z"]
+    normal = -0.5 * (z.square() + math.log(2.0 * math.pi)).sum(dim=(1, 2))
+    return normal + output["log_det"]
+
+
+def flow_loss(
+    model: nn.Module, latents: Tensor, noise: Tensor, labels: Tensor, noise_std: float
+) -> dict[str, Tensor]:
+    """0-dim `loss` (nats per dimension without ½ln 2π, plus the penalty) and `bits_per_dim` of noised latents.
+
+    Bits per dimension are those of a density: they may be negative. With fresh noise of `noise_std` the expected
+    negative log-likelihood cannot be under the noise's own entropy, ½ln(2πe) + ln(noise_std) nats per dimension.
+    """
+    output = model(latents + noise_std * noise, labels)
+    nll = -_log_density(output).mean() / output["z"][0].numel()
+    loss = nll - 0.5 * math.log(2.0 * math.pi) + LATENT_PENALTY * output["penalty"]
+    return {"loss": loss, "bits_per_dim": (nll / math.log(2.0)).detach()}

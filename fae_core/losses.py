@@ -1,0 +1,124 @@
+"""The pixel decoder's losses: pixel error, perceptual distance, and the adversarial terms with their weights.
+
+The paper says reconstruction, perceptual and adversarial "following" TiTok (arXiv 2512.07829, eq. 4.2) and no weight;
+the defaults in the recipe are ml-starflow's, which are TA-TiTok's.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from fae_core.backbone import Backbone
+from fae_core.errors import UserError
+
+
+def pixel_error(output: Tensor, target: Tensor, kind: str) -> Tensor:
+    """Mean absolute (`l1`) or squared (`l2`) error, 0-dim."""
+    if kind == "l1":
+        return F.l1_loss(output, target)
+    if kind == "l2":
+        return F.mse_loss(output, target)
+    raise ValueError(f"Pixel loss {kind!r} is neither l1 nor l2.")
+
+
+class BackboneDistance(nn.Module):
+    """Perceptual distance [B] of images [B, 3, S, S] in [0, 1] by a frozen backbone: no download beyond its weights.
+
+    LPIPS's form without its learned weights: tokens of a few blocks scaled to unit length, squared difference summed
+    over channels, averaged over tokens and blocks; between 0 and 4.
+    """
+
+    def __init__(self, backbone: Backbone, num_taps: int = 4) -> None:
+        super().__init__()
+        self._backbone = [
+            backbone
+        ]  # in a list, so that it is no submodule: never trained, never saved
+        depth = len(backbone.model.blocks)
+        self.blocks = [depth * (i + 1) // num_taps - 1 for i in range(num_taps)]
+
+    def forward(self, output: Tensor, target: Tensor) -> Tensor:
+        backbone = self._backbone[0]
+        with torch.no_grad():
+            wanted = backbone.intermediate(target, self.blocks)
+        total = output.new_zeros(len(output))
+        for a, b in zip(backbone.intermediate(output, self.blocks), wanted, strict=True):
+            difference = F.normalize(a.float(), dim=-1) - F.normalize(b.float(), dim=-1)
+            total = total + difference.square().sum(-1).mean(-1)
+        return total / len(self.blocks)
+
+
+def lpips_distance() -> nn.Module:
+    """The package `lpips` with VGG-16, frozen. Raises UserError where the package or its weights are missing."""
+    try:
+        import lpips
+    except ImportError:
+        raise UserError(
+            "losses.perceptual=lpips needs the package lpips: pip install 'fae-ray[lpips]'. "
+            "losses.perceptual=backbone needs nothing."
+        ) from None
+    try:
+        network: Any = lpips.LPIPS(net="vgg", verbose=False)
+    except OSError as error:
+        raise UserError(
+            f"lpips could not load VGG-16's weights, which torchvision downloads ({error}). Put "
+            "vgg16-397923af.pth into torch's hub folder, or use losses.perceptual=backbone."
+        ) from None
+    return network.eval().requires_grad_(False)
+
+
+def adaptive_weight(
+    reconstruction: Tensor, adversarial: Tensor, last_layer: Tensor, largest: float = 1e4
+) -> Tensor:
+    """‖∂reconstruction/∂W‖ / ‖∂adversarial/∂W‖ at the last layer W (VQGAN; constants of RAE's code), detached."""
+    (by_reconstruction,) = torch.autograd.grad(reconstruction, last_layer, retain_graph=True)
+    (by_adversary,) = torch.autograd.grad(adversarial, last_layer, retain_graph=True)
+    ratio = by_reconstruction.norm() / (by_adversary.norm() + 1e-6)
+    return ratio.clamp(0.0, largest).detach()
+
+
+def psnr(output: Tensor, target: Tensor) -> Tensor:
+    """Peak signal-to-noise ratio [B] in dB of images in [0, 1]."""
+    error = (output - target).float().square().flatten(1).mean(1)
+    return -10.0 * torch.log10(error.clamp_min(1e-12))
+
+
+def ssim(output: Tensor, target: Tensor) -> Tensor:
+    """Structural similarity [B] of images [B, 3, S, S] in [0, 1]: Gaussian window of 11, sigma 1.5, mean over channels.
+
+    Wang et al. 2004; equal to scikit-image's with gaussian_weights, sigma 1.5 and use_sample_covariance=False.
+    """
+    positions = torch.arange(11, dtype=torch.float32, device=output.device) - 5
+    window = torch.exp(-(positions**2) / (2 * 1.5**2))
+    window = window / window.sum()
+
+    def blur(x: Tensor) -> Tensor:
+        kernel = window.expand(3, 1, 11)
+        return F.conv2d(F.conv2d(x, kernel[..., None], groups=3), kernel[:, :, None], groups=3)
+
+    x, y = output.float(), target.float()
+    mean_x, mean_y = blur(x), blur(y)
+    variance_x = blur(x * x) - mean_x.square()
+    variance_y = blur(y * y) - mean_y.square()
+    covariance = blur(x * y) - mean_x * mean_y
+    c1, c2 = 0.01**2, 0.03**2
+    value = ((2 * mean_x * mean_y + c1) * (2 * covariance + c2)) / (
+        (mean_x.square() + mean_y.square() + c1) * (variance_x + variance_y + c2)
+    )
+    return value.flatten(1).mean(1)
+
+
+def noise_scale(sigma: float, features: Tensor, reference_rms: float | None) -> float:
+    """Standard deviation of the noise on raw features [B, N, D]: sigma, or scaled by this backbone's own size.
+
+    The paper: 0.4 for DINOv2, other backbones in proportion to their embeddings' norm. `reference_rms` is the root
+    mean square of DINOv2's features, None where the backbone is DINOv2.
+    """
+    if reference_rms is None:
+        return sigma
+    rms = math.sqrt(features.float().square().mean().item())
+    return sigma * rms / reference_rms
