@@ -12,7 +12,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     add_completion=False,
     rich_markup_mode=None,
-    help="Feature Auto-Encoders on Ray: train on frozen features, precompute latents in bulk.",
+    help="Feature Auto-Encoders on Ray: train on frozen features, precompute latents in bulk, generate from them.",
 )
 train_app = typer.Typer(
     no_args_is_help=True, help="Train a model with Ray Train; the same command again resumes."
@@ -69,6 +69,105 @@ def precompute(
 
     manifest = run_precompute(loaded)
     typer.echo(f"{loaded.output}: {manifest['stored']} latents, {manifest['errors']} errors")
+
+
+@train_app.command("pixel-decoder")
+def train_pixel_decoder_command(
+    recipe: RecipeName, overrides: Overrides = None, print_config: PrintConfig = False
+) -> None:
+    """Train a pixel decoder on the images of data.path; writes STORAGE/RUN/pixel_decoder.safetensors.
+
+    The first stage needs no autoencoder. The second starts from its result:
+
+    fae train pixel-decoder photos-dinov2s data.path=photos run=tuned pixel_decoder.stage=finetune
+    pixel_decoder.start_from=runs/first/pixel_decoder.safetensors autoencoder.checkpoint=runs/fae/autoencoder.safetensors
+    """
+    from pipelines.config import load_recipe
+
+    loaded = load_recipe(recipe, overrides or [])
+    if print_config:
+        typer.echo(loaded.to_yaml(), nl=False)
+        return
+    from pipelines.train_pixel_decoder import train_pixel_decoder
+
+    result = train_pixel_decoder(loaded)
+    typer.echo(f"pixel decoder: {result.checkpoint}")
+
+
+@train_app.command("generator")
+def train_generator_command(
+    recipe: RecipeName, overrides: Overrides = None, print_config: PrintConfig = False
+) -> None:
+    """Train a diffusion transformer or STARFlow on the store `latents`; writes STORAGE/RUN/generator.safetensors.
+
+    Example: fae train generator photos-dinov2s latents=latents run=dit generator.size=S generator.num_classes=10
+    """
+    from pipelines.config import load_recipe
+
+    loaded = load_recipe(recipe, overrides or [])
+    if print_config:
+        typer.echo(loaded.to_yaml(), nl=False)
+        return
+    from pipelines.train_generator import train_generator
+
+    result = train_generator(loaded)
+    typer.echo(f"generator: {result.checkpoint}")
+
+
+@app.command()
+def sample(
+    recipe: RecipeName,
+    overrides: Overrides = None,
+    print_config: PrintConfig = False,
+    grid: Annotated[
+        str | None, typer.Option(help="Write one PNG for a look, classes in rows, and stop.")
+    ] = None,
+    scales: Annotated[
+        str, typer.Option(help="With --grid: guidance scales for its columns, like 1,2,4.")
+    ] = "",
+) -> None:
+    """Draw images with a trained generator into output: Parquet shards, PNG by class, samples.npz; resumable.
+
+    Example: fae sample photos-dinov2s generator.checkpoint=… autoencoder.checkpoint=… pixel_decoder.checkpoint=… output=samples
+    """
+    from pipelines.config import load_recipe
+
+    loaded = load_recipe(recipe, overrides or [])
+    if print_config:
+        typer.echo(loaded.to_yaml(), nl=False)
+        return
+    from pipelines.sample import draw_grid
+    from pipelines.sample import sample as run_sample
+
+    if grid:
+        try:
+            columns = tuple(float(scale) for scale in scales.split(",") if scale)
+        except ValueError:
+            raise typer.BadParameter(f"{scales!r}: numbers with commas between them.") from None
+        draw_grid(loaded, grid, scales=columns)
+        typer.echo(f"grid: {grid}")
+        return
+    manifest = run_sample(loaded)
+    typer.echo(f"{loaded.output}: {manifest['stored']} images")
+
+
+@app.command()
+def export(
+    uri: Annotated[str, typer.Argument(help="A finished latent store.")],
+    output: Annotated[str, typer.Option(help="An empty folder or s3:// prefix.")],
+    layout: Annotated[
+        str, typer.Option("--format", help="lightningdit, webdataset or npy.")
+    ] = "lightningdit",
+    dtype: Annotated[str, typer.Option(help="float32 or float16.")] = "float32",
+) -> None:
+    """Write a latent store in another trainer's layout.
+
+    Example: fae export latents --format lightningdit --output for-lightningdit
+    """
+    from pipelines.export import export as run_export
+
+    written = run_export(uri, layout, output, dtype)
+    typer.echo(f"{output}: {written['rows']} latents in {written['files']} files")
 
 
 @app.command()

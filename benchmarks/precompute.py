@@ -22,9 +22,9 @@ import torch
 from benchmarks.environment import describe, write_photographs
 from fae_core import checkpoint
 from fae_core.autoencoder import FeatureAutoencoder
-from fae_core.backbone import load_backbone
 from pipelines.config import Recipe, load_recipe
 from pipelines.images import ImageRecord, decode_records, list_images, read_records
+from pipelines.models import backbone_fingerprints, backbone_of
 from pipelines.precompute import Encoder, precompute
 from pipelines.ray_session import start_ray
 from pipelines.train_autoencoder import autoencoder_config
@@ -71,13 +71,9 @@ def model_only(recipe: Recipe, crops: np.ndarray) -> float:
 
 def save_untrained(recipe: Recipe, path: Path) -> None:
     """An autoencoder of the recipe's sizes with random weights: its speed is a trained one's."""
-    backbone = load_backbone(recipe.backbone.name, recipe.backbone.weights)
+    backbone = backbone_of(recipe)
     model = FeatureAutoencoder(autoencoder_config(recipe, backbone))
-    fingerprints = {
-        "backbone": f"{recipe.backbone.name}:{backbone.weights_sha256}",
-        "image_size": str(recipe.image_size),
-    }
-    checkpoint.save(path, model, fingerprints)
+    checkpoint.save(path, model, backbone_fingerprints(recipe, backbone))
 
 
 def main() -> None:

@@ -11,16 +11,25 @@ import json
 import os
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from safetensors.torch import save as serialise
-from torch import Tensor
+from torch import Tensor, nn
 
 from fae_core.autoencoder import AutoencoderConfig, FeatureAutoencoder
 from fae_core.errors import UserError
+from fae_core.generators.dit import DiT, DiTConfig
+from fae_core.generators.starflow import StarFlow, StarFlowConfig
+from fae_core.pixel_decoder import PixelDecoder, PixelDecoderConfig
 
-MODULES = {"autoencoder": (FeatureAutoencoder, AutoencoderConfig)}
+MODULES: dict[str, tuple[Any, Any]] = {
+    "autoencoder": (FeatureAutoencoder, AutoencoderConfig),
+    "pixel_decoder": (PixelDecoder, PixelDecoderConfig),
+    "dit": (DiT, DiTConfig),
+    "starflow": (StarFlow, StarFlowConfig),
+}
 
 
 class CheckpointError(UserError, ValueError):
@@ -37,15 +46,16 @@ def tensors_sha256(tensors: Mapping[str, Tensor]) -> str:
     return digest.hexdigest()
 
 
-def save(path: str | Path, module: FeatureAutoencoder, fingerprints: Mapping[str, str]) -> str:
-    """Write the module whole or not at all (temporary file, then rename); returns its `tensors_sha256`."""
+def save(path: str | Path, module: nn.Module, fingerprints: Mapping[str, str]) -> str:
+    """Write one of `MODULES` whole or not at all (temporary file, then rename); returns its `tensors_sha256`."""
     kind = next(name for name, (cls, _) in MODULES.items() if isinstance(module, cls))
+    config: Any = module.config
     tensors = {name: t.detach().cpu().contiguous() for name, t in module.state_dict().items()}
     sha256 = tensors_sha256(tensors)
     metadata = {
         "format": "fae-1",
         "kind": kind,
-        "config": json.dumps(dataclasses.asdict(module.config), sort_keys=True),
+        "config": json.dumps(dataclasses.asdict(config), sort_keys=True),
         "fingerprints": json.dumps(dict(fingerprints), sort_keys=True),
         "weights_sha256": sha256,
     }
@@ -59,9 +69,10 @@ def save(path: str | Path, module: FeatureAutoencoder, fingerprints: Mapping[str
 
 @dataclasses.dataclass(frozen=True)
 class Loaded:
-    """A module built back (eval mode, on the CPU), what it was trained against, and its content hash."""
+    """A module of `kind` built back (eval mode, on the CPU), what it was trained against, and its content hash."""
 
-    module: FeatureAutoencoder
+    kind: str
+    module: Any
     fingerprints: dict[str, str]
     weights_sha256: str
 
@@ -82,12 +93,18 @@ def read_metadata(path: str | Path) -> dict[str, str]:
     return dict(metadata)
 
 
-def load(path: str | Path) -> Loaded:
-    """Rebuild the module that `save` wrote. Raises CheckpointError, also when the weights' hash differs."""
+def load(path: str | Path, *kinds: str) -> Loaded:
+    """Rebuild the module that `save` wrote; it must be of one of `kinds` where any are given.
+
+    Raises CheckpointError, also when the weights' hash differs.
+    """
     metadata = read_metadata(path)
+    if kinds and metadata["kind"] not in kinds:
+        raise CheckpointError(f"{path} holds a {metadata['kind']}; needed is {' or '.join(kinds)}.")
     module_class, config_class = MODULES[metadata["kind"]]
     values = json.loads(metadata["config"])
-    values["grid"] = tuple(values["grid"])
+    # JSON has no tuples; the configurations have no lists.
+    values = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
     module = module_class(config_class(**values))
     tensors = load_file(str(path))
     if tensors_sha256(tensors) != metadata["weights_sha256"]:
@@ -95,4 +112,9 @@ def load(path: str | Path) -> Loaded:
             f"{path}: the weights do not match the hash in its metadata; the file is damaged."
         )
     module.load_state_dict(tensors, strict=True)
-    return Loaded(module.eval(), json.loads(metadata["fingerprints"]), metadata["weights_sha256"])
+    return Loaded(
+        metadata["kind"],
+        module.eval(),
+        json.loads(metadata["fingerprints"]),
+        metadata["weights_sha256"],
+    )

@@ -6,7 +6,6 @@ the defaults in the recipe are ml-starflow's, which are TA-TiTok's.
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import torch
@@ -112,13 +111,10 @@ def ssim(output: Tensor, target: Tensor) -> Tensor:
     return value.flatten(1).mean(1)
 
 
-def noise_scale(sigma: float, features: Tensor, reference_rms: float | None) -> float:
-    """Standard deviation of the noise on raw features [B, N, D]: sigma, or scaled by this backbone's own size.
+def noise_scale(sigma: float, rms: float, reference_rms: float | None) -> float:
+    """Standard deviation of the noise on raw features: sigma, or scaled by the size of this backbone's features.
 
-    The paper: 0.4 for DINOv2, other backbones in proportion to their embeddings' norm. `reference_rms` is the root
-    mean square of DINOv2's features, None where the backbone is DINOv2.
+    The paper: 0.4 for DINOv2, other backbones in proportion to their embeddings' norm. `rms` is the root mean square
+    of this backbone's features, `reference_rms` that of DINOv2's, None where the backbone is DINOv2.
     """
-    if reference_rms is None:
-        return sigma
-    rms = math.sqrt(features.float().square().mean().item())
-    return sigma * rms / reference_rms
+    return sigma if reference_rms is None else sigma * rms / reference_rms

@@ -6,6 +6,7 @@ with the SDE without guidance and with the ODE with it, 250 steps each (arXiv 25
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -66,7 +67,7 @@ def sample_ode(
     """Samples, float32 like `noise` [B, ...], by Euler steps of dx = v dt from t = 1 to t = 0."""
     x = noise.float()
     grid = timestep_grid(num_steps, shift)
-    for t, following in zip(grid, grid[1:], strict=False):
+    for t, following in itertools.pairwise(grid):
         v = guided_velocity(model, x, t, labels, null_class, guidance_scale(t, guidance))
         x = x + (following - t) * v
     return x
@@ -89,7 +90,7 @@ def sample_sde(
     """
     x = noise.float()
     grid = timestep_grid(num_steps, shift)
-    for index, (t, following) in enumerate(zip(grid, grid[1:], strict=False)):
+    for index, (t, following) in enumerate(itertools.pairwise(grid)):
         v = guided_velocity(model, x, t, labels, null_class, guidance_scale(t, guidance))
         drift = v + 0.5 * (x + (1.0 - t) * v)
         step = t - following

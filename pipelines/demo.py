@@ -26,7 +26,8 @@ from pipelines.images import ImageRecord, decode_records, list_images, read_reco
 from pipelines.latent_reader import LatentStore
 from pipelines.precompute import Encoder, precompute
 from pipelines.ray_session import start_ray
-from pipelines.train_autoencoder import TrainResult, split_records, train_autoencoder
+from pipelines.runs import split_records
+from pipelines.train_autoencoder import TrainResult, train_autoencoder
 
 RECIPE = "photos-dinov2s"
 PHOTOGRAPHS = (
@@ -46,13 +47,13 @@ SMALLEST_CROP = 0.4
 FIGURE_ROWS = 4
 SETTINGS = (
     "autoencoder.decoder.depth=2",
-    "training.steps=320",
-    "training.learning_rate=1.5e-3",
-    "training.warmup_steps=30",
-    "training.statistics_images=128",
-    "training.log_every=40",
-    "training.validate_every=1000",
-    "training.checkpoint_every=80",
+    "autoencoder.training.steps=320",
+    "autoencoder.training.learning_rate=1.5e-3",
+    "autoencoder.training.warmup_steps=30",
+    "autoencoder.statistics_images=128",
+    "autoencoder.training.log_every=40",
+    "autoencoder.training.validate_every=1000",
+    "autoencoder.training.checkpoint_every=80",
     "data.validation_fraction=0.15",
 )
 

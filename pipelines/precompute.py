@@ -10,20 +10,17 @@ from __future__ import annotations
 import json
 import os
 import sys
-import tempfile
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache, partial
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from fae_core import checkpoint
-from fae_core.backbone import Backbone, load_backbone
+from fae_core.backbone import Backbone
 from fae_core.checkpoint import CheckpointError
 from fae_core.errors import UserError
 from pipelines import latent_store, storage
@@ -31,6 +28,8 @@ from pipelines.command import run_module
 from pipelines.config import Recipe, RecipeError
 from pipelines.images import decode_records, list_images, read_records
 from pipelines.latent_store import Plan, open_plan
+from pipelines.models import autoencoder_of, backbone_fingerprints, backbone_of
+from pipelines.progress import Progress
 from pipelines.ray_session import for_workers, start_ray
 
 CROP = "adm-center-crop-1"
@@ -68,8 +67,9 @@ def precompute(recipe: Recipe, show_progress: bool = True) -> dict[str, Any]:
 def fingerprint_parts(recipe: Recipe) -> dict[str, str]:
     """What decides a latent's bits besides its image. Raises CheckpointError if the autoencoder is another backbone's."""
     encoder = Encoder.of(recipe)
+    fingerprints = backbone_fingerprints(recipe, encoder.backbone)
     return {
-        "backbone": recipe.backbone.name,
+        "backbone": fingerprints["backbone"].partition(":")[0],
         "backbone weights": encoder.backbone.weights_sha256,
         "autoencoder weights": encoder.autoencoder_sha256,
         "image size": str(recipe.image_size),
@@ -189,23 +189,8 @@ class Encoder:
     @classmethod
     def of(cls, recipe: Recipe, device: str = "cpu") -> Encoder:
         """Load what the recipe names. Raises CheckpointError when the two do not belong together."""
-        assert recipe.autoencoder.checkpoint is not None
-        loaded = load_checkpoint(recipe.autoencoder.checkpoint)
-        backbone = load_backbone(recipe.backbone.name, recipe.backbone.weights)
-        ours = {
-            "backbone": f"{recipe.backbone.name}:{backbone.weights_sha256}",
-            "image_size": str(recipe.image_size),
-        }
-        for part, value in ours.items():
-            theirs = loaded.fingerprints.get(part)
-            if theirs != value:
-                raise CheckpointError(
-                    f"{recipe.autoencoder.checkpoint} was trained with {part} {theirs}, this recipe has {value}."
-                )
-        if loaded.module.config.grid != backbone.grid:
-            raise CheckpointError(
-                f"The autoencoder's grid {loaded.module.config.grid} is not the backbone's {backbone.grid}."
-            )
+        backbone = backbone_of(recipe)
+        loaded = autoencoder_of(recipe, backbone)
         return cls(
             backbone.to(device),
             loaded.module.to(device),
@@ -305,62 +290,6 @@ class EncodeShards:
             "encoded_at": [time.time()],
             **{name: [values[finite]] for name, values in columns.items()},
         }
-
-
-def load_checkpoint(uri: str) -> checkpoint.Loaded:
-    """A checkpoint from a local path or s3:// address. Raises CheckpointError."""
-    if not storage.is_s3(uri):
-        return checkpoint.load(uri)
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "checkpoint.safetensors"
-        path.write_bytes(storage.read_bytes(uri))
-        return checkpoint.load(path)
-
-
-class Progress:
-    """One line: done / total, images/s, time left, errors. Rewritten in place on a terminal, every 10 s elsewhere."""
-
-    def __init__(self, num_shards: int, num_images: int, enabled: bool) -> None:
-        self.num_shards, self.num_images, self.enabled = num_shards, num_images, enabled
-        self.shards = self.images = self.errors = 0
-        self.started = self.shown = time.monotonic()
-        self.encoded: list[tuple[float, int]] = []
-
-    def add(self, rows: int, errors: int, encoded_at: float) -> None:
-        self.shards += 1
-        self.images += rows
-        self.errors += errors
-        now = time.monotonic()
-        self.encoded.append((encoded_at, rows))
-        if sys.stderr.isatty() or now - self.shown > 10:
-            self.shown = now
-            self._show("\r" if sys.stderr.isatty() else "")
-
-    def _show(self, start: str) -> None:
-        seconds = max(time.monotonic() - self.started, 1e-9)
-        left = seconds / max(self.shards, 1) * (self.num_shards - self.shards)
-        if self.enabled:
-            print(
-                f"{start}shards {self.shards}/{self.num_shards} | {self.images} images | "
-                f"{self.images / seconds:.1f} images/s | {left:.0f} s left | {self.errors} errors ",
-                end="" if start else "\n",
-                file=sys.stderr,
-                flush=True,
-            )
-
-    def close(self) -> dict[str, float]:
-        """Show the last line; the rates in images per second, over all and in the middle half."""
-        self._show("\r" if sys.stderr.isatty() else "")
-        if self.enabled and sys.stderr.isatty():
-            print(file=sys.stderr)
-        seconds = max(time.monotonic() - self.started, 1e-9)
-        rates = {"images_per_second": self.images / seconds}
-        if len(self.encoded) >= 8:
-            ends = sorted(self.encoded)
-            first, last = len(ends) // 4, 3 * len(ends) // 4
-            images = sum(rows for _, rows in ends[first + 1 : last + 1])
-            rates["steady_images_per_second"] = images / max(ends[last][0] - ends[first][0], 1e-9)
-        return rates
 
 
 def main() -> int:

@@ -59,7 +59,10 @@ def for_workers(recipe: Recipe) -> Recipe:
     made.storage = absolute(recipe.storage) or recipe.storage
     made.output = absolute(recipe.output)
     made.data.path = absolute(recipe.data.path)
-    made.autoencoder.checkpoint = absolute(recipe.autoencoder.checkpoint)
+    made.latents = absolute(recipe.latents)
+    for section in (made.autoencoder, made.pixel_decoder, made.generator):
+        section.checkpoint = absolute(section.checkpoint)
+    made.pixel_decoder.start_from = absolute(recipe.pixel_decoder.start_from)
     if Path(recipe.backbone.weights).is_file():
         made.backbone.weights = str(Path(recipe.backbone.weights).absolute())
     return made

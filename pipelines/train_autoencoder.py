@@ -6,70 +6,42 @@ checkpoints/, and at the end autoencoder.safetensors and result.json. The same c
 
 from __future__ import annotations
 
-import hashlib
-import io
-import json
 import sys
-import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
-import safetensors.numpy
 import torch
-from omegaconf import OmegaConf
 from torch import Tensor, nn
 
-from fae_core import checkpoint
 from fae_core.autoencoder import AutoencoderConfig, FeatureAutoencoder
-from fae_core.backbone import Backbone, load_backbone
+from fae_core.backbone import Backbone
 from fae_core.figures import picture_grid, reconstruction_rows
-from fae_core.latent_stats import ChannelStats
-from fae_core.linear_baseline import Covariance, LinearBaseline
-from pipelines import storage
+from fae_core.linear_baseline import LinearBaseline
+from pipelines import runs, storage
+from pipelines.batches import Batch, random_flips, sample_noise
 from pipelines.command import run_module
-from pipelines.config import Recipe, RecipeError
-from pipelines.images import ImageRecord, list_images
-from pipelines.ray_session import for_workers, start_ray
-from pipelines.tracking import flatten, resolve_uri
-from pipelines.training import (
-    Batch,
-    Job,
-    TrainingError,
-    decoded,
-    fit,
-    prepare_worker,
-    random_flips,
-    run_job,
-    sample_noise,
+from pipelines.config import Recipe
+from pipelines.feature_statistics import (
+    features_of,
+    fit_statistics,
+    image_batches,
+    read_baseline,
+    read_statistics,
 )
+from pipelines.image_feed import decoded, image_feed
+from pipelines.images import ImageRecord
+from pipelines.models import backbone_fingerprints, backbone_of
+from pipelines.ray_session import for_workers, start_ray
+from pipelines.tracking import resolve_uri
+from pipelines.training import Job, fit, prepare_worker, run_job
 
 MAX_VALIDATION_IMAGES = 1024
-EVALUATION_BATCH = 32
 FIGURE_ROWS = 4
 FIGURE_TITLES = ("image", "features", "latents", "reconstruction")
 ACTIVE_KL = 0.01
 """Nats per token above which a latent channel counts as active."""
-
-OPERATIONAL_KEYS = (
-    "storage",
-    "output",
-    "precompute.",
-    "tracking.",
-    "training.num_workers",
-    "training.use_gpu",
-    "training.cpus_per_worker",
-    "training.log_every",
-    "training.validate_every",
-    "training.checkpoint_every",
-    "training.keep_checkpoints",
-    "autoencoder.checkpoint",
-)
-"""What may change between a run and its resumption: nothing that the result depends on."""
 
 
 @dataclass(frozen=True)
@@ -85,86 +57,16 @@ def train_autoencoder(recipe: Recipe) -> TrainResult:
 
     Raises RecipeError for a run of this name with another recipe, SourceError for an unusable source, NonFiniteError.
     """
-    if not recipe.run or "/" in recipe.run or recipe.run.startswith("."):
-        raise RecipeError(
-            f"run={recipe.run!r}: give the training run a name without slashes, run=NAME. "
-            "The same name resumes it."
-        )
-    run_uri = storage.join(recipe.storage, recipe.run)
-    claim_run(recipe, run_uri)
-    result_uri = storage.join(run_uri, "result.json")
-    if not storage.exists(result_uri):
-        plan(recipe, run_uri)
+    run_uri = runs.run_folder(recipe)
+    runs.claim_run(recipe, run_uri, ("data", "backbone", "autoencoder"))
+    if runs.result(run_uri) is None:
+        runs.plan(recipe, run_uri)
         start_ray()
         values = for_workers(recipe).model_dump(mode="json")
-        fit(_worker, {"recipe": values, "tracking_uri": resolve_uri(recipe.tracking)}, recipe)
-    metrics = json.loads(storage.read_bytes(result_uri))
+        config = {"recipe": values, "tracking_uri": resolve_uri(recipe.tracking)}
+        fit(_worker, config, recipe, recipe.autoencoder.training)
+    metrics = runs.result(run_uri) or {}
     return TrainResult(storage.join(run_uri, "autoencoder.safetensors"), metrics)
-
-
-def claim_run(recipe: Recipe, run_uri: str) -> None:
-    """Write recipe.yaml into a new run's folder; raises RecipeError if another recipe's run has this name."""
-    uri = storage.join(run_uri, "recipe.yaml")
-    try:
-        storage.write_once(uri, recipe.to_yaml().encode())
-        return
-    except FileExistsError:
-        container = OmegaConf.to_container(OmegaConf.create(storage.read_bytes(uri).decode()))
-    assert isinstance(container, dict)
-    before = flatten({str(key): value for key, value in container.items()})
-    now = flatten(recipe.model_dump(mode="json"))
-    different = [
-        f"{key}: {before.get(key)!r} there, {now.get(key)!r} now"
-        for key in sorted(before.keys() | now.keys())
-        if before.get(key) != now.get(key) and not key.startswith(OPERATIONAL_KEYS)
-    ]
-    if different:
-        raise RecipeError(
-            f"The run {run_uri} exists with another recipe:\n  "
-            + "\n  ".join(different)
-            + "\nChoose another run=NAME, or give the same values."
-        )
-
-
-def plan(recipe: Recipe, run_uri: str) -> None:
-    """List the source once; a resumed run trains on the images that were there when it began."""
-    uri = storage.join(run_uri, "plan.parquet")
-    if storage.exists(uri):
-        return
-    records = list_images(recipe.data)
-    table = pa.table({"key": [r.key for r in records], "uri": [r.uri for r in records]})
-    buffer = io.BytesIO()
-    pq.write_table(table, buffer)
-    storage.write_bytes(uri, buffer.getvalue())
-
-
-def read_plan(run_uri: str) -> list[ImageRecord]:
-    """The run's images in key order."""
-    table = pq.read_table(io.BytesIO(storage.read_bytes(storage.join(run_uri, "plan.parquet"))))
-    return [
-        ImageRecord(key, uri)
-        for key, uri in zip(table["key"].to_pylist(), table["uri"].to_pylist(), strict=True)
-    ]
-
-
-def key_hash(key: str) -> int:
-    """The first 64 bits of the key's SHA-256."""
-    return int.from_bytes(hashlib.sha256(key.encode()).digest()[:8])
-
-
-def split_records(
-    records: Sequence[ImageRecord], validation_fraction: float
-) -> tuple[list[ImageRecord], list[ImageRecord]]:
-    """(training, validation) records; an image's side depends on its own key alone."""
-    threshold = int(validation_fraction * 2**64)
-    training = [record for record in records if key_hash(record.key) >= threshold]
-    validation = [record for record in records if key_hash(record.key) < threshold]
-    if not training:
-        raise TrainingError(
-            f"All {len(records)} images fall into the validation split. Lower data.validation_fraction "
-            f"({validation_fraction}) or add images."
-        )
-    return training, validation
 
 
 def autoencoder_config(recipe: Recipe, backbone: Backbone) -> AutoencoderConfig:
@@ -196,101 +98,45 @@ def _worker(config: dict[str, Any]) -> None:
     device = ray.train.torch.get_device()
     prepare_worker(device)
     is_first = ray.train.get_context().get_world_rank() == 0
-    training, validation = split_records(read_plan(run_uri), recipe.data.validation_fraction)
-    backbone = load_backbone(recipe.backbone.name, recipe.backbone.weights).to(device)
+    training, validation = runs.split_records(
+        runs.read_plan(run_uri), recipe.data.validation_fraction
+    )
+    backbone = backbone_of(recipe).to(device)
+    section = recipe.autoencoder
     if is_first:
-        _fit_feature_statistics(training, recipe, run_uri, backbone, device)
+        fit_statistics(
+            training[: section.statistics_images],
+            recipe,
+            run_uri,
+            backbone,
+            section.training.precision,
+            num_components=section.latent_dim,
+        )
     barrier()
-    stats = ChannelStats.from_dict(json.loads(storage.read_bytes(_stats_uri(run_uri))))
+    stats = read_statistics(run_uri)
 
     torch.manual_seed(recipe.seed)
     model = FeatureAutoencoder(autoencoder_config(recipe, backbone))
-    std = np.maximum(stats.std, 1e-6)
-    model.set_feature_stats(torch.from_numpy(stats.mean).float(), torch.from_numpy(std).float())
+    model.set_feature_stats(*stats)
     latent_shape = (backbone.grid[0] * backbone.grid[1], recipe.autoencoder.latent_dim)
 
     def loss(wrapped: nn.Module, batch: Batch) -> dict[str, Tensor]:
-        images = random_flips(recipe.seed, batch) if recipe.training.flip else batch.images
+        images = random_flips(recipe.seed, batch) if recipe.autoencoder.flip else batch["images"]
         noise = sample_noise(recipe.seed, "posterior", batch, latent_shape)
         terms: dict[str, Tensor] = wrapped(backbone(images), noise)
         return terms
 
     held_out = None
     if validation and is_first:
-        arrays = safetensors.numpy.load(storage.read_bytes(_baseline_uri(run_uri)))
-        held_out = _HeldOut(validation, recipe, backbone, device, LinearBaseline(**arrays))
-    metrics = run_job(Job(model, loss, held_out), recipe, run_uri, training, config["tracking_uri"])
-    if is_first:
-        _finish(model, recipe, backbone, run_uri, metrics)
-
-
-def _finish(
-    model: FeatureAutoencoder,
-    recipe: Recipe,
-    backbone: Backbone,
-    run_uri: str,
-    metrics: dict[str, float],
-) -> None:
-    fingerprints = {
-        "backbone": f"{recipe.backbone.name}:{backbone.weights_sha256}",
-        "image_size": str(recipe.image_size),
-    }
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "autoencoder.safetensors"
-        checkpoint.save(path, model, fingerprints)
-        storage.write_bytes(storage.join(run_uri, path.name), path.read_bytes())
-    # Written last: its presence says that the run is finished.
-    storage.write_bytes(
-        storage.join(run_uri, "result.json"), json.dumps(metrics, indent=1).encode()
+        held_out = _HeldOut(validation, recipe, backbone, device, read_baseline(run_uri))
+    feed = image_feed(
+        training, recipe.data, recipe.image_size, recipe.seed, recipe.autoencoder.training
     )
-
-
-def _image_batches(records: Sequence[ImageRecord], recipe: Recipe) -> list[list[ImageRecord]]:
-    size = EVALUATION_BATCH
-    return [list(records[start : start + size]) for start in range(0, len(records), size)]
-
-
-def _features(backbone: Backbone, images: Tensor, recipe: Recipe) -> Tensor:
-    with torch.autocast(
-        images.device.type, torch.bfloat16, enabled=recipe.training.precision == "bf16"
-    ):
-        return backbone(images).float()
-
-
-def _stats_uri(run_uri: str) -> str:
-    return storage.join(run_uri, "feature_stats.json")
-
-
-def _baseline_uri(run_uri: str) -> str:
-    return storage.join(run_uri, "linear_baseline.safetensors")
-
-
-def _fit_feature_statistics(
-    records: Sequence[ImageRecord],
-    recipe: Recipe,
-    run_uri: str,
-    backbone: Backbone,
-    device: torch.device,
-) -> None:
-    """Exact channel statistics, and the linear baseline, of the first `statistics_images` training images by key hash."""
-    if storage.exists(_stats_uri(run_uri)):
-        return
-    chosen = sorted(records, key=lambda record: (key_hash(record.key), record.key))
-    chosen = chosen[: recipe.training.statistics_images]
-    print(f"feature statistics over {len(chosen)} images", flush=True)
-    stats, covariance = ChannelStats.empty(backbone.dim), Covariance(backbone.dim)
-    for images, kept, _ in decoded(_image_batches(chosen, recipe), recipe.data, recipe.image_size):
-        if kept:
-            features = _features(backbone, torch.from_numpy(np.array(images)).to(device), recipe)
-            stats.update(features.cpu().numpy())
-            covariance.update(features.cpu().numpy())
-    if not stats.count:
-        raise TrainingError(f"None of the first {len(chosen)} training images could be decoded.")
-    baseline = covariance.fit(min(recipe.autoencoder.latent_dim, backbone.dim))
-    arrays = {name: np.ascontiguousarray(value) for name, value in vars(baseline).items()}
-    storage.write_bytes(_baseline_uri(run_uri), safetensors.numpy.save(arrays))
-    # Last: its presence says that both are there.
-    storage.write_bytes(_stats_uri(run_uri), json.dumps(stats.to_dict()).encode())
+    job = Job(model, feed, loss, held_out)
+    metrics = run_job(job, recipe.autoencoder.training, recipe, run_uri, config["tracking_uri"])
+    if is_first:
+        fingerprints = backbone_fingerprints(recipe, backbone)
+        runs.finish(run_uri, "autoencoder", model, fingerprints, metrics)
 
 
 class _HeldOut:
@@ -306,9 +152,9 @@ class _HeldOut:
     ) -> None:
         self.baseline = baseline
         self.baseline_metrics: dict[str, float] = {}
-        ordered = sorted(records, key=lambda record: (key_hash(record.key), record.key))
-        self.records = ordered[:MAX_VALIDATION_IMAGES]
+        self.records = records[:MAX_VALIDATION_IMAGES]
         self.recipe = recipe
+        self.precision = recipe.autoencoder.training.precision
         self.backbone = backbone
         self.device = device
         self.images: list[np.ndarray] | None = None
@@ -317,9 +163,7 @@ class _HeldOut:
         """Errors of the posterior's mode on the held-out images, and the figure of the first few."""
         assert isinstance(model, FeatureAutoencoder)
         if self.images is None:
-            made = decoded(
-                _image_batches(self.records, self.recipe), self.recipe.data, self.recipe.image_size
-            )
+            made = decoded(image_batches(self.records), self.recipe.data, self.recipe.image_size)
             self.images = [np.array(images) for images, kept, _ in made if kept]
             self.baseline_metrics = self._linear_errors()
         if not self.images:
@@ -329,11 +173,13 @@ class _HeldOut:
         num_tokens, num_images = 0, 0
         figure: bytes | None = None
         precision = torch.autocast(
-            self.device.type, torch.bfloat16, enabled=self.recipe.training.precision == "bf16"
+            self.device.type,
+            torch.bfloat16,
+            enabled=self.precision == "bf16",
         )
         for array in self.images:
             images = torch.from_numpy(array).to(self.device)
-            features = _features(self.backbone, images, self.recipe)
+            features = features_of(self.backbone, images, self.precision)
             with precision:
                 posterior = model.encode(features)
                 latents = posterior.mode()
@@ -368,7 +214,7 @@ class _HeldOut:
         num_tokens = 0
         for array in self.images or []:
             images = torch.from_numpy(array).to(self.device)
-            features = _features(self.backbone, images, self.recipe).double().cpu()
+            features = features_of(self.backbone, images, self.precision).double().cpu()
             output = torch.from_numpy(self.baseline.reconstruct(features.numpy()))
             error = (output - features) / torch.from_numpy(self.baseline.std)
             squares += error.square().mean(-1).sum().item()

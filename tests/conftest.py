@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import boto3
+import numpy as np
 import pytest
 from moto.server import ThreadedMotoServer
 
@@ -50,3 +51,41 @@ def photographs(tmp_path_factory: pytest.TempPathFactory) -> Path:
             crop = picture.crop((left, index, left + side, index + side))
             crop.save(folder / f"{name} {index:02d}.jpg", quality=90)
     return folder
+
+
+@pytest.fixture(scope="session")
+def write_store():
+    """Writes a store of 20 rows in shards of 8, latents [2, 3, 3], labels 0 … 4; row i's mean is near i, mirrored i + 100."""
+    from pipelines import latent_store
+    from pipelines.images import ImageRecord
+    from pipelines.latent_reader import LatentStore
+
+    shape = (2, 3, 3)
+    every_column = ("mean", "logvar", "mean_flip", "logvar_flip")
+
+    def write_store(folder, columns=every_column, labels=True) -> LatentStore:
+        records = [
+            ImageRecord(f"{i:03d}", f"/x/{i}", label=i % 5 if labels else None) for i in range(20)
+        ]
+        parts = {"autoencoder weights": "abc"}
+        plan = latent_store.ensure_plan(str(folder), records, 8, parts)
+        random = np.random.default_rng(0)
+        for shard in range(plan.num_shards):
+            rows = plan.shard(shard)
+            first = int(rows[0].key)
+            values = {}
+            for column in columns:
+                noise = random.normal(size=(len(rows), *shape)).astype(np.float16)
+                # The row's number and whether it is mirrored can be read off the mean.
+                mark = np.arange(first, first + len(rows)) + (100 if column == "mean_flip" else 0)
+                is_mean = column.startswith("mean")
+                values[column] = (noise * 0.01 + mark[:, None, None, None] * is_mean).astype(
+                    np.float16
+                )
+            latent_store.write_shard(
+                str(folder), shard, rows, list(range(len(rows))), values, [], plan.fingerprint
+            )
+        latent_store.commit(str(folder), plan, {})
+        return LatentStore.open(str(folder))
+
+    return write_store

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint as recompute
 
+from fae_core.generators.latent_model import LatentModel
 from fae_core.layers import (
     SwiGLU,
     apply_rope,
@@ -64,8 +65,17 @@ class DiTConfig:
         return cls(latent_dim, grid, **{**shape, **changes})  # type: ignore[arg-type]
 
 
+class GELUTanh(nn.GELU):
+    """GELU in its tanh form, which DiT uses."""
+
+    def __init__(self) -> None:
+        super().__init__(approximate="tanh")
+
+
 class TimestepEmbedding(nn.Module):
     """Embeddings [B, width] of times [B] in [0, 1]: 256 cosines and sines, then two layers (DiT's code)."""
+
+    frequencies: Tensor
 
     def __init__(self, width: int) -> None:
         super().__init__()
@@ -115,7 +125,7 @@ class DiTBlock(nn.Module):
             self.mlp: nn.Module = SwiGLU(width, config.mlp_ratio)
         else:
             hidden = int(width * config.mlp_ratio)
-            self.mlp = Mlp(width, hidden, act_layer=lambda: nn.GELU(approximate="tanh"))
+            self.mlp = Mlp(width, hidden, act_layer=GELUTanh)
         self.modulation = nn.Linear(width, 6 * width)
 
     def forward(self, x: Tensor, condition: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -132,14 +142,14 @@ class DiTBlock(nn.Module):
         return x + gate_mlp[:, None] * self.mlp(h)
 
 
-class DiT(nn.Module):
+class DiT(LatentModel):
     """velocity = model(latents, t, labels); class `num_classes` is the null class that guidance subtracts."""
 
     rope_cos: Tensor
     rope_sin: Tensor
 
     def __init__(self, config: DiTConfig) -> None:
-        super().__init__()
+        super().__init__(config.latent_dim)
         self.config = config
         patch, width = config.patch_size, config.width
         if config.grid[0] % patch or config.grid[1] % patch:

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint as recompute
 
+from fae_core.generators.latent_model import LatentModel
 from fae_core.layers import apply_rope, init_linear, rope_table, split_heads
 
 HEAD_DIM = 64
@@ -179,7 +180,8 @@ class FlowBlock(nn.Module):
             place += entering.shape[1]
             mean, std = self.affine(hidden[:, -1:])
             if guided:
-                mean, std = guide(*mean.chunk(2), *std.chunk(2), guidance)
+                (mean, null_mean), (std, null_std) = mean.chunk(2), std.chunk(2)
+                mean, std = guide(mean, null_mean, std, null_std, guidance)
             token = mean + std * z[:, index : index + 1].float()
             tokens.append(token)
             entering = self.input(torch.cat([token, token]) if guided else token)
@@ -195,11 +197,11 @@ def guide(
     return mean + omega * ratio / divisor * (mean - null_mean), std / divisor.sqrt()
 
 
-class StarFlow(nn.Module):
+class StarFlow(LatentModel):
     """Exact log-likelihood of latents [B, C, H, W] and, by inversion, samples of them."""
 
     def __init__(self, config: StarFlowConfig) -> None:
-        super().__init__()
+        super().__init__(config.latent_dim)
         self.config = config
         last = len(config.layers) - 1
         self.blocks = nn.ModuleList(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 
 import pytest
@@ -87,7 +88,7 @@ def test_the_odes_error_falls_at_first_order_in_the_step() -> None:
         (sample_ode(gaussian, start, LABELS, steps).double() - exact).square().mean().sqrt().item()
         for steps in (16, 32, 64, 128)
     ]
-    orders = [math.log2(a / b) for a, b in zip(errors, errors[1:], strict=False)]
+    orders = [math.log2(a / b) for a, b in itertools.pairwise(errors)]
     assert orders[-1] == pytest.approx(1.0, abs=0.1), errors
 
 

@@ -16,10 +16,12 @@ from fae_core import checkpoint
 from pipelines import storage
 from pipelines.config import RecipeError, load_recipe
 from pipelines.images import ImageRecord
-from pipelines.train_autoencoder import claim_run, split_records, train_autoencoder
+from pipelines.runs import claim_run, split_records
+from pipelines.train_autoencoder import train_autoencoder
 from pipelines.training import TrainingError
 
 ROOT = Path(__file__).parents[2]
+SECTIONS = ("data", "backbone", "autoencoder")
 
 
 def test_the_split_depends_on_the_key_alone():
@@ -35,13 +37,19 @@ def test_the_split_depends_on_the_key_alone():
 
 def test_a_run_of_another_recipe_is_refused_and_names_the_keys(tmp_path):
     uri = str(tmp_path / "r")
-    claim_run(load_recipe("photos-dinov2s", ["run=r"]), uri)
+    claim_run(load_recipe("photos-dinov2s", ["run=r"]), uri, SECTIONS)
     claim_run(
-        load_recipe("photos-dinov2s", ["run=r", "training.num_workers=2", "training.log_every=3"]),
+        load_recipe(
+            "photos-dinov2s",
+            ["run=r", "autoencoder.training.num_workers=2", "autoencoder.training.log_every=3"],
+        ),
         uri,
+        SECTIONS,
     )
     with pytest.raises(RecipeError, match=r"autoencoder.latent_dim: 32 there, 48 now") as error:
-        claim_run(load_recipe("photos-dinov2s", ["run=r", "autoencoder.latent_dim=48"]), uri)
+        claim_run(
+            load_recipe("photos-dinov2s", ["run=r", "autoencoder.latent_dim=48"]), uri, SECTIONS
+        )
     assert "steps" not in str(error.value)
 
 
@@ -52,7 +60,7 @@ def test_a_run_needs_a_name():
 
 def test_a_finished_run_returns_at_once(tmp_path):
     recipe = load_recipe("photos-dinov2s", ["run=r", f"storage={tmp_path}"])
-    claim_run(recipe, storage.join(str(tmp_path), "r"))
+    claim_run(recipe, storage.join(str(tmp_path), "r"), SECTIONS)
     storage.write_bytes(f"{tmp_path}/r/result.json", b'{"mse": 0.5}')
     result = train_autoencoder(recipe)
     assert result.metrics == {"mse": 0.5} and result.checkpoint.endswith(
@@ -80,10 +88,10 @@ def command(photographs: Path, storage_folder: Path, *overrides: str) -> list[st
         f"storage={storage_folder}", f"data.path={photographs}", "data.validation_fraction=0.2",
         "backbone.name=vit_tiny_patch16_224", "backbone.weights=random", "image_size=224",
         "autoencoder.latent_dim=8", "autoencoder.encoder.num_heads=3", "autoencoder.encoder.head_dim=32",
-        "autoencoder.decoder.num_heads=3", "autoencoder.decoder.depth=1", "training.steps=8",
-        "training.batch_size=8", "training.accumulation=2", "training.warmup_steps=2",
-        "training.statistics_images=8", "training.log_every=1", "training.checkpoint_every=2",
-        "training.validate_every=4", "training.ema_decay=0.9", "training.precision=fp32", "tracking.enabled=false", *overrides,
+        "autoencoder.decoder.num_heads=3", "autoencoder.decoder.depth=1", "autoencoder.training.steps=8",
+        "autoencoder.training.batch_size=8", "autoencoder.training.accumulation=2", "autoencoder.training.warmup_steps=2",
+        "autoencoder.statistics_images=8", "autoencoder.training.log_every=1", "autoencoder.training.checkpoint_every=2",
+        "autoencoder.training.validate_every=4", "autoencoder.training.ema_decay=0.9", "autoencoder.training.precision=fp32", "tracking.enabled=false", *overrides,
     ]  # fmt: skip
 
 
@@ -161,8 +169,8 @@ def test_two_workers_match_one(photographs, uninterrupted, tmp_path):
         command(
             photographs,
             tmp_path,
-            "training.num_workers=2",
-            "training.cpus_per_worker=0.5",
+            "autoencoder.training.num_workers=2",
+            "autoencoder.training.cpus_per_worker=0.5",
         )
     )
     expected, actual = weights(uninterrupted), weights(tmp_path)

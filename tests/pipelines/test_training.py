@@ -6,19 +6,17 @@ import pytest
 import torch
 from torch import nn
 
+from pipelines.batches import Batch, random_flips, sample_noise
 from pipelines.config import TrainingSection
 from pipelines.epoch_order import EpochOrder
+from pipelines.image_feed import step_parts
 from pipelines.training import (
-    Batch,
     NonFiniteError,
     TrainingError,
     TrainState,
     learning_rate,
     list_checkpoints,
-    random_flips,
-    sample_noise,
     save_checkpoint,
-    step_parts,
     train_step,
 )
 
@@ -48,7 +46,7 @@ def batches_of(step: int, parts: int, skip: int = 0) -> list[Batch]:
     return [
         Batch(
             step,
-            images[s + skip : s + size],
+            {"images": images[s + skip : s + size]},
             list(range(s + skip, s + size)),
             [f"k{i}" for i in range(s + skip, s + size)],
             (size - skip) / size,

@@ -1,0 +1,35 @@
+"""What both generators share: the statistics by which latents are normalised, kept inside the checkpoint."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+
+class LatentModel(nn.Module):
+    """A network on latents with zero mean and unit variance per channel; it knows the way there and back."""
+
+    latent_mean: Tensor
+    latent_std: Tensor
+
+    def __init__(self, latent_dim: int) -> None:
+        super().__init__()
+        self.register_buffer("latent_mean", torch.zeros(latent_dim))
+        self.register_buffer("latent_std", torch.ones(latent_dim))
+
+    def set_latent_stats(self, mean: Tensor, std: Tensor) -> None:
+        """Fix the per-channel mean and standard deviation [C] of the raw latents. Raises ValueError for a std of 0."""
+        if not bool(torch.isfinite(std).all() and (std > 0).all() and torch.isfinite(mean).all()):
+            raise ValueError(
+                "Latent statistics must be finite, with every standard deviation above 0."
+            )
+        self.latent_mean.copy_(mean)
+        self.latent_std.copy_(std)
+
+    def normalise(self, latents: Tensor) -> Tensor:
+        """Normalised latents [B, C, H, W] float32 of raw ones."""
+        return (latents.float() - self.latent_mean[:, None, None]) / self.latent_std[:, None, None]
+
+    def denormalise(self, latents: Tensor) -> Tensor:
+        """Raw latents [B, C, H, W] float32 of normalised ones."""
+        return latents.float() * self.latent_std[:, None, None] + self.latent_mean[:, None, None]

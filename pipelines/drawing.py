@@ -1,0 +1,105 @@
+"""From noise to pictures on one device: a generator draws latents, the double decoder paints them.
+
+Image i of a seed has its own noise, whatever else is drawn with it, on any machine. `fae sample` runs this in actors,
+`fae train generator` for its previews.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fae_core.checkpoint import CheckpointError
+from fae_core.generators.dit import DiT
+from fae_core.generators.starflow import StarFlow
+from fae_core.pixel_decoder import to_uint8
+from fae_core.samplers import PAPER_GUIDANCE, GuidanceInterval, sample_ode, sample_sde
+from pipelines.batches import normal_draws
+from pipelines.config import Recipe, SampleSection
+from pipelines.models import check_fingerprints, load_checkpoint
+
+
+def image_noise(seed: int, indices: Iterable[int], shape: Sequence[int]) -> Tensor:
+    """Standard normal noise [n, *shape] float32 of the images `indices`; each depends on (seed, index) alone."""
+    return normal_draws(seed, "image", 0, list(indices), tuple(shape))
+
+
+def intervals(sample: SampleSection) -> tuple[GuidanceInterval, ...]:
+    """The guidance schedule that the recipe asks for."""
+    if sample.guidance == "none":
+        return ()
+    if sample.guidance == "paper":
+        return PAPER_GUIDANCE
+    return tuple(GuidanceInterval(g.start, g.end, g.scale) for g in sample.guidance)
+
+
+class Draw:
+    """Raw latents [n, C, H, W] of noise, labels and image indices, by the recipe's sampler."""
+
+    def __init__(
+        self, model: DiT | StarFlow, sample: SampleSection, seed: int, device: torch.device
+    ) -> None:
+        self.model = model
+        self.sample = sample
+        self.seed = seed
+        self.device = device
+
+    def __call__(self, noise: Tensor, labels: Tensor, indices: Sequence[int]) -> Tensor:
+        sample, model = self.sample, self.model
+        noise, labels = noise.to(self.device), labels.to(self.device)
+        if isinstance(model, StarFlow):
+            x = model.sample(noise, labels, sample.flow_guidance)
+            if sample.denoise:
+                with torch.inference_mode(False):  # its score is a gradient
+                    x = model.denoise(x.clone(), labels.clone())
+            return model.denormalise(x)
+        guidance, null = intervals(sample), model.null_class
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=sample.precision == "bf16"):
+            if sample.sampler == "ode":
+                x = sample_ode(model, noise, labels, sample.num_steps, sample.shift, guidance, null)
+            else:
+                shape = tuple(noise.shape[1:])
+
+                def step_noise(step: int) -> Tensor:
+                    return normal_draws(self.seed, "sde", step, list(indices), shape)
+
+                x = sample_sde(
+                    model, noise, labels, step_noise, sample.num_steps, sample.shift, guidance, null
+                )
+        return model.denormalise(x)
+
+
+@dataclass
+class Painter:
+    """The double decoder: raw latents [n, C, H, W] -> features -> images uint8 [n, S, S, 3]."""
+
+    autoencoder: Any
+    pixel_decoder: Any
+    fingerprints: dict[str, str]
+    """Content hashes of both."""
+
+    @classmethod
+    def of(cls, recipe: Recipe, device: torch.device, autoencoder_sha256: str) -> Painter:
+        """Load the recipe's decoders; CheckpointError where they do not belong to these latents or to each other."""
+        assert recipe.autoencoder.checkpoint and recipe.pixel_decoder.checkpoint
+        uri = recipe.autoencoder.checkpoint
+        loaded = load_checkpoint(uri, "autoencoder")
+        if loaded.weights_sha256 != autoencoder_sha256:
+            raise CheckpointError(
+                f"{uri} is not the autoencoder of these latents: its weights hash to "
+                f"{loaded.weights_sha256[:12]}…, theirs to {autoencoder_sha256[:12]}…."
+            )
+        decoder = load_checkpoint(recipe.pixel_decoder.checkpoint, "pixel_decoder")
+        wanted = {"backbone": loaded.fingerprints["backbone"]}
+        check_fingerprints(recipe.pixel_decoder.checkpoint, decoder, wanted)
+        hashes = {"autoencoder": loaded.weights_sha256, "pixel decoder": decoder.weights_sha256}
+        return cls(loaded.module.to(device), decoder.module.to(device), hashes)
+
+    @torch.inference_mode()
+    def __call__(self, latents: Tensor) -> Tensor:
+        tokens = latents.flatten(2).transpose(1, 2)
+        return to_uint8(self.pixel_decoder(self.autoencoder.decode(tokens)))

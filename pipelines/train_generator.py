@@ -1,0 +1,200 @@
+"""`fae train generator`: a diffusion transformer or STARFlow on the latents of a finished store, under Ray Train.
+
+The store is only read; its statistics normalise the latents and travel inside the checkpoint, with the fingerprints of
+autoencoder and backbone, so that sampling refuses to decode with another one. Every `validate_every` steps a grid of
+samples from the same noise goes to MLflow: pictures where the recipe names decoders, else PCA maps of latents.
+"""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from fae_core.figures import pca_map, picture_grid, principal_basis
+from fae_core.flow_matching import flow_matching_loss, timesteps
+from fae_core.generators.dit import DiT, DiTConfig
+from fae_core.generators.latent_model import LatentModel
+from fae_core.generators.starflow import StarFlow, StarFlowConfig, flow_loss
+from pipelines import runs, storage
+from pipelines.batches import Batch
+from pipelines.command import run_module
+from pipelines.config import GeneratorSection, Recipe, RecipeError
+from pipelines.drawing import Draw, Painter, image_noise
+from pipelines.latent_feed import latent_feed, needed_columns
+from pipelines.latent_reader import LatentStore
+from pipelines.ray_session import for_workers, start_ray
+from pipelines.tracking import resolve_uri
+from pipelines.train_autoencoder import TrainResult
+from pipelines.training import Job, fit, prepare_worker, run_job
+
+GRID_CLASSES = 4
+GRID_COLUMNS = 6
+PREVIEW_STEPS = 50
+
+
+def train_generator(recipe: Recipe) -> TrainResult:
+    """Train, resume or, where the run is finished, return at once.
+
+    Raises RecipeError, StoreError for a store that is not finished or lacks columns, NonFiniteError.
+    """
+    run_uri = runs.run_folder(recipe)
+    if recipe.latents is None:
+        raise RecipeError(
+            "train generator needs latents=STORE, a finished `fae precompute` output."
+        )
+    store = LatentStore.open(for_workers(recipe).latents or "")
+    needed_columns(store, recipe.generator)
+    build_generator(recipe.generator, store, device="meta")
+    runs.claim_run(recipe, run_uri, ("latents", "generator"))
+    if runs.result(run_uri) is None:
+        start_ray()
+        values = for_workers(recipe).model_dump(mode="json")
+        config = {"recipe": values, "tracking_uri": resolve_uri(recipe.tracking)}
+        fit(_worker, config, recipe, recipe.generator.training)
+    return TrainResult(storage.join(run_uri, "generator.safetensors"), runs.result(run_uri) or {})
+
+
+def build_generator(
+    section: GeneratorSection, store: LatentStore, device: str = "cpu"
+) -> DiT | StarFlow:
+    """The recipe's network for the store's latents, untrained. Raises RecipeError for a size that there is not."""
+    channels, *grid = store.latent_shape
+    shape = (channels, (grid[0], grid[1]))
+    common: dict[str, Any] = {
+        "num_classes": section.num_classes,
+        "label_dropout": section.label_dropout,
+        "checkpoint_activations": section.checkpoint_activations,
+    }
+    if section.width is not None:
+        common["width"] = section.width
+    try:
+        with torch.device(device):
+            if section.kind == "starflow":
+                if section.layers is not None:
+                    common["layers"] = tuple(section.layers)
+                flow = StarFlowConfig.preset(
+                    section.size, *shape, noise_std=section.noise_std, **common
+                )
+                return StarFlow(flow)
+            for name in ("depth", "num_heads"):
+                if getattr(section, name) is not None:
+                    common[name] = getattr(section, name)
+            dit = DiTConfig.preset(
+                section.size,
+                *shape,
+                patch_size=section.patch_size,
+                mlp=section.mlp,
+                norm=section.norm,
+                rope=section.rope,
+                qk_norm=section.qk_norm,
+                **common,
+            )
+            return DiT(dit)
+    except ValueError as error:
+        raise RecipeError(f"generator: {error}") from None
+
+
+def generator_loss(section: GeneratorSection, model: nn.Module, batch: Batch) -> dict[str, Tensor]:
+    """The loss terms of one micro-batch from `latent_feed`; `model` may be wrapped for data parallelism."""
+    inner = getattr(model, "module", model)
+    assert isinstance(inner, LatentModel)
+    latents = inner.normalise(batch["latents"])
+    if section.kind == "starflow":
+        return flow_loss(model, latents, batch["noise"], batch["labels"], section.noise_std)
+    t = timesteps(batch["time"], section.timesteps, section.shift)
+    return flow_matching_loss(
+        model, latents, batch["noise"], t, batch["labels"], section.cosine_weight
+    )
+
+
+def _worker(config: dict[str, Any]) -> None:
+    import ray.train
+    import ray.train.torch
+
+    recipe = Recipe.model_validate(config["recipe"])
+    run_uri = runs.run_folder(recipe)
+    device = ray.train.torch.get_device()
+    prepare_worker(device)
+    is_first = ray.train.get_context().get_world_rank() == 0
+    assert recipe.latents is not None
+    store = LatentStore.open(recipe.latents)
+    section = recipe.generator
+    torch.manual_seed(recipe.seed)
+    model = build_generator(section, store)
+    mean, std = (
+        torch.from_numpy(np.asarray(v)).float() for v in (store.stats.mean, store.stats.std)
+    )
+    model.set_latent_stats(mean, std.clamp_min(1e-6))
+
+    def loss(wrapped: nn.Module, batch: Batch) -> dict[str, Tensor]:
+        return generator_loss(section, wrapped, batch)
+
+    preview = _Preview(recipe, store, device) if is_first else None
+    job = Job(model, latent_feed(store, section, recipe.seed), loss, preview)
+    metrics = run_job(job, section.training, recipe, run_uri, config["tracking_uri"])
+    if is_first:
+        fingerprints = {
+            "latents": store.manifest["fingerprint"],
+            "autoencoder": store.manifest["parts"]["autoencoder weights"],
+        }
+        runs.finish(run_uri, "generator", model, fingerprints, metrics)
+
+
+class _Preview:
+    """Samples from the same noise at every validation: pictures if the recipe names both decoders, else PCA maps."""
+
+    def __init__(self, recipe: Recipe, store: LatentStore, device: torch.device) -> None:
+        self.recipe = recipe
+        self.store = store
+        self.device = device
+        self.painter: Painter | None = None
+        if recipe.autoencoder.checkpoint and recipe.pixel_decoder.checkpoint:
+            autoencoder = store.manifest["parts"]["autoencoder weights"]
+            self.painter = Painter.of(recipe, device, autoencoder)
+
+    def __call__(self, model: nn.Module, step: int) -> tuple[dict[str, float], bytes | None]:
+        assert isinstance(model, DiT | StarFlow)
+        num_classes = min(GRID_CLASSES, self.recipe.generator.num_classes)
+        labels = torch.arange(num_classes).repeat_interleave(GRID_COLUMNS)
+        noise = image_noise(self.recipe.seed, range(len(labels)), self.store.latent_shape)
+        sample = self.recipe.sample.model_copy(
+            update={"num_steps": min(self.recipe.sample.num_steps, PREVIEW_STEPS)}
+        )
+        with torch.inference_mode():
+            draw = Draw(model, sample, self.recipe.seed, self.device)
+            latents = draw(noise, labels, list(range(len(labels))))
+            if self.painter:
+                tiles: list[np.ndarray] = list(self.painter(latents).cpu().numpy())
+            else:
+                tiles = _maps(model.normalise(latents).float().cpu().numpy())
+        rows = [tiles[i : i + GRID_COLUMNS] for i in range(0, len(tiles), GRID_COLUMNS)]
+        titles = [""] * GRID_COLUMNS
+        return {"sample_std": float(model.normalise(latents).std())}, picture_grid(rows, titles)
+
+
+def _maps(latents: np.ndarray) -> list[np.ndarray]:
+    n, channels, height, width = latents.shape
+    tokens = latents.reshape(n, channels, -1).transpose(0, 2, 1)
+    basis = principal_basis(tokens)
+    return [pca_map(t, (height, width), basis) for t in tokens]
+
+
+def main() -> int:
+    """`python -m pipelines.train_generator RECIPE key=value ...`; the exit status."""
+
+    def job(recipe: Recipe) -> dict[str, Any]:
+        result = train_generator(recipe)
+        return {"checkpoint": result.checkpoint, **result.metrics}
+
+    return run_module("pipelines.train_generator", job)
+
+
+if __name__ == "__main__":
+    # Under its own name, so that Ray ships `_worker` by reference.
+    from pipelines.train_generator import main as _main
+
+    sys.exit(_main())
