@@ -131,7 +131,7 @@ def test_an_autoencoder_of_another_backbone_or_size_is_refused(tmp_path):
     with pytest.raises(CheckpointError, match="trained with backbone dinov2_vitl14:0123"):
         Encoder.of(recipe_for("x", other, "y"))
     smaller = save_autoencoder(tmp_path / "b.safetensors", image_size="224")
-    with pytest.raises(CheckpointError, match="image_size 224, this recipe has 256"):
+    with pytest.raises(CheckpointError, match="image_size 224, here it is 256"):
         Encoder.of(recipe_for("x", smaller, "y"))
 
 
