@@ -103,6 +103,8 @@ class TrainingSection(_Section):
     compile: bool = False
     """torch.compile the training step."""
     num_workers: int = Field(1, gt=0)
+    parallel: Literal["ddp", "fsdp"] = "ddp"
+    """Between workers: a copy of the network each, or its parameters split over them."""
     use_gpu: bool = False
     cpus_per_worker: float = Field(1.0, gt=0.0)
     log_every: int = Field(50, gt=0)

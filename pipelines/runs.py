@@ -27,6 +27,7 @@ from pipelines.training import TrainingError
 
 OPERATIONAL_KEYS = (
     "num_workers",
+    "parallel",
     "use_gpu",
     "cpus_per_worker",
     "compile",

@@ -129,14 +129,12 @@ def _worker(config: dict[str, Any]) -> None:
     held_out = None
     if validation and is_first:
         held_out = _HeldOut(validation, recipe, backbone, device, read_baseline(run_uri))
-    feed = image_feed(
-        training, recipe.data, recipe.image_size, recipe.seed, recipe.autoencoder.training
-    )
+    feed = image_feed(training, recipe.data, recipe.image_size, recipe.seed, section.training)
     job = Job(model, feed, loss, held_out)
-    metrics = run_job(job, recipe.autoencoder.training, recipe, run_uri, config["tracking_uri"])
+    trained, metrics = run_job(job, section.training, recipe, run_uri, config["tracking_uri"])
     if is_first:
         fingerprints = backbone_fingerprints(recipe, backbone)
-        runs.finish(run_uri, "autoencoder", model, fingerprints, metrics)
+        runs.finish(run_uri, "autoencoder", trained, fingerprints, metrics)
 
 
 class _HeldOut:

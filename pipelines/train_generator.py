@@ -135,13 +135,13 @@ def _worker(config: dict[str, Any]) -> None:
 
     preview = _Preview(recipe, store, device) if is_first else None
     job = Job(model, latent_feed(store, section, recipe.seed), loss, preview)
-    metrics = run_job(job, section.training, recipe, run_uri, config["tracking_uri"])
+    trained, metrics = run_job(job, section.training, recipe, run_uri, config["tracking_uri"])
     if is_first:
         fingerprints = {
             "latents": store.manifest["fingerprint"],
             "autoencoder": store.manifest["parts"]["autoencoder weights"],
         }
-        runs.finish(run_uri, "generator", model, fingerprints, metrics)
+        runs.finish(run_uri, "generator", trained, fingerprints, metrics)
 
 
 class _Preview:

@@ -239,10 +239,10 @@ def _worker(config: dict[str, Any]) -> None:
     if validation and is_first:
         held_out = _HeldOut(validation, objective, autoencoder)
     job = Job(model, feed, objective.model_loss, held_out, judged)
-    metrics = run_job(job, section.training, recipe, run_uri, config["tracking_uri"])
+    trained, metrics = run_job(job, section.training, recipe, run_uri, config["tracking_uri"])
     if is_first:
         fingerprints = backbone_fingerprints(recipe, backbone)
-        runs.finish(run_uri, "pixel_decoder", model, fingerprints, metrics)
+        runs.finish(run_uri, "pixel_decoder", trained, fingerprints, metrics)
 
 
 def _starting_model(recipe: Recipe, backbone: Backbone, mean: Tensor, std: Tensor) -> PixelDecoder:

@@ -8,6 +8,7 @@ written whole, so the same command after a SIGKILL continues to the same paramet
 from __future__ import annotations
 
 import contextlib
+import copy
 import io
 import json
 import math
@@ -19,12 +20,14 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 
 from fae_core.errors import UserError
 from pipelines import storage
 from pipelines.batches import Batch
 from pipelines.config import Recipe, TrainingSection
 from pipelines.ray_session import quiet_logs
+from pipelines.sharding import is_sharded, shard, split_like, whole
 from pipelines.tracking import Tracker, flatten
 
 CHECKPOINTS = "checkpoints"
@@ -117,14 +120,26 @@ class TrainedNetwork:
 
     def clip_gradients(self) -> Tensor:
         """The global gradient norm (0-dim) before clipping."""
-        return torch.nn.utils.clip_grad_norm_(self.parameters, self.clip)
+        norm: Tensor = whole(torch.nn.utils.clip_grad_norm_(self.parameters, self.clip))
+        return norm
 
     def state_dict(self) -> dict[str, Any]:
-        return {"weights": self.module.state_dict(), "optimizer": self.optimizer.state_dict()}
+        """Weights and optimizer as whole tensors. Where the module is sharded, all workers must call it together."""
+        return {
+            "weights": whole(self.module.state_dict()),
+            "optimizer": whole(self.optimizer.state_dict()),
+        }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.module.load_state_dict(state["weights"])
-        self.optimizer.load_state_dict(state["optimizer"])
+        own = self.module.state_dict()
+        weights = {name: split_like(value, own[name]) for name, value in state["weights"].items()}
+        self.module.load_state_dict(weights)
+        ordered = [p for group in self.optimizer.param_groups for p in group["params"]]
+        moments = {
+            index: {name: split_like(value, ordered[index]) for name, value in values.items()}
+            for index, values in state["optimizer"]["state"].items()
+        }
+        self.optimizer.load_state_dict({**state["optimizer"], "state": moments})
 
 
 class TrainState:
@@ -171,12 +186,15 @@ class TrainState:
             average.copy_(kept)
 
     def to_bytes(self) -> bytes:
-        """The state as torch.save writes it; `load_bytes` reads it without unpickling code."""
+        """The state as torch.save writes it; `load_bytes` reads it without unpickling code.
+
+        Holds whole tensors: where the model is sharded, all workers must call it together.
+        """
         buffer = io.BytesIO()
         state = {
             "step": self.step,
             "networks": {name: network.state_dict() for name, network in self.networks.items()},
-            "ema": self.ema,
+            "ema": whole(self.ema),
             "rng": torch.get_rng_state(),
         }
         torch.save(state, buffer)
@@ -187,7 +205,7 @@ class TrainState:
         for name, network in self.networks.items():
             network.load_state_dict(state["networks"][name])
         for average, saved in zip(self.ema, state["ema"], strict=True):
-            average.copy_(saved)
+            average.copy_(split_like(saved, average))
         torch.set_rng_state(state["rng"])
         self.step = state["step"]
 
@@ -259,6 +277,9 @@ def train_step(
 
 def _synchronised(module: nn.Module, last: bool) -> contextlib.AbstractContextManager[Any]:
     """Gradients are averaged over workers with the last micro-batch alone."""
+    if isinstance(module, FSDPModule):
+        module.set_requires_gradient_sync(last)
+        return contextlib.nullcontext()
     no_sync = getattr(module, "no_sync", None)
     return contextlib.nullcontext() if last or no_sync is None else no_sync()
 
@@ -279,9 +300,17 @@ def list_checkpoints(run_uri: str) -> list[str]:
     )
 
 
-def save_checkpoint(state: TrainState, run_uri: str, keep: int) -> None:
-    """Write the state, then delete all but the `keep` newest checkpoints."""
-    storage.write_bytes(checkpoint_uri(run_uri, state.step), state.to_bytes())
+def save_checkpoint(state: TrainState, run_uri: str, keep: int, write: bool = True) -> None:
+    """Write the state, then delete all but the `keep` newest checkpoints.
+
+    Sharded workers all call it, and one of them with `write`.
+    """
+    if not (write or is_sharded(state.model)):
+        return
+    data = state.to_bytes()
+    if not write:
+        return
+    storage.write_bytes(checkpoint_uri(run_uri, state.step), data)
     for uri in list_checkpoints(run_uri)[:-keep]:
         storage.delete(uri)
 
@@ -291,10 +320,10 @@ def save_checkpoint(state: TrainState, run_uri: str, keep: int) -> None:
 
 def run_job(
     job: Job, training: TrainingSection, recipe: Recipe, run_uri: str, tracking_uri: str
-) -> dict[str, float]:
-    """Train `job` to the last step inside a Ray Train worker; the last validation's metrics (rank 0).
+) -> tuple[nn.Module, dict[str, float]]:
+    """Train `job` to the last step inside a Ray Train worker; the trained model and the last validation's metrics (rank 0).
 
-    The model keeps the final weights (averaged ones where `training` has an EMA).
+    The model has the final weights (averaged ones where `training` has an EMA).
     """
     import ray.train
     import ray.train.torch
@@ -303,7 +332,12 @@ def run_job(
     rank, world_size = context.get_world_rank(), context.get_world_size()
     device = ray.train.torch.get_device()
     tracker = _tracker(recipe, run_uri, tracking_uri) if rank == 0 else None
+    sharded = training.parallel == "fsdp" and world_size > 1
+    # What rank 0 validates and keeps: the model itself, or where that is split over the workers, a whole copy on its CPU.
+    plain = copy.deepcopy(job.model) if sharded and rank == 0 else job.model
     model = job.model.to(device)
+    if sharded:
+        shard(model, training.precision)
     if job.adversary:
         job.adversary.module.to(device)
     state = TrainState(model, training, job.adversary)
@@ -311,7 +345,7 @@ def run_job(
     if found:
         state.load_bytes(storage.read_bytes(found[-1]))
         _say(rank, f"resumed at step {state.step} from {found[-1]}")
-    wrapped = ray.train.torch.prepare_model(model)
+    wrapped = model if sharded else ray.train.torch.prepare_model(model)
     if training.compile:
         wrapped.compile()
     wrapped_adversary = (
@@ -341,21 +375,24 @@ def run_job(
                 tracker.log_metrics(
                     {f"train/{name}": value for name, value in metrics.items()}, step
                 )
-        if tracker and job.validate and step % training.validate_every == 0 and not last:
-            _validate(job.validate, state, tracker)
+        if step % training.validate_every == 0 and not last:
+            with state.averaged():
+                _gather(model, plain)
+                if tracker and job.validate:
+                    _validate(job.validate, plain, device, step, tracker)
             meter.restart()
         if step % training.checkpoint_every == 0 or last:
             bad_images.save()
-            if rank == 0:
-                save_checkpoint(state, run_uri, training.keep_checkpoints)
+            save_checkpoint(state, run_uri, training.keep_checkpoints, write=rank == 0)
             ray.train.report({"step": step})
             meter.restart()
+    state.swap_ema()
+    _gather(model, plain)
     if tracker:
         if job.validate:
-            validation = _validate(job.validate, state, tracker)
+            validation = _validate(job.validate, plain, device, state.step, tracker)
         tracker.finish()
-    state.swap_ema()
-    return validation
+    return plain, validation
 
 
 def fit(
@@ -419,18 +456,27 @@ def _tracker(recipe: Recipe, run_uri: str, tracking_uri: str) -> Tracker:
     return Tracker(recipe.tracking, tracking_uri, run_uri, flatten(recipe.model_dump(mode="json")))
 
 
-def _validate(validate: Validation, state: TrainState, tracker: Tracker) -> dict[str, float]:
-    state.model.eval()
-    with state.averaged(), torch.no_grad():
-        metrics, figure = validate(state.model, state.step)
-    state.model.train()
+def _gather(model: nn.Module, plain: nn.Module) -> None:
+    """Bring the weights of a sharded model into rank 0's whole copy; all workers call it. Nothing where they are one."""
+    if is_sharded(model):
+        weights = whole(model.state_dict())
+        if plain is not model:
+            plain.load_state_dict(weights)
+
+
+def _validate(
+    validate: Validation, model: nn.Module, device: torch.device, step: int, tracker: Tracker
+) -> dict[str, float]:
+    home = next(model.parameters()).device
+    model.to(device).eval()
+    with torch.no_grad():
+        metrics, figure = validate(model, step)
+    model.to(home).train()
     if metrics:
-        _say(0, _line(f"validation at step {state.step}", metrics))
-    tracker.log_metrics(
-        {f"validation/{name}": value for name, value in metrics.items()}, state.step
-    )
+        _say(0, _line(f"validation at step {step}", metrics))
+    tracker.log_metrics({f"validation/{name}": value for name, value in metrics.items()}, step)
     if figure:
-        tracker.log_figure(figure, f"step_{state.step:09d}.png")
+        tracker.log_figure(figure, f"step_{step:09d}.png")
     return metrics
 
 

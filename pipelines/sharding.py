@@ -1,0 +1,52 @@
+"""FSDP: a model's parameters split over the workers (torch's `fully_shard`), and tensors brought together and apart again.
+
+A checkpoint holds whole tensors, so a run may go on with another number of workers, sharded or not.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor, distribute_tensor
+
+
+def shard(model: nn.Module, precision: str) -> None:
+    """Split `model` in place over all workers: every layer of its module lists on its own, then the rest.
+
+    With `precision` bf16 the gathered copies are bfloat16 and gradients are reduced in float32.
+    """
+    policy = MixedPrecisionPolicy()
+    if precision == "bf16":
+        policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
+    layers = [
+        layer for group in model.modules() if isinstance(group, nn.ModuleList) for layer in group
+    ]
+    for layer in reversed(layers):  # the innermost first, as torch asks
+        fully_shard(layer, mp_policy=policy)
+    fully_shard(model, mp_policy=policy)
+
+
+def is_sharded(model: nn.Module) -> bool:
+    """Whether `shard` has been here."""
+    return isinstance(model, FSDPModule)
+
+
+def whole(value: Any) -> Any:
+    """`value` with every split tensor gathered, in any nesting of dicts and lists. All workers must call it together."""
+    if isinstance(value, DTensor):
+        return value.full_tensor()
+    if isinstance(value, dict):
+        return {key: whole(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return type(value)(whole(item) for item in value)
+    return value
+
+
+def split_like(value: Tensor, model: Tensor) -> Tensor:
+    """`value` [whole] split as `model` is; itself where `model` is not split or has another shape (Adam's step count)."""
+    if not isinstance(model, DTensor) or value.shape != model.shape:
+        return value
+    return distribute_tensor(value.to(model.device), model.device_mesh, model.placements)
