@@ -25,6 +25,7 @@ def fae(*arguments: str) -> subprocess.CompletedProcess[str]:
         (["inspect", "--help"], "--verify"),
         (["demo", "--help"], "--output"),
         (["probe", "--help"], "probe.output="),
+        (["evaluate", "--help"], "evaluate.reference="),
     ],
 )
 def test_help_teaches(arguments, word):
