@@ -255,7 +255,8 @@ def test_inceptions_scores_are_torch_fidelitys_own(
     theirs = torch_fidelity.calculate_metrics(
         input1=str(damaged), input2=str(originals), fid=True, isc=True, kid=True, prc=True,
         isc_splits=3, kid_subsets=5, kid_subset_size=20, cuda=False, verbose=False, cache=False,
-        feature_extractor_weights_path=str(inception_weights),
+        # By default its precision and recall look through VGG-16; ADM's evaluator and ours through Inception.
+        feature_extractor="inception-v3-compat", feature_extractor_weights_path=str(inception_weights),
     )  # fmt: skip
     ours = evaluate(
         recipe_of(
