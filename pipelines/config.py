@@ -97,7 +97,7 @@ class TrainingSection(_Section):
     gradient_clip: float | None = Field(1.0, gt=0.0)
     """Largest global gradient norm; not in the paper."""
     ema_decay: float | None = Field(None, gt=0.0, lt=1.0)
-    """Exponential moving average of the weights; not in the paper."""
+    """Exponential moving average of the weights, shorter in the first steps; not in the paper."""
     precision: Literal["fp32", "bf16"] = "bf16"
     """Autocast dtype of the forward passes; not in the paper."""
     compile: bool = False

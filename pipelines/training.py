@@ -95,6 +95,14 @@ def learning_rate(step: int, training: TrainingSection) -> float:
     )
 
 
+def ema_decay(step: int, decay: float) -> float:
+    """The average's decay at optimizer step `step` (from 0): min(decay, (1 + step) / (10 + step)), as TensorFlow's.
+
+    Constant from the start, 0.9999 would leave the untrained weights a third of the average after ten thousand steps.
+    """
+    return min(decay, (1 + step) / (10 + step))
+
+
 class TrainedNetwork:
     """A module with its AdamW; norm gains and biases are not decayed. `learning_rate` is its peak."""
 
@@ -169,8 +177,9 @@ class TrainState:
     @torch.no_grad()
     def update_ema(self) -> None:
         if self.ema_decay is not None:
+            decay = ema_decay(self.step, self.ema_decay)
             for average, parameter in zip(self.ema, self.networks["model"].parameters, strict=True):
-                average.lerp_(parameter, 1.0 - self.ema_decay)
+                average.lerp_(parameter, 1.0 - decay)
 
     @contextlib.contextmanager
     def averaged(self) -> Iterator[None]:

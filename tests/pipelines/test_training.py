@@ -14,6 +14,7 @@ from pipelines.training import (
     NonFiniteError,
     TrainingError,
     TrainState,
+    ema_decay,
     learning_rate,
     list_checkpoints,
     save_checkpoint,
@@ -101,6 +102,14 @@ def test_the_schedule_warms_up_then_follows_a_cosine_or_stays():
     assert learning_rate(85, training) == pytest.approx(0.2 + 0.4 * (1 + math.cos(0.75 * math.pi)))
     assert learning_rate(110, training) == pytest.approx(0.2)
     assert learning_rate(90, section(steps=110, schedule="constant", learning_rate=1.0)) == 1.0
+
+
+def test_the_average_forgets_the_untrained_weights():
+    kept = 1.0
+    for step in range(1200):  # 0.999 from the start would keep 30 %
+        kept *= ema_decay(step, 0.999)
+    assert kept < 1e-6
+    assert ema_decay(1_000_000, 0.9999) == 0.9999
 
 
 @pytest.mark.parametrize("killed_at", [1, 3, 5])
