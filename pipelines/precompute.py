@@ -88,7 +88,11 @@ def build_dataset(recipe: Recipe, todo: list[int], weights: dict[str, str]) -> A
     context.enable_progress_bars = False
     dataset = ray.data.from_items([{"shard": i} for i in todo], override_num_blocks=len(todo))
     return (
-        dataset.map(partial(decode_shard, recipe=recipe), num_cpus=options.cpus_per_decode)
+        dataset.map(
+            partial(decode_shard, recipe=recipe),
+            num_cpus=options.cpus_per_decode,
+            label_selector=options.decode_labels or None,
+        )
         .map_batches(
             EncodeShards,
             fn_constructor_args=(recipe, weights),
