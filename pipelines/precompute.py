@@ -167,7 +167,9 @@ def write_shard(row: dict[str, Any], recipe: Recipe) -> dict[str, Any]:
     assert recipe.output is not None
     plan, index = _plan_of(recipe.output), int(row["shard"])
     errors = json.loads(str(row["errors"]))
-    latents = {name: np.asarray(row[name]) for name in recipe.precompute.columns}
+    latents: dict[str, np.ndarray] = {
+        name: np.asarray(row[name]) for name in recipe.precompute.columns
+    }
     with metrics.stage("write"):
         latent_store.write_shard(
             recipe.output,
