@@ -142,7 +142,7 @@ def check_fit(
         yield Finding(
             "ok", "decode", f"{decodes} tasks at once on {len(on)} nodes{' with' if labelled else ''}{labelled}"
         )  # fmt: skip
-        yield from _check_gpu_nodes(recipe, on)
+        yield from _check_gpu_nodes(recipe, nodes)
         yield from _check_store(recipe, nodes, on, decodes)
     trainings: dict[str, TrainingSection] = {
         "autoencoder": recipe.autoencoder.training,
@@ -200,8 +200,8 @@ def _fit(
     )  # fmt: skip
 
 
-def _check_gpu_nodes(recipe: Recipe, decoding: Sequence[Node]) -> Iterator[Finding]:
-    mixed = {node.gpus > 0 for node in decoding} == {True, False}
+def _check_gpu_nodes(recipe: Recipe, nodes: Sequence[Node]) -> Iterator[Finding]:
+    mixed = {node.gpus > 0 for node in nodes if node.cpus} == {True, False}
     if recipe.precompute.gpus_per_actor and not recipe.precompute.decode_labels and mixed:
         yield Finding(
             "warning", "decode",
