@@ -75,14 +75,13 @@ def covering_rule(rules: list[dict[str, Any]], folder: str) -> dict[str, Any] | 
     return None
 
 
-def _client(**options: Any) -> Any:
+def _client() -> Any:
     endpoint = os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL") or None
     config = Config(
         retries={"mode": "standard", "total_max_attempts": 2},
         s3={"addressing_style": "path" if endpoint else "auto"},
         connect_timeout=5,
         read_timeout=20,
-        **options,
     )
     region = os.environ.get("AWS_DEFAULT_REGION") or os.environ.get("AWS_REGION")
     return boto3.Session().client("s3", endpoint_url=endpoint, region_name=region, config=config)
@@ -103,34 +102,33 @@ def _clock(answer: dict[str, Any]) -> Iterator[Finding]:
 
 
 def _write_and_read(client: Any, bucket: str, key: str) -> Finding:
-    # With this environment's checksum settings, and where that fails with the older ones.
     settings = client.meta.config.request_checksum_calculation
     error = _attempt("write and read", bucket, key, lambda: _round_trip(client, bucket, key))
     if error is None:
-        return Finding("ok", "write, read", f"by boto3 and Arrow; checksums {settings}")
+        return Finding("ok", "write, read", f"by boto3 and by Arrow; checksums {settings}")
     if settings != "when_required":
-        older = _client(
-            request_checksum_calculation="when_required",
-            response_checksum_validation="when_required",
+        # Ceph, for one, takes boto3's newer checksums and answers Arrow's with 411.
+        error += (
+            " If reading and writing are allowed, the server may not know the checksums of newer clients: set "
+            "AWS_REQUEST_CHECKSUM_CALCULATION=when_required and AWS_RESPONSE_CHECKSUM_VALIDATION=when_required, "
+            "on the nodes too, and ask again."
         )
-        if _attempt("write", bucket, key, lambda: _round_trip(older, bucket, key)) is None:
-            return Finding(
-                "problem", "checksums",
-                f"this server does not understand the checksums of newer clients ({error}). "
-                "Set AWS_REQUEST_CHECKSUM_CALCULATION=when_required and AWS_RESPONSE_CHECKSUM_VALIDATION=when_required.",
-            )  # fmt: skip
     return Finding("problem", "write, read", error)
 
 
 def _round_trip(client: Any, bucket: str, key: str) -> None:
-    client.put_object(Bucket=bucket, Key=key, Body=CONTENT)
+    # Each of the two writes, and the other reads it back.
     uri = f"s3://{bucket}/{key}"
+    client.put_object(Bucket=bucket, Key=key, Body=CONTENT)
     with storage.open_input(uri) as file:
         by_arrow = bytes(file.read())
+    filesystem, path = storage.filesystem(uri)
+    with filesystem.open_output_stream(path) as stream:
+        stream.write(CONTENT)
     by_boto3 = client.get_object(Bucket=bucket, Key=key)["Body"].read()
     if by_boto3 != CONTENT or by_arrow != CONTENT:
         raise storage.StorageError(
-            f"{uri}: reads back {len(by_boto3)} bytes by boto3 and {len(by_arrow)} by Arrow of {len(CONTENT)} written. "
+            f"{uri}: Arrow reads {len(by_arrow)} bytes and boto3 {len(by_boto3)} of {len(CONTENT)} written. "
             "The server, or a proxy before it, changes what it stores."
         )
 
