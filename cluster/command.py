@@ -70,6 +70,11 @@ class Command:
         """The shell command of the job."""
         return shlex.join(["python", "-m", self.module, self.recipe, *self.overrides])
 
+    @property
+    def only_asks(self) -> bool:
+        """Whether it may be asked again after it was answered; other commands have nothing left to do."""
+        return self.name == "doctor"
+
     def value(self, key: str, root: Path) -> str | None:
         """What the overrides, or else the recipe's file below `root`, give for the dotted `key`."""
         for word in reversed(self.overrides):

@@ -178,7 +178,7 @@ def _earlier(client: Any, submission: Submission) -> Any:
             )
         if not job.status.is_terminal():
             return job
-    if jobs and jobs[0].status == "SUCCEEDED":
+    if jobs and jobs[0].status == "SUCCEEDED" and not submission.command.only_asks:
         return jobs[0] if jobs[0].entrypoint == submission.command.entrypoint else None
     return None
 

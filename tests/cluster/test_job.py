@@ -214,6 +214,20 @@ def test_a_failing_job_ends_with_its_own_status_and_nothing_secret_is_kept_of_it
     assert "marker-secret" not in result.stdout + result.stderr
 
 
+def test_doctor_as_a_job_sees_the_cluster_from_inside_and_ends_with_its_findings(head):
+    asked = ["doctor", "photos-dinov2s", "tracking.enabled=false", "precompute.num_actors=9"]
+    result = head.submit(*asked, "precompute.decode_labels.fae-nodes=gpu")
+    assert result.returncode == 1, result.stdout + result.stderr
+    for line in (
+        "1 alive: 1 × (2 CPU 0 GPU fae-nodes=cpu)",
+        "equal on all nodes",
+        "precompute.num_actors=9, each 1 CPU: 2 fit on the nodes that are up",
+        "no node has fae-nodes=gpu",
+        "2 problems",
+    ):
+        assert line in result.stdout
+
+
 def jobs(head: Head) -> list[dict[str, object]]:
     request = urllib.request.Request(
         f"{head.address}/api/jobs/", headers={"Authorization": f"Bearer {TOKEN}"}
