@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -241,6 +242,108 @@ def demo(
     from pipelines.demo import run_demo
 
     run_demo(output)
+
+
+@app.command()
+def submit(
+    words: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="COMMAND RECIPE [KEY=VALUE]...",
+            help="As after `fae`: precompute, train generator, …",
+        ),
+    ],
+    address: Annotated[
+        str | None,
+        typer.Option(help="Job server, http://HEAD:8265; RAY_API_SERVER_ADDRESS without it."),
+    ] = None,
+    follow: Annotated[
+        bool, typer.Option("--follow/--no-wait", help="Show the log and end with the job's status.")
+    ] = True,
+    env: Annotated[
+        list[str] | None,
+        typer.Option(help="One more variable of this shell for the job; secrets are refused."),
+    ] = None,
+    working_dir: Annotated[str, typer.Option(help="The code and recipes that are sent.")] = ".",
+    max_size: Annotated[float, typer.Option(help="Largest working tree [MB].")] = 50.0,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would be sent.")] = False,
+    backend: Annotated[str, typer.Option(help="ray (a job server) or kuberay (a RayJob).")] = "ray",
+    image: Annotated[str | None, typer.Option(help="kuberay: the pods' image.")] = None,
+    output: Annotated[
+        str | None, typer.Option(help="kuberay: file for the YAML; standard output without it.")
+    ] = None,
+    apply: Annotated[bool, typer.Option("--apply", help="kuberay: kubectl apply it.")] = False,
+) -> None:
+    """Run a command as a job of a Ray cluster: once, however often it is submitted; the exit status is the job's.
+
+    Example: fae submit precompute imagenet256-dinov2g data.path=s3://b/imagenet autoencoder.checkpoint=s3://b/fae.safetensors
+    output=s3://b/latents --address http://head:8265
+
+    With --backend kuberay the RayJob goes to standard output: fae submit … --backend kuberay --image REGISTRY/fae-ray:0.1.0 --apply
+    """
+    from cluster.errors import SubmitError
+    from fae_core.errors import UserError
+
+    try:
+        from cluster.command import Command
+
+        command = Command.parse(words)
+        if backend == "kuberay":
+            from cluster import kuberay
+
+            document, remarks = kuberay.ray_job(command, env, image)
+            for remark in remarks:
+                typer.echo(f"note: {remark}", err=True)
+            if output:
+                Path(output).write_text(document)
+            if apply and not dry_run:
+                raise typer.Exit(kuberay.apply(document))
+            if not output:
+                typer.echo(document, nl=False)
+            return
+        if backend != "ray":
+            raise typer.BadParameter(f"--backend {backend}: ray or kuberay.")
+        from cluster import submit as job
+
+        submission = job.prepare(command, working_dir, env, int(max_size * 1e6))
+        if dry_run:
+            typer.echo(submission.describe())
+            return
+        raise typer.Exit(job.submit(submission, address, follow, typer.echo))
+    except SubmitError as error:
+        raise UserError(str(error)) from None
+
+
+@app.command()
+def doctor(
+    words: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="[RECIPE [KEY=VALUE]...] [s3://BUCKET/PREFIX]...",
+            help="What it shall be good for; nothing: the cluster alone.",
+        ),
+    ] = None,
+    address: Annotated[
+        str | None,
+        typer.Option(
+            help="Ray: HOST:6379 or auto, from inside the cluster; RAY_ADDRESS without it."
+        ),
+    ] = None,
+    fix: Annotated[
+        bool,
+        typer.Option("--fix", help="Add the bucket's rule that aborts incomplete uploads."),
+    ] = False,
+) -> None:
+    """Is this cluster, its GPUs, this bucket, this tracking server usable? Each line ok, warning or problem, and what to do.
+
+    Example: fae doctor imagenet256-dinov2g precompute.num_actors=8 s3://bucket/latents
+
+    From outside a cluster: fae submit doctor RECIPE … --address http://head:8265
+    """
+    from pipelines.doctor import doctor as run_doctor
+
+    if not run_doctor(words or [], address=address, fix=fix):
+        raise typer.Exit(1)
 
 
 def main() -> None:

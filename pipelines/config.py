@@ -287,6 +287,8 @@ class PrecomputeSection(_Section):
     threads_per_actor: int | None = Field(None, gt=0)
     """Torch threads of a CPU actor; without it all the cores of its node (the kernel shares them with decoding)."""
     cpus_per_decode: float = Field(0.5, gt=0.0)
+    decode_labels: dict[str, str] = {}
+    """Labels of the nodes that decode, like {fae-nodes: cpu}, so that GPU nodes do not; any node without them."""
     max_error_rate: float = Field(0.01, ge=0.0, le=1.0)
     """A larger share of images that cannot be encoded ends the job with nothing committed."""
 

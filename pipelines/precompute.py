@@ -23,7 +23,7 @@ from torch import Tensor
 from fae_core.backbone import Backbone
 from fae_core.checkpoint import CheckpointError
 from fae_core.errors import UserError
-from pipelines import latent_store, storage
+from pipelines import latent_store, metrics, storage
 from pipelines.command import run_module
 from pipelines.config import Recipe, RecipeError
 from pipelines.images import decode_records, list_images, read_records
@@ -88,7 +88,11 @@ def build_dataset(recipe: Recipe, todo: list[int], weights: dict[str, str]) -> A
     context.enable_progress_bars = False
     dataset = ray.data.from_items([{"shard": i} for i in todo], override_num_blocks=len(todo))
     return (
-        dataset.map(partial(decode_shard, recipe=recipe), num_cpus=options.cpus_per_decode)
+        dataset.map(
+            partial(decode_shard, recipe=recipe),
+            num_cpus=options.cpus_per_decode,
+            label_selector=options.decode_labels or None,
+        )
         .map_batches(
             EncodeShards,
             fn_constructor_args=(recipe, weights),
@@ -143,8 +147,13 @@ def decode_shard(row: dict[str, Any], recipe: Recipe) -> dict[str, Any]:
     """{shard} -> {shard, images uint8 [n,S,S,3], ok (positions in the plan's shard), errors (JSON)}."""
     assert recipe.output is not None
     records = _plan_of(recipe.output).shard(int(row["shard"]))
-    blobs = read_records(records, recipe.data)
-    images, ok, errors = decode_records(records, blobs, recipe.image_size, recipe.data.max_pixels)
+    with metrics.stage("read"):
+        blobs = read_records(records, recipe.data)
+    metrics.count_bytes("read", sum(len(blob) for blob in blobs if isinstance(blob, bytes)))
+    with metrics.stage("decode"):
+        images, ok, errors = decode_records(
+            records, blobs, recipe.image_size, recipe.data.max_pixels
+        )
     return {
         "shard": int(row["shard"]),
         "images": images,
@@ -158,15 +167,21 @@ def write_shard(row: dict[str, Any], recipe: Recipe) -> dict[str, Any]:
     assert recipe.output is not None
     plan, index = _plan_of(recipe.output), int(row["shard"])
     errors = json.loads(str(row["errors"]))
-    latent_store.write_shard(
-        recipe.output,
-        index,
-        plan.shard(index),
-        [int(i) for i in row["ok"]],
-        {name: np.asarray(row[name]) for name in recipe.precompute.columns},
-        errors,
-        plan.fingerprint,
-    )
+    latents: dict[str, np.ndarray] = {
+        name: np.asarray(row[name]) for name in recipe.precompute.columns
+    }
+    with metrics.stage("write"):
+        latent_store.write_shard(
+            recipe.output,
+            index,
+            plan.shard(index),
+            [int(i) for i in row["ok"]],
+            latents,
+            errors,
+            plan.fingerprint,
+        )
+    metrics.count_bytes("written", sum(values.nbytes for values in latents.values()))
+    metrics.count_shard(len(row["ok"]), errors)
     return {
         "shard": index,
         "rows": len(row["ok"]),
@@ -271,7 +286,8 @@ class EncodeShards:
     def __call__(self, batch: dict[str, np.ndarray]) -> dict[str, Any]:
         images, ok = np.asarray(batch["images"][0]), np.asarray(batch["ok"][0], dtype=np.int64)
         errors = json.loads(str(batch["errors"][0]))
-        columns = self.encoder.encode(images, self.recipe.precompute.batch_size)
+        with metrics.stage("encode"):
+            columns = self.encoder.encode(images, self.recipe.precompute.batch_size)
         finite = np.ones(len(ok), dtype=bool)
         for values in columns.values():
             finite &= np.isfinite(values).reshape(len(ok), -1).all(axis=1)

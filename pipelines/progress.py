@@ -31,7 +31,7 @@ class Progress:
         if self.enabled:
             print(
                 f"{start}shards {self.shards}/{self.num_shards} | {self.images} images | "
-                f"{self.images / seconds:.1f} images/s | {left:.0f} s left | {self.errors} errors ",
+                f"{self.images / seconds:.1f} images/s | {duration(left)} left | {self.errors} errors ",
                 end="" if start else "\n",
                 file=sys.stderr,
                 flush=True,
@@ -50,3 +50,11 @@ class Progress:
             images = sum(rows for _, rows in ends[first + 1 : last + 1])
             rates["steady_images_per_second"] = images / max(ends[last][0] - ends[first][0], 1e-9)
         return rates
+
+
+def duration(seconds: float) -> str:
+    """`seconds` for a glance: 45 s, 12 min, 3.2 h, 4.1 d."""
+    for unit, size, limit in (("s", 1, 120), ("min", 60, 7200)):
+        if seconds < limit:
+            return f"{seconds / size:.0f} {unit}"
+    return f"{seconds / 3600:.1f} h" if seconds < 172800 else f"{seconds / 86400:.1f} d"

@@ -26,6 +26,8 @@ def fae(*arguments: str) -> subprocess.CompletedProcess[str]:
         (["demo", "--help"], "--output"),
         (["probe", "--help"], "probe.output="),
         (["evaluate", "--help"], "evaluate.reference="),
+        (["submit", "--help"], "output=s3://b/latents"),
+        (["doctor", "--help"], "--fix"),
     ],
 )
 def test_help_teaches(arguments, word):

@@ -1,0 +1,232 @@
+"""What `fae submit` sends and refuses to send, without a cluster."""
+
+from __future__ import annotations
+
+import zipfile
+from pathlib import Path
+
+import pytest
+import yaml
+from typer.testing import CliRunner
+
+from cluster.command import MODULES, Command
+from cluster.environment import job_environment
+from cluster.errors import SubmitError
+from cluster.kuberay import ray_job
+from cluster.submit import prepare
+from cluster.working_tree import working_tree
+from fae import app
+from fae_core.errors import UserError
+
+ROOT = Path(__file__).parents[2]
+PRECOMPUTE = ["precompute", "photos-dinov2s", "data.path=s3://b/x", "output=s3://b/latents"]
+
+
+def tree(root: Path, *names: str) -> Path:
+    for name in names:
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).write_text(f"content of {name}")
+    return root
+
+
+def test_code_and_recipes_are_sent_and_data_weights_and_secrets_are_not(tmp_path):
+    sent = ["fae.py", "pipelines/__init__.py", "pipelines/data.py", "mine/recipe.yaml", "docs/a.md"]
+    kept = [
+        ".git/config", ".venv/lib/x.py", "runs/a/recipe.yaml", "data/x.csv", "deep/model.safetensors",
+        "deep/a.JPEG", "deep/b.jpg", "x.parquet", ".env", "deep/.env.local", "home/.aws/credentials",
+        "pipelines/__pycache__/a.pyc", "fae_ray.egg-info/PKG-INFO", "id.pem", "auth_token",
+    ]  # fmt: skip
+    found = [name for name, _ in working_tree(tree(tmp_path, *sent, *kept)).files]
+    assert found == sorted([*sent, "deep/a.JPEG"])  # like git, patterns mind the case
+
+
+def test_ignore_files_of_every_folder_count_but_bring_no_secret_back(tmp_path):
+    tree(
+        tmp_path, "a/keep.txt", "a/drop.txt", "a/b/drop.txt", "drop.txt", "c/secret.pem", "d/x.tmp"
+    )
+    (tmp_path / ".gitignore").write_text("*.tmp\n!*.pem\n")
+    (tmp_path / "a" / ".rayignore").write_text("drop.txt\n")
+    (tmp_path / "c" / ".gitignore").write_text("!secret.pem\n")
+    found = {name for name, _ in working_tree(tmp_path).files}
+    assert found == {".gitignore", "a/.rayignore", "a/keep.txt", "c/.gitignore", "drop.txt"}
+
+
+def test_a_link_out_of_the_tree_is_not_sent(tmp_path):
+    tree(tmp_path, "tree/a.py", "outside.txt")
+    (tmp_path / "tree" / "link.txt").symlink_to(tmp_path / "outside.txt")
+    assert [name for name, _ in working_tree(tmp_path / "tree").files] == ["a.py"]
+
+
+def test_equal_trees_make_equal_zips_that_unpack_to_the_tree(tmp_path):
+    for name in ("one", "two"):
+        root = tree(tmp_path / name, "a.py", "b/c.py")
+        (root / "a.py").chmod(0o755)
+        working_tree(root).write_zip(tmp_path / f"{name}.zip")
+    assert (tmp_path / "one.zip").read_bytes() == (tmp_path / "two.zip").read_bytes()
+    with zipfile.ZipFile(tmp_path / "one.zip") as archive:
+        assert archive.read("b/c.py") == b"content of b/c.py"
+
+
+def test_a_tree_over_the_limit_is_refused_with_its_largest_files(tmp_path):
+    tree(tmp_path, "a.py")
+    (tmp_path / "large.bin").write_bytes(bytes(3_000_000))
+    with pytest.raises(SubmitError, match=r"limit of 2 MB.*\.rayignore(?s:.*)3\.0 MB  large\.bin"):
+        working_tree(tmp_path, limit=2_000_000)
+
+
+def test_this_repository_is_small_and_holds_the_code_of_every_command():
+    sent = working_tree(ROOT)
+    assert sent.size < 5e6
+    assert {"fae.py", "pipelines/precompute.py", "pipelines/recipes/photos-dinov2s.yaml"} <= {
+        name for name, _ in sent.files
+    }
+
+
+def test_every_module_that_a_command_runs_has_a_main():
+    there = [m for m in MODULES.values() if (ROOT / f"{m.replace('.', '/')}.py").is_file()]
+    assert len(there) >= 5
+    for module in there:
+        text = (ROOT / f"{module.replace('.', '/')}.py").read_text()
+        assert '__name__ == "__main__"' in text, module
+
+
+def test_variables_travel_by_allow_list_and_no_secret_does():
+    shell = {
+        "AWS_ENDPOINT_URL": "http://127.0.0.1:7480",
+        "AWS_REGION": "us-west-2",
+        "AWS_ACCESS_KEY_ID": "AKIA",
+        "AWS_SECRET_ACCESS_KEY": "marker",
+        "AWS_SESSION_TOKEN": "marker",
+        "RAY_AUTH_TOKEN": "marker",
+        "RAY_ADDRESS": "elsewhere:6379",
+        "MLFLOW_TRACKING_URI": "https://me:marker@mlflow.example:5000/x",
+        "OMP_NUM_THREADS": "4",
+    }
+    made, remarks = job_environment(["OMP_NUM_THREADS"], shell)
+    assert made == {
+        "AWS_ENDPOINT_URL": "http://127.0.0.1:7480",
+        "AWS_REGION": "us-west-2",
+        "MLFLOW_TRACKING_URI": "https://mlflow.example:5000/x",
+        "OMP_NUM_THREADS": "4",
+    }
+    assert "marker" not in str(remarks) and "MLFLOW_TRACKING_PASSWORD" in str(remarks)
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["AWS_SECRET_ACCESS_KEY", "AWS_ACCESS_KEY_ID", "AWS_SESSION_TOKEN", "HF_TOKEN", "MLFLOW_TRACKING_PASSWORD",
+     "WANDB_API_KEY", "RAY_AUTH_TOKEN", "MY_CREDENTIALS", "GITHUB_PAT_TOKEN", "openai_apikey"],
+)  # fmt: skip
+def test_a_name_that_looks_like_a_secret_is_refused_and_says_where_it_belongs(name):
+    with pytest.raises(SubmitError, match=r"looks like a secret.*Secret") as refusal:
+        job_environment([name], {name: "marker"})
+    assert "marker" not in str(refusal.value)
+
+
+@pytest.mark.parametrize("name", ["OMP_NUM_THREADS", "MONKEY", "HF_HOME", "KEYBOARD"])
+def test_a_harmless_name_is_no_secret(name):
+    assert job_environment([name], {name: "1"})[0] == {name: "1"}
+
+
+def test_values_with_a_password_are_refused_without_showing_it():
+    with pytest.raises(SubmitError, match="holds a user or a password") as refusal:
+        job_environment(["PROXY"], {"PROXY": "http://me:marker@proxy:1"})
+    assert "marker" not in str(refusal.value)
+    with pytest.raises(SubmitError, match=r"tracking\.uri: the address holds") as refusal:
+        Command.parse([*PRECOMPUTE, "tracking.uri=http://me:marker@mlflow:5000"])
+    assert "marker" not in str(refusal.value)
+
+
+def test_a_tracking_file_of_this_machine_stays_here():
+    made, remarks = job_environment([], {"MLFLOW_TRACKING_URI": "sqlite:///mlflow.db"})
+    assert not made and "file of this machine" in remarks[0]
+
+
+def test_the_same_work_has_the_same_name_and_other_work_another():
+    def name(*words: str) -> str:
+        return Command.parse(words).submission_id(ROOT)
+
+    same = name(*PRECOMPUTE)
+    assert same.startswith("fae-precompute-latents-") and same == name(*PRECOMPUTE, "seed=1")
+    assert same != name(*PRECOMPUTE, "output=s3://b/other")
+    assert same != name("sample", *PRECOMPUTE[1:])
+    first = ["train", "generator", "photos-dinov2s", "storage=s3://b/runs", "run=dit"]
+    assert name(*first).startswith("fae-train-generator-dit-")
+    assert name(*first) != name(*first, "storage=s3://b/elsewhere")
+    long = name(*PRECOMPUTE[:2], "output=s3://b/" + "Very_Long" * 20)
+    assert len(long) <= 47 and long == long.lower() and "_" not in long  # a RayJob's name
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["precomput", "x"], "Did you mean 'precompute'?"),
+        (["train", "generators", "x"], "Did you mean 'train generator'?"),
+        (["precompute"], "needs a recipe"),
+        (["precompute", "output=s3://b/x"], "needs a recipe"),
+        (["precompute", "photos-dinov2s", "output"], "'output' is not key=value"),
+    ],
+)
+def test_a_mistaken_command_is_explained(words, message):
+    with pytest.raises(SubmitError) as refusal:
+        Command.parse(words)
+    assert message in str(refusal.value)
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["precompute", "photos-dinov2s", "output=latents"],
+        ["precompute", "photos-dinov2s", "output=s3://b/x", "data.path=photos"],
+        ["precompute", "photos-dinov2s", "output=s3://b/x", "autoencoder.checkpoint=runs/a.safetensors"],
+        ["train", "generator", "photos-dinov2s", "run=x", "latents=s3://b/x"],
+    ],
+)  # fmt: skip
+def test_a_path_that_the_cluster_would_lose_is_refused(words):
+    with pytest.raises(SubmitError, match="which the cluster deletes"):
+        prepare(Command.parse(words), ROOT)
+
+
+def test_a_recipe_file_must_be_among_what_is_sent(tmp_path):
+    tree(tmp_path, "pipelines/__init__.py", "pipelines/precompute.py")
+    with pytest.raises(SubmitError, match=r"mine\.yaml: not among the files"):
+        prepare(Command.parse(["precompute", "mine.yaml", "output=s3://b/x"]), tmp_path)
+    tree(tmp_path, "mine.yaml")
+    prepare(Command.parse(["precompute", "mine.yaml", "output=s3://b/x"]), tmp_path)
+
+
+def test_a_dry_run_says_what_would_be_sent(monkeypatch):
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "marker")
+    result = CliRunner().invoke(
+        app, ["submit", *PRECOMPUTE, "--working-dir", str(ROOT), "--dry-run"]
+    )
+    assert result.exit_code == 0
+    for word in (
+        "fae-precompute-latents-",
+        "python -m pipelines.precompute photos-dinov2s",
+        "MB in",
+    ):
+        assert word in result.output
+    assert "marker" not in result.output
+
+
+def test_kuberay_gets_the_command_its_settings_and_no_secret(monkeypatch):
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "marker")
+    monkeypatch.setenv("AWS_REGION", "us-west-2")
+    document, _ = ray_job(Command.parse(PRECOMPUTE), image="registry/fae-ray:1")
+    job = yaml.safe_load(document)
+    assert job["spec"]["entrypoint"].startswith("python -m pipelines.precompute photos-dinov2s")
+    assert job["metadata"]["name"] == Command.parse(PRECOMPUTE).submission_id(ROOT)
+    assert "us-west-2" in job["spec"]["runtimeEnvYAML"]
+    assert "marker" not in document and "fae-ray:0.1.0" not in document
+    assert document.count("secretRef") == 3  # head, CPU nodes, GPU nodes
+
+
+def test_kuberay_has_only_the_recipes_of_its_image():
+    with pytest.raises(SubmitError, match="the image's files alone"):
+        ray_job(Command.parse(["precompute", "mine.yaml", "output=s3://b/x"]))
+
+
+def test_the_command_line_shows_a_refusal_as_an_error_for_people():
+    result = CliRunner().invoke(app, ["submit", "precomput", "x"])
+    assert isinstance(result.exception, UserError)
