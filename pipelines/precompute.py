@@ -26,7 +26,7 @@ from fae_core.errors import UserError
 from pipelines import latent_store, storage
 from pipelines.command import run_module
 from pipelines.config import Recipe, RecipeError
-from pipelines.images import decode_records, list_images, read_records
+from pipelines.images import decode_records, plan_images, read_records
 from pipelines.latent_store import Plan, open_plan
 from pipelines.models import autoencoder_of, backbone_fingerprints, backbone_of
 from pipelines.progress import Progress
@@ -51,7 +51,7 @@ def precompute(recipe: Recipe, show_progress: bool = True) -> dict[str, Any]:
     started, written = time.monotonic(), recipe.to_yaml()
     recipe = for_workers(recipe)
     assert recipe.output is not None
-    records = list_images(recipe.data)
+    records = plan_images(recipe.data)
     parts = fingerprint_parts(recipe)
     plan = latent_store.ensure_plan(recipe.output, records, recipe.precompute.shard_size, parts)
     del records

@@ -157,6 +157,7 @@ def test_a_listing_of_several_pages_goes_on_where_it_was_interrupted(
 def test_public_objects_are_read_without_credentials(
     proxy: FaultProxy, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    s3.client().put_object_acl(Bucket="faults", Key="read.bin", ACL="public-read")
     for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
         monkeypatch.delenv(name)
     monkeypatch.setenv("AWS_SHARED_CREDENTIALS_FILE", "/nowhere")
