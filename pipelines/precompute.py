@@ -30,7 +30,7 @@ from pipelines.images import decode_records, plan_images, read_records
 from pipelines.latent_store import Plan, open_plan
 from pipelines.models import autoencoder_of, backbone_fingerprints, backbone_of
 from pipelines.progress import Progress
-from pipelines.ray_session import for_workers, start_ray
+from pipelines.ray_session import for_workers, plain_error, start_ray
 
 CROP = "adm-center-crop-1"
 
@@ -114,11 +114,14 @@ def encode_shards(
     start_ray()
     progress = Progress(len(todo), plan.num_images, show_progress)
     errors: list[dict[str, str]] = []
-    for row in build_dataset(recipe, todo, weights).iter_rows():
-        found = json.loads(str(row["errors"]))
-        errors += found
-        progress.add(int(row["rows"]), len(found), float(row["encoded_at"]))
-        _check_error_rate(recipe, plan, errors)
+    try:
+        for row in build_dataset(recipe, todo, weights).iter_rows():
+            found = json.loads(str(row["errors"]))
+            errors += found
+            progress.add(int(row["rows"]), len(found), float(row["encoded_at"]))
+            _check_error_rate(recipe, plan, errors)
+    except Exception as error:
+        raise plain_error(error) from None
     return progress.close()
 
 

@@ -35,6 +35,7 @@ OPERATIONAL_KEYS = (
     "validate_every",
     "checkpoint_every",
     "keep_checkpoints",
+    "max_failures",
     "checkpoint_activations",
     "cache",
     "checkpoint",
