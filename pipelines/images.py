@@ -288,9 +288,10 @@ def _source_filter(data: DataSection) -> Callable[[str], bool]:
     may_be_list = data.format == "auto" and root.lower().endswith((".csv", ".parquet"))
 
     def inside(uri: str) -> bool:
-        path = uri.partition("#")[0] if uri.startswith(f"{root}#") else uri
+        match = _ROW.fullmatch(uri) or _RANGE.fullmatch(uri)
+        path = match[1] if match else uri
         below = path.startswith(f"{root}/") and "/../" not in path
-        return below or path == root or (may_be_list and not _ROW.fullmatch(uri))
+        return below or path == root or (may_be_list and match is None)
 
     return inside
 

@@ -361,7 +361,7 @@ def read_errors(uri: str) -> Iterator[dict[str, str]]:
 
 def _read_errors(uri: str) -> list[dict[str, str]]:
     table = pq.read_table(pa.BufferReader(storage.read_bytes(uri)))
-    rows: list[dict[str, str]] = table.cast(_ERROR_SCHEMA).to_pylist()
+    rows: list[dict[str, str]] = table.select(_ERROR_SCHEMA.names).cast(_ERROR_SCHEMA).to_pylist()
     return rows
 
 

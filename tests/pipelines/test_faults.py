@@ -6,6 +6,7 @@ is moto behind a proxy that misbehaves. `seconds` of each test are printed with 
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import signal
@@ -73,10 +74,9 @@ def images(proxy: FaultProxy) -> str:
     boto3.client("s3", endpoint_url=proxy.url).create_bucket(Bucket="faulty")
     random = np.random.default_rng(0)
     for index in range(NUM_IMAGES):
-        path = Path(f"/tmp/fae-faults-{os.getpid()}.jpg")
-        Image.fromarray(random.integers(0, 256, (40, 48, 3), np.uint8)).save(path)
-        storage.write_bytes(f"s3://faulty/images/{index:03d}.jpg", path.read_bytes())
-        path.unlink()
+        buffer = io.BytesIO()
+        Image.fromarray(random.integers(0, 256, (40, 48, 3), np.uint8)).save(buffer, "JPEG")
+        storage.write_bytes(f"s3://faulty/images/{index:03d}.jpg", buffer.getvalue())
     return "s3://faulty/images"
 
 
