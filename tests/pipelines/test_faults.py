@@ -6,7 +6,6 @@ is moto behind a proxy that misbehaves. `seconds` of each test are printed with 
 
 from __future__ import annotations
 
-import io
 import json
 import os
 import signal
@@ -14,43 +13,24 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import boto3
-import numpy as np
 import psutil
 import pytest
-import torch
-from PIL import Image
 
-from fae_core import checkpoint
-from fae_core.autoencoder import FeatureAutoencoder
 from pipelines import latent_store, storage
 from pipelines.config import Recipe, load_recipe
 from pipelines.latent_store import StoreMismatch
-from pipelines.models import backbone_of
 from pipelines.precompute import precompute
 from pipelines.storage import StorageError
-from pipelines.train_autoencoder import autoencoder_config
 from tests.fault_proxy import FaultProxy
+from tests.tiny import SHARD_SIZE, TINY, noisy_jpegs, save_autoencoder, wait_for
 
 pytestmark = pytest.mark.integration
 ROOT = Path(__file__).parents[2]
-NUM_IMAGES, SHARD_SIZE = 96, 8
-TINY = [
-    "backbone.name=vit_tiny_patch16_224",
-    "backbone.weights=random",
-    "backbone.image_size=32",
-    "image_size=32",
-    "autoencoder.latent_dim=8",
-    "autoencoder.encoder.num_heads=3",
-    "autoencoder.encoder.head_dim=32",
-    "autoencoder.decoder.num_heads=3",
-    "autoencoder.decoder.depth=1",
-    f"precompute.shard_size={SHARD_SIZE}",
-    "precompute.threads_per_actor=1",
-]
+NUM_IMAGES = 96
 
 
 @pytest.fixture(scope="module")
@@ -72,23 +52,14 @@ def proxy(s3_server: str) -> Iterator[FaultProxy]:
 def images(proxy: FaultProxy) -> str:
     """An s3:// prefix with small noisy JPEGs."""
     boto3.client("s3", endpoint_url=proxy.url).create_bucket(Bucket="faulty")
-    random = np.random.default_rng(0)
-    for index in range(NUM_IMAGES):
-        buffer = io.BytesIO()
-        Image.fromarray(random.integers(0, 256, (40, 48, 3), np.uint8)).save(buffer, "JPEG")
-        storage.write_bytes(f"s3://faulty/images/{index:03d}.jpg", buffer.getvalue())
+    for index, jpeg in enumerate(noisy_jpegs(NUM_IMAGES)):
+        storage.write_bytes(f"s3://faulty/images/{index:03d}.jpg", jpeg)
     return "s3://faulty/images"
 
 
 @pytest.fixture(scope="module")
 def autoencoder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    recipe = load_recipe("photos-dinov2s", TINY)
-    backbone = backbone_of(recipe)
-    torch.manual_seed(0)
-    path = tmp_path_factory.mktemp("autoencoder") / "autoencoder.safetensors"
-    theirs = {"backbone": f"{recipe.backbone.name}:{backbone.weights_sha256}", "image_size": "32"}
-    checkpoint.save(path, FeatureAutoencoder(autoencoder_config(recipe, backbone)), theirs)
-    return path
+    return save_autoencoder(tmp_path_factory.mktemp("autoencoder") / "autoencoder.safetensors")
 
 
 @pytest.fixture(scope="module")
@@ -126,13 +97,6 @@ def exact(manifest: dict, output: str) -> list[str]:
 
 def shards(output: str) -> int:
     return len(list(storage.list_files(storage.join(output, "shards"))))
-
-
-def wait_for(condition: Callable[[], object], seconds: float = 90.0) -> None:
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline, "it did not happen in time"
-        time.sleep(0.02)
 
 
 class Job(threading.Thread):
