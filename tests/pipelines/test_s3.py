@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import io
+import random
+import tarfile
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -10,7 +13,9 @@ import boto3
 import pyarrow.parquet as pq
 import pytest
 
-from pipelines import s3, storage
+from pipelines import latent_store, s3, storage
+from pipelines.config import DataSection
+from pipelines.images import ImageRecord, list_images, read_records
 from tests.fault_proxy import FaultProxy
 
 SECRET = "marker-secret-of-s3"
@@ -214,3 +219,49 @@ def test_a_row_group_is_read_in_ranges(proxy: FaultProxy) -> None:
     with storage.open_input("s3://faults/x.parquet") as file:
         pq.ParquetFile(file, pre_buffer=True).read_row_group(3)
     assert 100_000 <= proxy.bytes_down - before < 300_000
+
+
+def test_a_tar_is_planned_and_read_in_ranges(proxy: FaultProxy) -> None:
+    buffer = io.BytesIO()
+    with tarfile.open(fileobj=buffer, mode="w") as tar:
+        for index in range(8):
+            info = tarfile.TarInfo(f"{index}.jpg")
+            info.size = 2_000_000
+            tar.addfile(info, io.BytesIO(bytes([index]) * info.size))
+    storage.write_bytes("s3://faults/tars/s.tar", buffer.getvalue())
+    data = DataSection(path="s3://faults/tars")
+    before = proxy.bytes_down
+    records = list_images(data)
+    assert proxy.bytes_down - before < 8 * 300_000  # of 16 MB
+    before = proxy.bytes_down
+    assert read_records(records[2:4], data) == [bytes([2]) * 2_000_000, bytes([3]) * 2_000_000]
+    assert proxy.bytes_down - before < 4_100_000
+
+
+def test_a_plan_is_read_by_shards(proxy: FaultProxy) -> None:
+    records = [ImageRecord(f"{i:06d}", f"s3://faults/{random.random()}") for i in range(20_000)]
+    plan = latent_store.ensure_plan("s3://faults/store", records, 500, {})
+    size = next(storage.list_files("s3://faults/store/plan.parquet")).size
+    before = proxy.bytes_down
+    assert latent_store.open_plan("s3://faults/store").shard(7) == records[3500:4000]
+    assert plan.num_shards == 40 and proxy.bytes_down - before < size / 2
+
+
+@pytest.mark.parametrize("kind", ["objects", "tar"])
+def test_many_small_images_are_in_flight_at_once(proxy: FaultProxy, kind: str) -> None:
+    buffer = io.BytesIO()
+    with tarfile.open(fileobj=buffer, mode="w") as tar:
+        for index in range(64):
+            info = tarfile.TarInfo(f"{index:02d}.jpg")
+            info.size = 10
+            tar.addfile(info, io.BytesIO(b"0123456789"))
+            if kind == "objects":
+                storage.write_bytes(f"s3://faults/many-{kind}/{index:02d}.jpg", b"0123456789")
+    if kind == "tar":
+        storage.write_bytes(f"s3://faults/many-{kind}/s.tar", buffer.getvalue())
+    data = DataSection(path=f"s3://faults/many-{kind}")
+    records = list_images(data)
+    proxy.latency = 0.5
+    started = time.monotonic()
+    assert read_records(records, data) == [b"0123456789"] * 64
+    assert time.monotonic() - started < 64 * 0.5 / 8  # one after the other it is 32 s
