@@ -14,7 +14,7 @@ from PIL import Image
 from fae_core import checkpoint
 from fae_core.autoencoder import FeatureAutoencoder
 from pipelines.config import load_recipe
-from pipelines.models import backbone_of
+from pipelines.models import backbone_fingerprints, backbone_of
 from pipelines.train_autoencoder import autoencoder_config
 
 SHARD_SIZE = 8
@@ -39,8 +39,7 @@ def save_autoencoder(path: Path) -> Path:
     backbone = backbone_of(recipe)
     torch.manual_seed(0)
     model = FeatureAutoencoder(autoencoder_config(recipe, backbone))
-    theirs = {"backbone": f"{recipe.backbone.name}:{backbone.weights_sha256}", "image_size": "32"}
-    checkpoint.save(path, model, theirs)
+    checkpoint.save(path, model, backbone_fingerprints(recipe, backbone))
     return path
 
 
