@@ -62,7 +62,7 @@ def test_a_lost_node_and_one_that_joins_cost_nothing(
 ) -> None:
     import ray
 
-    node = cluster.add_node(num_cpus=2)
+    node = cluster.add_node(num_cpus=2, wait=False)
     ray.init(address=cluster.address, log_to_driver=False)
     output = tmp_path / "store"
     errors: list[Exception] = []
@@ -81,7 +81,7 @@ def test_a_lost_node_and_one_that_joins_cost_nothing(
     done = len(list(output.glob("shards/*.parquet")))
     assert done < NUM_IMAGES // 8, "the node went too late to matter"
     # The cluster has no CPU now; all that is left runs on the node that joins.
-    cluster.add_node(num_cpus=2)
+    cluster.add_node(num_cpus=2, wait=False)
     job.join(timeout=180)
     assert not job.is_alive() and not errors, errors
     print(f"node lost: {time.monotonic() - started:.1f} s from the kill to the end")
@@ -97,7 +97,7 @@ def test_a_lost_head_ends_the_job_and_submitting_it_again_goes_on(
     command = [
         sys.executable, "-m", "pipelines.precompute", "photos-dinov2s", *values, f"output={output}",
     ]  # fmt: skip
-    cluster.add_node(num_cpus=2)
+    cluster.add_node(num_cpus=2, wait=False)
     first = subprocess.Popen(
         command, cwd=ROOT, env={**os.environ, "RAY_ADDRESS": cluster.address},
         stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
