@@ -12,6 +12,7 @@ from typing import Any
 
 from fae_core.errors import UserError
 from pipelines.config import Recipe, load_recipe
+from pipelines.secrets import redact
 
 
 def guarded(action: Callable[[], Any]) -> int:
@@ -19,7 +20,7 @@ def guarded(action: Callable[[], Any]) -> int:
     try:
         action()
     except UserError as error:
-        print(f"fae: {error}", file=sys.stderr)
+        print(f"fae: {redact(str(error))}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("\nfae: stopped; the same command goes on from here.", file=sys.stderr)

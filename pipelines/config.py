@@ -15,6 +15,7 @@ from omegaconf.errors import OmegaConfBaseException
 from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, ValidationError
 
 from fae_core.errors import UserError
+from pipelines.secrets import redact
 
 RECIPES = Path(__file__).parent / "recipes"
 
@@ -112,6 +113,8 @@ class TrainingSection(_Section):
     checkpoint_every: int = Field(1000, gt=0)
     """Steps between checkpoints."""
     keep_checkpoints: int = Field(2, gt=0)
+    max_failures: int = Field(3, ge=0)
+    """How often training goes on by itself from the newest checkpoint after workers were lost."""
 
 
 class AutoencoderSection(_Section):
@@ -415,8 +418,14 @@ class Recipe(_Section):
     tracking: TrackingSection = TrackingSection()
 
     def to_yaml(self) -> str:
-        """The whole recipe as YAML, as `--print-config` prints it and every run writes it beside its outputs."""
-        return OmegaConf.to_yaml(OmegaConf.create(self.model_dump(mode="json")))
+        """The whole recipe as YAML, as `--print-config` prints it and every run writes it beside its outputs.
+
+        Without passwords: those are for the environment, or for the command line.
+        """
+        values = self.model_dump(mode="json")
+        if self.tracking.uri:
+            values["tracking"]["uri"] = redact(self.tracking.uri)
+        return OmegaConf.to_yaml(OmegaConf.create(values))
 
 
 def recipe_names() -> list[str]:

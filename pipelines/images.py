@@ -1,7 +1,7 @@
 """Image sources to planned records to uint8 crops: folders, Parquet, WebDataset shards, lists.
 
-`list_images` plans (no pixels are read), `read_records` fetches encoded bytes, `decode_image` makes
-ADM's centre crop from them. Plain functions without Ray, local or on S3; `precompute.py` and
+`plan_images` lists a source as an Arrow table (no pixels are read), `read_records` fetches encoded bytes,
+`decode_image` makes ADM's centre crop from them. Plain functions without Ray, local or on S3; `precompute.py` and
 `train_autoencoder.py` run them in Ray Data.
 """
 
@@ -12,23 +12,24 @@ import difflib
 import io
 import itertools
 import json
+import os
 import posixpath
 import re
 import tarfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 from fae_core.errors import UserError
-from pipelines import storage
+from pipelines import s3, storage
 from pipelines.config import DataSection
-from pipelines.storage import FileInfo
 
 # decode_image holds the recipe's limit; Pillow's own fixed one would refuse before it.
 Image.MAX_IMAGE_PIXELS = None
@@ -37,10 +38,23 @@ IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".ti
 WEBDATASET_IMAGES = (".jpg", ".jpeg", ".png", ".webp")
 COMPRESSED_TAR = (".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst")
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")
-S3_THREADS = 16
+THREADS = s3.CONNECTIONS
+TAR_READ_AHEAD = 2**18
+ROWS_AT_ONCE = 2**16
+RECORDS = pa.schema(
+    [
+        ("key", pa.large_string()),
+        ("uri", pa.large_string()),
+        ("label", pa.int64()),
+        ("caption", pa.large_string()),
+    ]
+)
+"""A plan in memory: columns, because ten million records as Python objects take several times as much."""
 
 _ROW = re.compile(r"(.+)#row=(\d+)")
 _RANGE = re.compile(r"(.+)#offset=(\d+)&size=(\d+)")
+
+T = TypeVar("T")
 
 
 class SourceError(UserError, ValueError):
@@ -61,52 +75,79 @@ class ImageRecord:
     caption: str | None = None
 
 
-def list_images(data: DataSection) -> list[ImageRecord]:
-    """The images of `data.path` in key order, the first `data.limit` of them; no pixels are read.
+def plan_images(data: DataSection) -> pa.Table:
+    """The images of `data.path` in key order, the first `data.limit` of them, with the columns RECORDS.
 
-    Raises SourceError for a missing path, an empty source, an unknown column, a repeated key.
+    No pixels are read. Raises SourceError for a missing path, an empty source, an unknown column, a repeated key.
     """
     if not data.path:
         raise SourceError("data.path is not set. Give a folder, a file or an s3:// prefix.")
-    files = sorted(_visible_files(data.path), key=lambda file: file.uri)
-    if not files and not storage.exists(data.path):
+    uris = _listing(data.path)
+    if not len(uris) and not storage.exists(data.path):
         raise SourceError(f"data.path={data.path!r} does not exist.")
-    source_format = _detect(files, data) if data.format == "auto" else data.format
-    plan = {
-        "folder": _plan_folder,
-        "parquet": _plan_parquet,
-        "webdataset": _plan_tar,
-        "list": _plan_list,
-    }[source_format]
-    records = sorted(plan(files, data), key=lambda record: (record.key, record.uri))
-    if not records:
+    source_format = _detect(uris, data) if data.format == "auto" else data.format
+    if source_format == "folder":
+        table = _plan_folder(uris, data)
+    else:
+        plan = {"parquet": _plan_parquet, "webdataset": _plan_tar, "list": _plan_list}[
+            source_format
+        ]
+        table = _in_order(records_table(plan(uris.to_pylist(), data)), "key", "uri")
+    if not len(table):
         raise SourceError(
-            f"data.path={data.path!r} holds no images (0 of {len(files)} files; read as "
+            f"data.path={data.path!r} holds no images (0 of {len(uris)} files; read as "
             f"{source_format}). Hidden files and links that leave the source are not read."
         )
-    for first, second in itertools.pairwise(records):
-        if first.key == second.key:
-            raise SourceError(
-                f"The key {first.key!r} occurs twice: {first.uri} and {second.uri}. Keys name "
-                "images in the store; remove one, or choose another data.key_column."
-            )
-    for record in records:
-        _check_text(record.key, record.uri, record.caption or "")
-    return records[: data.limit]
+    repeated = pc.index(pc.equal(table["key"][:-1], table["key"][1:]), True).as_py()
+    if repeated >= 0:
+        first, second = records_of(table.slice(repeated, 2))
+        raise SourceError(
+            f"The key {first.key!r} occurs twice: {first.uri} and {second.uri}. Keys name "
+            "images in the store; remove one, or choose another data.key_column."
+        )
+    return table.slice(0, data.limit)
+
+
+def list_images(data: DataSection) -> list[ImageRecord]:
+    """`plan_images` as records, for sources of which Python objects are no burden."""
+    return records_of(plan_images(data))
+
+
+def records_table(records: Iterable[ImageRecord]) -> pa.Table:
+    """`records` as columns; an iterator is taken in as it goes, never held whole as objects."""
+    batches = []
+    for some in _batched(records, ROWS_AT_ONCE):
+        try:
+            columns = [[getattr(record, name) for record in some] for name in RECORDS.names]
+            batches.append(pa.record_batch(columns, schema=RECORDS))
+        except UnicodeEncodeError:
+            for record in some:
+                _check_text(record.key, record.uri, record.caption or "")
+            raise
+    return pa.Table.from_batches(batches, schema=RECORDS)
+
+
+def records_of(table: pa.Table) -> list[ImageRecord]:
+    """The rows of a table with the columns RECORDS."""
+    return [ImageRecord(**row) for row in table.select(RECORDS.names).cast(RECORDS).to_pylist()]
 
 
 def read_records(records: Sequence[ImageRecord], data: DataSection) -> list[bytes | Exception]:
     """The encoded bytes of each record, or the exception of one that cannot be read.
 
     Rows of one Parquet file are read together, one row group at a time and only the image column;
-    ranges of one tar file share one open file; objects on S3 are fetched by 16 threads.
+    ranges of one tar file share one open file; objects and ranges on S3 are fetched by THREADS threads.
+    What lies outside `data.path` is not read, whatever a plan says; only a list names places elsewhere.
     """
     blobs: list[bytes | Exception] = [ImageError("not read")] * len(records)
     rows: dict[str, list[tuple[int, int]]] = {}
     ranges: dict[str, list[tuple[int, int, int]]] = {}
     remote: list[int] = []
+    inside = _source_filter(data)
     for index, record in enumerate(records):
-        if match := _ROW.fullmatch(record.uri):
+        if not inside(record.uri):
+            blobs[index] = ImageError(f"{record.uri} is outside data.path")
+        elif match := _ROW.fullmatch(record.uri):
             rows.setdefault(match[1], []).append((int(match[2]), index))
         elif match := _RANGE.fullmatch(record.uri):
             ranges.setdefault(match[1], []).append((int(match[2]), int(match[3]), index))
@@ -119,7 +160,7 @@ def read_records(records: Sequence[ImageRecord], data: DataSection) -> list[byte
     for uri, wanted_ranges in ranges.items():
         _read_ranges(uri, sorted(wanted_ranges), blobs)
     if remote:
-        with ThreadPoolExecutor(min(S3_THREADS, len(remote))) as pool:
+        with ThreadPoolExecutor(min(THREADS, len(remote))) as pool:
             uris = [records[index].uri for index in remote]
             fetched = pool.map(lambda uri: _attempt(storage.read_bytes, uri), uris)
             for index, blob in zip(remote, fetched, strict=True):
@@ -232,6 +273,29 @@ def _message(error: Exception) -> str:
     return re.sub(r"<([\w.]+)[^<>]* at 0x[0-9a-fA-F]+>", r"<\1>", text)
 
 
+def _batched(items: Iterable[T], size: int) -> Iterator[list[T]]:
+    iterator = iter(items)
+    while some := list(itertools.islice(iterator, size)):
+        yield some
+
+
+def _source_filter(data: DataSection) -> Callable[[str], bool]:
+    """Whether an address of a plan belongs to the source."""
+    if data.path is None or data.format == "list":
+        return lambda uri: True
+    remote = storage.is_s3(data.path)
+    root = data.path.rstrip("/") if remote else storage.filesystem(data.path)[1].rstrip("/")
+    may_be_list = data.format == "auto" and root.lower().endswith((".csv", ".parquet"))
+
+    def inside(uri: str) -> bool:
+        match = _ROW.fullmatch(uri) or _RANGE.fullmatch(uri)
+        path = match[1] if match else uri
+        below = path.startswith(f"{root}/") and "/../" not in path
+        return below or path == root or (may_be_list and match is None)
+
+    return inside
+
+
 def _attempt(read: Callable[[str], bytes], uri: str) -> bytes | Exception:
     try:
         return read(uri)
@@ -244,6 +308,7 @@ def _read_rows(
 ) -> None:
     try:
         with storage.open_input(uri) as file, pq.ParquetFile(file, pre_buffer=True) as parquet:
+            _refuse_extensions(parquet.schema_arrow, [column], uri)
             metadata = parquet.metadata
             counts = [metadata.row_group(i).num_rows for i in range(metadata.num_row_groups)]
             ends = np.cumsum(counts)
@@ -287,7 +352,7 @@ def _cell_bytes(cell: Any, uri: str) -> bytes | Exception:
         # Hugging Face's Image: bytes where they are embedded, else a path beside the file.
         if cell.get("bytes") is None and cell.get("path"):
             try:
-                return storage.read_bytes(_resolve(cell["path"], _parent(uri), uri))
+                return storage.read_bytes(_beside(str(cell["path"]), _parent(uri), uri))
             except (OSError, ValueError) as error:
                 return error
         cell = cell.get("bytes")
@@ -303,18 +368,21 @@ def _read_ranges(
         for _, _, index in wanted:
             blobs[index] = error
         return
-    with file:
-        for offset, size, index in wanted:
-            try:
-                file.seek(offset)
-                content = file.read(size)
-            except Exception as error:
-                blobs[index] = _read_error(uri, error)
-                continue
-            if len(content) == size:
-                blobs[index] = content
-            else:
-                blobs[index] = ImageError(f"{len(content)} of {size} bytes at {offset} of {uri}")
+
+    def read(place: tuple[int, int, int]) -> bytes | Exception:
+        offset, size, _ = place
+        try:
+            content: bytes = file.read_at(size, offset)
+        except Exception as error:
+            return _read_error(uri, error)
+        if len(content) < size:
+            return ImageError(f"{len(content)} of {size} bytes at {offset} of {uri}")
+        return content
+
+    threads = min(THREADS, len(wanted)) if storage.is_s3(uri) else 1
+    with file, ThreadPoolExecutor(threads) as pool:
+        for (_, _, index), content in zip(wanted, pool.map(read, wanted), strict=True):
+            blobs[index] = content
 
 
 def _read_error(uri: str, error: Exception) -> Exception:
@@ -323,10 +391,28 @@ def _read_error(uri: str, error: Exception) -> Exception:
     return storage.storage_error("read", uri, error)
 
 
-def _visible_files(path: str) -> Iterator[FileInfo]:
-    for file in storage.list_files(path):
-        if not any(part.startswith(".") for part in _relative(file.uri, path).split("/")):
-            yield file
+def _listing(path: str) -> pa.ChunkedArray:
+    """Addresses of all visible files of the source, sorted."""
+    uris = (file.uri for file in storage.list_files(path))
+    visible = (
+        uri
+        for uri in uris
+        if not any(part.startswith(".") for part in _relative(uri, path).split("/"))
+    )
+    chunks = []
+    for some in _batched(visible, ROWS_AT_ONCE):
+        _check_text(*some)
+        chunks.append(pa.array(some, pa.large_string()))
+    table = pa.table({"uri": pa.chunked_array(chunks, pa.large_string())})
+    return _in_order(table, "uri")["uri"]
+
+
+def _in_order(table: pa.Table, *columns: str) -> pa.Table:
+    """`table` sorted by `columns`; itself where the first column ascends already, as a listing of S3 does."""
+    first = table[columns[0]]
+    if pc.all(pc.less(first[:-1], first[1:])).as_py() is not False:
+        return table
+    return table.sort_by([(column, "ascending") for column in columns])
 
 
 def _relative(uri: str, path: str) -> str:
@@ -347,61 +433,69 @@ def _check_text(*texts: str) -> None:
             raise SourceError(f"{text!r} is not valid Unicode. Rename the file.") from None
 
 
-def _detect(files: Sequence[FileInfo], data: DataSection) -> str:
-    """What `files` are, by their names; a lone Parquet file without the image column is a list."""
-    names = [file.uri.lower() for file in files]
-    kinds = {
-        "folder": sum(name.endswith(IMAGE_SUFFIXES) for name in names),
-        "parquet": sum(name.endswith(".parquet") for name in names),
-        "webdataset": sum(name.endswith((".tar", *COMPRESSED_TAR)) for name in names),
+def _ends(uris: pa.ChunkedArray, suffixes: Sequence[str]) -> pa.ChunkedArray:
+    pattern = "|".join(re.escape(suffix) for suffix in suffixes)
+    return pc.match_substring_regex(uris, f"(?:{pattern})$", ignore_case=True)
+
+
+def _detect(uris: pa.ChunkedArray, data: DataSection) -> str:
+    """What `uris` are, by their names; a lone Parquet file without the image column is a list."""
+    suffixes = {
+        "folder": IMAGE_SUFFIXES,
+        "parquet": (".parquet",),
+        "webdataset": (".tar", *COMPRESSED_TAR),
     }
+    kinds = {kind: pc.sum(_ends(uris, ends)).as_py() or 0 for kind, ends in suffixes.items()}
     present = [kind for kind, count in kinds.items() if count]
     if len(present) > 1:
         counts = ", ".join(f"{kinds[kind]} for {kind}" for kind in present)
         raise SourceError(
             f"data.path={data.path!r} holds several kinds ({counts}). Set data.format."
         )
-    if len(names) == 1 and names[0].endswith(".csv"):
+    lone = uris[0].as_py() if len(uris) == 1 else ""
+    if lone.lower().endswith(".csv"):
         return "list"
-    if present == ["parquet"] and len(names) == 1:
-        columns = _schema(files[0].uri).names
+    if present == ["parquet"] and lone:
+        columns = _schema(lone).names
         if data.image_column not in columns and data.uri_column in columns:
             return "list"
     return present[0] if present else "folder"
 
 
-def _plan_folder(files: Sequence[FileInfo], data: DataSection) -> Iterator[ImageRecord]:
-    path = str(data.path)
-    images = {
-        _relative(file.uri, path): file.uri
-        for file in files
-        if file.uri.lower().endswith(IMAGE_SUFFIXES)
-    }
-    classes = sorted({key.split("/")[0] for key in images if "/" in key})
-    labels = {name: index for index, name in enumerate(classes)}
-    in_classes = all("/" in key for key in images)
-    for key, uri in images.items():
-        yield ImageRecord(key, uri, labels[key.split("/")[0]] if in_classes else None)
+def _plan_folder(uris: pa.ChunkedArray, data: DataSection) -> pa.Table:
+    images = uris.filter(_ends(uris, IMAGE_SUFFIXES))
+    if not len(images):
+        return RECORDS.empty_table()
+    first = images[0].as_py()
+    start = len(first) - len(_relative(first, str(data.path)))
+    # All begin with the same folder, so keys are in the order of the addresses.
+    keys = pc.utf8_slice_codeunits(images, start)
+    labels = pa.nulls(len(keys), pa.int64())
+    if pc.all(pc.match_substring(keys, "/")).as_py():
+        classes = pc.replace_substring_regex(keys, "(?s)/.*", "")
+        names = pa.array(sorted(pc.unique(classes).to_pylist()), pa.large_string())
+        labels = pc.index_in(classes, value_set=names).cast(pa.int64())
+    return pa.table([keys, images, labels, pa.nulls(len(keys), pa.large_string())], schema=RECORDS)
 
 
-def _plan_parquet(files: Sequence[FileInfo], data: DataSection) -> Iterator[ImageRecord]:
-    for file in files:
-        if not file.uri.lower().endswith(".parquet"):
+def _plan_parquet(uris: Sequence[str], data: DataSection) -> Iterator[ImageRecord]:
+    for uri in uris:
+        if not uri.lower().endswith(".parquet"):
             continue
-        _require(data.image_column, "image_column", _schema(file.uri).names, file.uri)
-        relative = _relative(file.uri, str(data.path))
-        for row, values in enumerate(_parquet_rows(file.uri, _wanted(data), data)):
-            where = f"{file.uri}, row {row}"
+        _require(data.image_column, "image_column", _schema(uri).names, uri)
+        relative = _relative(uri, str(data.path))
+        for row, values in enumerate(_parquet_rows(uri, _wanted(data), data)):
+            where = f"{uri}, row {row}"
             key = f"{relative}#{row:08d}" if data.key_column is None else _key(values, data, where)
-            yield _record(key, f"{file.uri}#row={row}", values, data, where)
+            yield _record(key, f"{uri}#row={row}", values, data, where)
 
 
-def _plan_list(files: Sequence[FileInfo], data: DataSection) -> Iterator[ImageRecord]:
-    if len(files) != 1 or not files[0].uri.lower().endswith((".csv", ".parquet")):
+def _plan_list(uris: Sequence[str], data: DataSection) -> Iterator[ImageRecord]:
+    if len(uris) != 1 or not uris[0].lower().endswith((".csv", ".parquet")):
         raise SourceError(
-            f"data.path={data.path!r}: a list is one .csv or .parquet file, not {len(files)} files."
+            f"data.path={data.path!r}: a list is one .csv or .parquet file, not {len(uris)} files."
         )
-    uri = files[0].uri
+    uri = uris[0]
     read = _csv_rows if uri.lower().endswith(".csv") else _parquet_rows
     for row, values in enumerate(read(uri, [data.uri_column, *_wanted(data)], data)):
         where = f"{uri}, row {row}"
@@ -413,28 +507,34 @@ def _plan_list(files: Sequence[FileInfo], data: DataSection) -> Iterator[ImageRe
         yield _record(key, address, values, data, where)
 
 
-def _plan_tar(files: Sequence[FileInfo], data: DataSection) -> Iterator[ImageRecord]:
-    for file in files:
-        name = file.uri.lower()
-        if name.endswith(COMPRESSED_TAR):
+def _plan_tar(uris: Sequence[str], data: DataSection) -> Iterator[ImageRecord]:
+    for uri in uris:
+        if uri.lower().endswith(COMPRESSED_TAR):
             raise SourceError(
-                f"{file.uri} is a compressed tar, from whose middle no image can be read. "
+                f"{uri} is a compressed tar, from whose middle no image can be read. "
                 "Unpack it to a plain .tar."
             )
-        if name.endswith(".tar"):
-            yield from _tar_records(file.uri, _relative(file.uri, str(data.path)), data)
+    tars = [uri for uri in uris if uri.lower().endswith(".tar")]
+
+    def plan(uri: str) -> list[ImageRecord]:
+        return list(_tar_records(uri, _relative(uri, str(data.path)), data))
+
+    with ThreadPoolExecutor(THREADS) as pool:
+        for some in _batched(tars, THREADS):
+            for records in pool.map(plan, some):
+                yield from records
 
 
 def _tar_records(uri: str, relative: str, data: DataSection) -> Iterator[ImageRecord]:
     images: list[tuple[str, str]] = []
     values: dict[str, dict[str, Any]] = {}
     label, caption = data.label_column or "label", data.caption_column or "caption"
-    remote = uri.startswith("s3://")
     try:
-        # On S3 one streamed GET beats a ranged GET for every 512-byte header.
+        # Read ahead: small members lie within one range, and the bodies of large ones are not fetched.
         with (
             storage.open_input(uri) as file,
-            tarfile.open(fileobj=file, mode="r|" if remote else "r:", bufsize=2**22) as tar,
+            io.BufferedReader(file, TAR_READ_AHEAD) as buffered,
+            tarfile.open(fileobj=buffered, mode="r:") as tar,
         ):
             for member in tar:
                 folder, base = posixpath.split(member.name)
@@ -483,6 +583,23 @@ def _check_columns(
     return [column for column in dict.fromkeys(wanted) if column in names]
 
 
+def _refuse_extensions(schema: pa.Schema, columns: Sequence[str], uri: str) -> None:
+    """Values of Ray's type for Python objects unpickle, and so run, when they are looked at."""
+
+    def extended(kind: pa.DataType) -> bool:
+        inner = [kind.field(i).type for i in range(kind.num_fields)]
+        if pa.types.is_dictionary(kind):
+            inner.append(kind.value_type)
+        return isinstance(kind, pa.BaseExtensionType) or any(map(extended, inner))
+
+    for column in columns:
+        if column in schema.names and extended(schema.field(column).type):
+            raise SourceError(
+                f"{uri}: column {column!r} is of the extension type {schema.field(column).type}, which "
+                "is not read from a source. Store bytes, strings and integers."
+            )
+
+
 def _require(column: str, field: str, names: Sequence[str], uri: str) -> None:
     if column not in names:
         near = difflib.get_close_matches(column, names, n=1)
@@ -501,7 +618,9 @@ def _schema(uri: str) -> pa.Schema:
 
 
 def _parquet_rows(uri: str, wanted: Sequence[str], data: DataSection) -> Iterator[dict[str, Any]]:
-    columns = _check_columns(_schema(uri).names, wanted, data, uri)
+    schema = _schema(uri)
+    columns = _check_columns(schema.names, wanted, data, uri)
+    _refuse_extensions(schema, columns, uri)
     with storage.open_input(uri) as file, pq.ParquetFile(file) as parquet:
         if not columns:
             yield from ({} for _ in range(parquet.metadata.num_rows))
@@ -561,7 +680,19 @@ def _resolve(given: str, folder: str, where: str) -> str:
         return given.removeprefix("file://")
     if given.startswith("/"):
         return given
+    return _beside(given, folder, where)
+
+
+def _beside(given: str, folder: str, where: str) -> str:
+    """The address of the relative path `given` in `folder`, which neither it nor a link may leave."""
     path = posixpath.normpath(given)
-    if path == ".." or path.startswith("../"):
-        raise SourceError(f"{where}: {given!r} leaves {folder}. Give an absolute path instead.")
-    return storage.join(folder, path)
+    address = storage.join(folder, path)
+    leaves = path == ".." or path.startswith(("../", "/")) or "://" in given
+    if not leaves and not storage.is_s3(folder):
+        root = os.path.realpath(folder).rstrip("/")
+        leaves = not os.path.realpath(address).startswith(f"{root}/")
+    if leaves:
+        raise SourceError(
+            f"{where}: {given!r} leaves {folder}. Give an absolute path in a list instead."
+        )
+    return address

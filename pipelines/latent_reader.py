@@ -88,7 +88,7 @@ class LatentStore:
         return {
             name: latent_store.tensor_values(table[name])
             if name in latent_store.LATENT_COLUMNS
-            else table[name].to_pylist()
+            else table[name].cast(latent_store.WORD_COLUMNS[name]).to_pylist()
             for name in table.column_names
         }
 

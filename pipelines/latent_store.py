@@ -26,16 +26,20 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from fae_core.errors import UserError
 from fae_core.latent_stats import ChannelStats
 from pipelines import storage
-from pipelines.images import ImageRecord
+from pipelines.images import RECORDS, ImageRecord, records_of, records_table
 
 FORMAT = "fae-latents-1"
+PLAN = "plan.parquet"
 LATENT_COLUMNS = ("mean", "logvar", "mean_flip", "logvar_flip")
 THREADS = 16
+WORD_COLUMNS = {"key": pa.string(), "label": pa.int64(), "caption": pa.string()}
+"""Cast to these before a value is looked at: those of some extension types would run code."""
 _MD5 = re.compile(r"[0-9a-f]{32}")
 _ERROR_SCHEMA = pa.schema([("key", pa.string()), ("stage", pa.string()), ("message", pa.string())])
 # One data page a column: Parquet's own limits are set out of reach.
@@ -82,8 +86,14 @@ class Plan:
 
     def shard(self, index: int) -> list[ImageRecord]:
         """The records of shard `index` in key order; reads that shard's row group alone."""
-        columns = self._file.read_row_group(index, columns=["key", "uri", "label", "caption"])
-        return [ImageRecord(**row) for row in columns.to_pylist()]
+        try:
+            return records_of(self._file.read_row_group(index, columns=RECORDS.names))
+        except OSError as error:
+            raise storage.storage_error("read", storage.join(self.uri, PLAN), error) from None
+
+    def table(self) -> pa.Table:
+        """All records, with the columns RECORDS."""
+        return self._file.read(columns=RECORDS.names).cast(RECORDS)
 
     def shard_rows(self, index: int) -> int:
         """How many images shard `index` holds."""
@@ -95,23 +105,29 @@ def fingerprint_of(parts: Mapping[str, str]) -> str:
     return hashlib.sha256(json.dumps(dict(sorted(parts.items()))).encode()).hexdigest()
 
 
-def source_digest(records: Sequence[ImageRecord]) -> str:
+def source_digest(records: pa.Table) -> str:
     """SHA-256 over key, uri, label and caption of every record in order."""
     digest = hashlib.sha256()
-    for r in records:
-        digest.update(json.dumps([r.key, r.uri, r.label, r.caption]).encode())
+    for batch in records.to_batches(max_chunksize=8192):
+        for row in zip(*(column.to_pylist() for column in batch.columns), strict=True):
+            digest.update(json.dumps(row).encode())
     return digest.hexdigest()
 
 
 def ensure_plan(
-    uri: str, records: Sequence[ImageRecord], shard_size: int, parts: Mapping[str, str]
+    uri: str,
+    records: pa.Table | Sequence[ImageRecord],
+    shard_size: int,
+    parts: Mapping[str, str],
 ) -> Plan:
     """The store's plan, written now unless it is there. Raises StoreMismatch where the one that is there differs.
 
-    Images that vanished from the source since it was planned do not differ: they become errors of their shards.
+    `records` is what `plan_images` gives, or records in key order. Images that vanished from the source since it was planned do not differ: they become errors of their shards.
     """
+    if not isinstance(records, pa.Table):
+        records = records_table(records)
     source = source_digest(records)
-    plan_uri = storage.join(uri, "plan.parquet")
+    plan_uri = storage.join(uri, PLAN)
     if not storage.exists(plan_uri):
         # Where another driver was first, its plan is compared like any other.
         with contextlib.suppress(FileExistsError):
@@ -137,9 +153,10 @@ def ensure_plan(
 
 def open_plan(uri: str) -> Plan:
     """The plan of the store at `uri`. Raises StorageError, or StoreError where the file is no plan."""
-    plan_uri = storage.join(uri, "plan.parquet")
+    plan_uri = storage.join(uri, PLAN)
     try:
-        file = pq.ParquetFile(pa.BufferReader(storage.read_bytes(plan_uri)))
+        # Read in ranges: a worker wants the footer and now and then a row group of a plan that may be large.
+        file = pq.ParquetFile(storage.open_input(plan_uri), pre_buffer=True)
         info = json.loads(file.schema_arrow.metadata[b"fae"])
     except (pa.ArrowException, KeyError, TypeError, ValueError) as error:
         raise StoreError(f"{plan_uri} is no plan of a latent store: {error}") from None
@@ -155,7 +172,7 @@ def open_plan(uri: str) -> Plan:
 
 
 def _encode_plan(
-    records: Sequence[ImageRecord], shard_size: int, parts: Mapping[str, str], source: str
+    records: pa.Table, shard_size: int, parts: Mapping[str, str], source: str
 ) -> bytes:
     info = {"format": FORMAT, "shard_size": shard_size, "parts": dict(parts), "source": source}
     schema = pa.schema(
@@ -168,34 +185,36 @@ def _encode_plan(
         ],
         metadata={"fae": json.dumps(info)},
     )
-    table = pa.table(
-        {
-            "shard": pa.array(np.arange(len(records)) // shard_size, pa.int64()),
-            "key": [r.key for r in records],
-            "uri": [r.uri for r in records],
-            "label": pa.array([r.label for r in records], pa.int64()),
-            "caption": pa.array([r.caption for r in records], pa.string()),
-        },
-        schema=schema,
-    )
     buffer = io.BytesIO()
-    pq.write_table(table, buffer, row_group_size=shard_size, compression="zstd")
+    with pq.ParquetWriter(buffer, schema, compression="zstd") as writer:
+        for shard, start in enumerate(range(0, len(records), shard_size)):
+            rows = records.slice(start, shard_size)
+            numbers = pa.array(np.full(len(rows), shard), pa.int64())
+            rows = rows.add_column(0, "shard", numbers).cast(schema)
+            writer.write_table(rows, row_group_size=shard_size)
     return buffer.getvalue()
 
 
-def _source_differences(plan: Plan, records: Sequence[ImageRecord]) -> list[str]:
-    now = {r.key: r for r in records}
-    planned = {r.key: r for i in range(plan.num_shards) for r in plan.shard(i)}
-    added = [key for key in now if key not in planned]
-    changed = [key for key in now if key in planned and planned[key] != now[key]]
+def _source_differences(plan: Plan, records: pa.Table) -> list[str]:
+    planned = plan.table()
+    places = pc.index_in(records["key"], value_set=planned["key"])
+    added = records.filter(pc.is_null(places))
+    now, then = records.filter(pc.is_valid(places)), planned.take(places.drop_null())
+    changed = np.zeros(len(now), bool)
+    for name in ("uri", "label", "caption"):
+        unequal = pc.not_equal(now[name], then[name])
+        one_is_null = pc.xor(pc.is_null(now[name]), pc.is_null(then[name]))
+        changed |= pc.coalesce(unequal, one_is_null).to_numpy()
     found = []
-    if added:
-        found.append(f"source: {len(added)} images more than planned, the first {added[0]!r}")
-    if changed:
-        key = changed[0]
+    if len(added):
+        key = added["key"][0].as_py()
+        found.append(f"source: {len(added)} images more than planned, the first {key!r}")
+    if changed.any():
+        first = int(changed.argmax())
+        ((there,), (here,)) = (records_of(table.slice(first, 1)) for table in (then, now))
         found.append(
-            f"source: {len(changed)} images with another address, label or caption, the first {key!r} "
-            f"({planned[key]} there, {now[key]} now)"
+            f"source: {int(changed.sum())} images with another address, label or caption, the first "
+            f"{here.key!r} ({there} there, {here} now)"
         )
     return found
 
@@ -337,7 +356,13 @@ def read_errors(uri: str) -> Iterator[dict[str, str]]:
     """Every recorded error (key, stage, message) of finished shards, in shard order."""
     files = sorted(f.uri for f in storage.list_files(storage.join(uri, "errors")))
     for file in files:
-        yield from pq.read_table(pa.BufferReader(storage.read_bytes(file))).to_pylist()
+        yield from _read_errors(file)
+
+
+def _read_errors(uri: str) -> list[dict[str, str]]:
+    table = pq.read_table(pa.BufferReader(storage.read_bytes(uri)))
+    rows: list[dict[str, str]] = table.select(_ERROR_SCHEMA.names).cast(_ERROR_SCHEMA).to_pylist()
+    return rows
 
 
 # Manifest -------------------------------------------------------------------------------------------------------------
@@ -494,8 +519,7 @@ def verify(uri: str, on_shard: Callable[[int, int], None] | None = None) -> list
     for file in storage.list_files(storage.join(uri, "errors")):
         name = file.uri.rpartition("/")[2]
         try:
-            rows = pq.read_table(pa.BufferReader(storage.read_bytes(file.uri))).to_pylist()
-            errors[name] = {row["key"] for row in rows}
+            errors[name] = {row["key"] for row in _read_errors(file.uri)}
         except (pa.ArrowException, KeyError, OSError) as error:
             problems.append(f"errors/{name} is not readable: {error}")
     there = {f.uri.rpartition("/")[2] for f in storage.list_files(storage.join(uri, "shards"))}
@@ -547,7 +571,7 @@ def _verify_shard(
         table = pq.read_table(pa.BufferReader(data), page_checksum_verification=True)
     except (pa.ArrowException, OSError) as error:
         return [f"is not readable: {error}"]
-    keys = table["key"].to_pylist()
+    keys = table["key"].cast(WORD_COLUMNS["key"]).to_pylist()
     problems = []
     if len(keys) != entry["rows"] or len(lost) != entry["errors"]:
         problems.append(

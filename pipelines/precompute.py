@@ -26,11 +26,11 @@ from fae_core.errors import UserError
 from pipelines import latent_store, metrics, storage
 from pipelines.command import run_module
 from pipelines.config import Recipe, RecipeError
-from pipelines.images import decode_records, list_images, read_records
+from pipelines.images import decode_records, plan_images, read_records
 from pipelines.latent_store import Plan, open_plan
 from pipelines.models import autoencoder_of, backbone_fingerprints, backbone_of
 from pipelines.progress import Progress
-from pipelines.ray_session import for_workers, start_ray
+from pipelines.ray_session import for_workers, plain_error, start_ray
 
 CROP = "adm-center-crop-1"
 
@@ -51,7 +51,7 @@ def precompute(recipe: Recipe, show_progress: bool = True) -> dict[str, Any]:
     started, written = time.monotonic(), recipe.to_yaml()
     recipe = for_workers(recipe)
     assert recipe.output is not None
-    records = list_images(recipe.data)
+    records = plan_images(recipe.data)
     parts = fingerprint_parts(recipe)
     plan = latent_store.ensure_plan(recipe.output, records, recipe.precompute.shard_size, parts)
     del records
@@ -118,11 +118,14 @@ def encode_shards(
     start_ray()
     progress = Progress(len(todo), plan.num_images, show_progress)
     errors: list[dict[str, str]] = []
-    for row in build_dataset(recipe, todo, weights).iter_rows():
-        found = json.loads(str(row["errors"]))
-        errors += found
-        progress.add(int(row["rows"]), len(found), float(row["encoded_at"]))
-        _check_error_rate(recipe, plan, errors)
+    try:
+        for row in build_dataset(recipe, todo, weights).iter_rows():
+            found = json.loads(str(row["errors"]))
+            errors += found
+            progress.add(int(row["rows"]), len(found), float(row["encoded_at"]))
+            _check_error_rate(recipe, plan, errors)
+    except Exception as error:
+        raise plain_error(error) from None
     return progress.close()
 
 

@@ -10,6 +10,7 @@ import os
 from pathlib import Path
 from typing import Any
 
+from fae_core.errors import UserError
 from pipelines import storage
 from pipelines.config import Recipe
 
@@ -42,6 +43,18 @@ def start_ray(**local: Any) -> None:
         runtime_env={"env_vars": {key: os.environ[key] for key in QUIET}},
         **local,
     )
+
+
+def plain_error(error: Exception) -> Exception:
+    """The UserError that a task on some worker raised, out of what Ray wrapped it in; else `error` itself."""
+    from ray.exceptions import RayError
+
+    cause: BaseException | None = error
+    while cause is not None:
+        if isinstance(cause, UserError) and not isinstance(cause, RayError):
+            return type(cause)(str(cause))
+        cause = getattr(cause, "cause", None) or cause.__cause__
+    return error
 
 
 def quiet_logs() -> None:

@@ -21,7 +21,7 @@ from torch import nn
 from fae_core import checkpoint
 from pipelines import storage
 from pipelines.config import Recipe, RecipeError
-from pipelines.images import ImageRecord, list_images
+from pipelines.images import ImageRecord, plan_images
 from pipelines.tracking import flatten
 from pipelines.training import TrainingError
 
@@ -35,6 +35,7 @@ OPERATIONAL_KEYS = (
     "validate_every",
     "checkpoint_every",
     "keep_checkpoints",
+    "max_failures",
     "checkpoint_activations",
     "cache",
     "checkpoint",
@@ -110,8 +111,7 @@ def plan(recipe: Recipe, run_uri: str) -> None:
     uri = storage.join(run_uri, "plan.parquet")
     if storage.exists(uri):
         return
-    records = list_images(recipe.data)
-    table = pa.table({"key": [r.key for r in records], "uri": [r.uri for r in records]})
+    table = plan_images(recipe.data).select(["key", "uri"])
     buffer = io.BytesIO()
     pq.write_table(table, buffer)
     storage.write_bytes(uri, buffer.getvalue())
@@ -120,10 +120,8 @@ def plan(recipe: Recipe, run_uri: str) -> None:
 def read_plan(run_uri: str) -> list[ImageRecord]:
     """The run's images in key order."""
     table = pq.read_table(io.BytesIO(storage.read_bytes(storage.join(run_uri, "plan.parquet"))))
-    return [
-        ImageRecord(key, uri)
-        for key, uri in zip(table["key"].to_pylist(), table["uri"].to_pylist(), strict=True)
-    ]
+    keys, uris = (table[name].cast(pa.string()).to_pylist() for name in ("key", "uri"))
+    return [ImageRecord(key, uri) for key, uri in zip(keys, uris, strict=True)]
 
 
 def key_hash(key: str) -> int:

@@ -208,7 +208,8 @@ def read_samples(uri: str, num_shards: int) -> Iterator[tuple[np.ndarray, np.nda
     for shard in range(num_shards):
         data = storage.read_bytes(storage.join(uri, "shards", _name(shard)))
         table = pq.read_table(pa.BufferReader(data), page_checksum_verification=True)
-        images = [np.asarray(Image.open(io.BytesIO(png))) for png in table["image"].to_pylist()]
+        pngs = table["image"].cast(pa.binary()).to_pylist()
+        images = [np.asarray(Image.open(io.BytesIO(png))) for png in pngs]
         yield np.stack(images), table["label"].to_numpy()
 
 

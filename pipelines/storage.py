@@ -1,14 +1,13 @@
 """The one way to open a local or s3:// path: whole reads and writes, listing, Arrow filesystems.
 
 A write is whole or absent: a temporary file renamed into place locally, one PUT on S3; `write_once`
-never replaces (hard link locally, `If-None-Match: *` on S3). AWS_ENDPOINT_URL points everything at
-another S3 server.
+never replaces (hard link locally, `If-None-Match: *` on S3). s3.py says which environment variables
+apply on S3, and for how long a faltering server is tried again.
 """
 
 from __future__ import annotations
 
 import errno
-import functools
 import hashlib
 import os
 import uuid
@@ -16,15 +15,15 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit
 
-import boto3
 import pyarrow as pa
-from botocore.config import Config
 from botocore.exceptions import BotoCoreError, ClientError, NoCredentialsError
 from pyarrow import fs
 
 from fae_core.errors import UserError
+from pipelines import s3
+
+_THERE_ALREADY = ("PreconditionFailed", "412", "ConditionalRequestConflict", "409")
 
 
 class StorageError(UserError, OSError):
@@ -51,7 +50,7 @@ def is_s3(uri: str) -> bool:
 def filesystem(uri: str) -> tuple[fs.FileSystem, str]:
     """The Arrow filesystem of `uri` and the path inside it, without scheme, absolute if local."""
     if is_s3(uri):
-        return _arrow_s3(*_s3_settings()), uri.removeprefix("s3://").rstrip("/")
+        return s3.arrow_filesystem(), uri.removeprefix("s3://").rstrip("/")
     return fs.LocalFileSystem(), _local(uri)
 
 
@@ -74,8 +73,7 @@ def read_bytes(uri: str) -> bytes:
     try:
         if is_s3(uri):
             bucket, key = _bucket_key(uri)
-            content: bytes = _s3().get_object(Bucket=bucket, Key=key)["Body"].read()
-            return content
+            return s3.patiently(lambda: _get(bucket, key))
         return Path(_local(uri)).read_bytes()
     except (ClientError, BotoCoreError, OSError) as error:
         raise storage_error("read", uri, error) from None
@@ -90,7 +88,7 @@ def exists(uri: str) -> bool:
     try:
         for prefix in prefixes:
             # The object itself sorts before every longer key that begins with it: one is enough.
-            page = _s3().list_objects_v2(Bucket=bucket, Prefix=prefix, MaxKeys=1)
+            page = _first_page(bucket, prefix)
             found = [item["Key"] for item in page.get("Contents", [])]
             if found and (prefix != key or found[0] == key or not key):
                 return True
@@ -104,7 +102,7 @@ def write_bytes(uri: str, data: bytes) -> str:
     try:
         if is_s3(uri):
             bucket, key = _bucket_key(uri)
-            return _etag(_s3().put_object(Bucket=bucket, Key=key, Body=data))
+            return s3.patiently(lambda: _put(bucket, key, data))
         path = _local(uri)
         temporary = _write_temporary(path, data)
         try:
@@ -123,7 +121,7 @@ def write_once(uri: str, data: bytes) -> str:
     try:
         if is_s3(uri):
             bucket, key = _bucket_key(uri)
-            return _etag(_s3().put_object(Bucket=bucket, Key=key, Body=data, IfNoneMatch="*"))
+            return _put_once(uri, bucket, key, data)
         path = _local(uri)
         temporary = _write_temporary(path, data)
         try:
@@ -133,12 +131,7 @@ def write_once(uri: str, data: bytes) -> str:
         _sync_folder(path)
     except FileExistsError:
         raise FileExistsError(errno.EEXIST, "Written once and there already", uri) from None
-    except ClientError as error:
-        # 409 is S3's answer to the loser of two conditional writes that overlap.
-        if _code(error) in ("PreconditionFailed", "412", "ConditionalRequestConflict", "409"):
-            raise FileExistsError(errno.EEXIST, "Written once and there already", uri) from None
-        raise storage_error("write", uri, error) from None
-    except (BotoCoreError, OSError) as error:
+    except (ClientError, BotoCoreError, OSError) as error:
         raise storage_error("write", uri, error) from None
     return hashlib.md5(data, usedforsecurity=False).hexdigest()
 
@@ -148,7 +141,7 @@ def delete(uri: str) -> None:
     try:
         if is_s3(uri):
             bucket, key = _bucket_key(uri)
-            _s3().delete_object(Bucket=bucket, Key=key)
+            s3.patiently(lambda: s3.client().delete_object(Bucket=bucket, Key=key))
         else:
             Path(_local(uri)).unlink(missing_ok=True)
     except (ClientError, BotoCoreError, OSError) as error:
@@ -183,7 +176,7 @@ def storage_error(operation: str, uri: str, error: Exception) -> StorageError:
 
 
 def _advice(error: Exception) -> str:
-    code = _code(error)
+    code = s3.code_of(error)
     text = f"{code} {error}".upper()
     if isinstance(error, NoCredentialsError) or "CREDENTIAL" in text:
         return "no AWS credentials. Check AWS_PROFILE, AWS_ACCESS_KEY_ID or the machine's role."
@@ -198,22 +191,27 @@ def _advice(error: Exception) -> str:
         "SignatureDoesNotMatch",
     ):
         return "access denied (403). Check the credentials and their right to list, read and write."
+    patience = "It was tried again for FAE_S3_PATIENCE seconds."
+    if code in ("SlowDown", "ServiceUnavailable") or "HTTP STATUS 503" in text:
+        return (
+            f"the server is too busy (503). {patience} Ask its operator, or read with fewer tasks."
+        )
     if isinstance(error, BotoCoreError) or any(
         word in text for word in ("NETWORK_CONNECTION", "CURLCODE", "CONNECT TO", "TIMED OUT")
     ):
         name = type(error).__name__
-        return f"no connection ({name}). Check AWS_ENDPOINT_URL, the region and the network."
+        return f"no connection ({name}). Check AWS_ENDPOINT_URL, the region and the network. {patience}"
+    if code == "RequestTimeTooSkewed":
+        return (
+            "this machine's clock is not the server's (403). Set the clock, with NTP for example."
+        )
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return "no space left there. Free some; the same command then goes on from here."
     if isinstance(error, ClientError):
         return f"the server answered {code}."
     if isinstance(error, OSError) and error.strerror:
         return f"{os.strerror(error.errno) if error.errno else error.strerror}."
     return f"{type(error).__name__}."
-
-
-def _code(error: Exception) -> str:
-    if isinstance(error, ClientError):
-        return str(error.response.get("Error", {}).get("Code", ""))
-    return ""
 
 
 def _local(uri: str) -> str:
@@ -270,13 +268,11 @@ def _list_s3(uri: str, recursive: bool) -> Iterator[FileInfo]:
     bucket, key = _bucket_key(uri)
     try:
         if key:
-            page = _s3().list_objects_v2(Bucket=bucket, Prefix=key, MaxKeys=1)
+            page = _first_page(bucket, key)
             for item in page.get("Contents", []):
                 if item["Key"] == key:
                     yield FileInfo(f"s3://{bucket}/{key}", item["Size"], _etag(item))
-        options = {} if recursive else {"Delimiter": "/"}
-        pages = _s3().get_paginator("list_objects_v2")
-        for page in pages.paginate(Bucket=bucket, Prefix=f"{key}/" if key else "", **options):
+        for page in _pages(bucket, f"{key}/" if key else "", recursive):
             for item in page.get("Contents", []):
                 # Consoles mark a folder with an empty object whose name ends in a slash.
                 if not item["Key"].endswith("/"):
@@ -285,45 +281,67 @@ def _list_s3(uri: str, recursive: bool) -> Iterator[FileInfo]:
         raise storage_error("list", uri, error) from None
 
 
+def _first_page(bucket: str, prefix: str) -> dict[str, Any]:
+    def ask() -> dict[str, Any]:
+        page: dict[str, Any] = s3.client().list_objects_v2(Bucket=bucket, Prefix=prefix, MaxKeys=1)
+        return page
+
+    return s3.patiently(ask)
+
+
+def _pages(bucket: str, prefix: str, recursive: bool) -> Iterator[dict[str, Any]]:
+    asked: dict[str, Any] = {"Bucket": bucket, "Prefix": prefix}
+    if not recursive:
+        asked["Delimiter"] = "/"
+    while True:
+        page = s3.patiently(lambda: s3.client().list_objects_v2(**asked))
+        yield page
+        if not page.get("IsTruncated"):
+            return
+        asked["ContinuationToken"] = page["NextContinuationToken"]
+
+
+def _get(bucket: str, key: str) -> bytes:
+    content: bytes = s3.client().get_object(Bucket=bucket, Key=key)["Body"].read()
+    return content
+
+
+def _put(bucket: str, key: str, data: bytes, **condition: str) -> str:
+    return _etag(s3.client().put_object(Bucket=bucket, Key=key, Body=data, **condition))
+
+
+def _put_once(uri: str, bucket: str, key: str, data: bytes) -> str:
+    attempts = 0
+
+    def attempt() -> str:
+        nonlocal attempts
+        attempts += 1
+        return _put(bucket, key, data, IfNoneMatch="*")
+
+    try:
+        return s3.patiently(attempt)
+    except ClientError as error:
+        # 409 is S3's answer to the loser of two conditional writes that overlap.
+        if s3.code_of(error) not in _THERE_ALREADY:
+            raise
+        # The first attempt may have been ours and done, and only its answer lost.
+        if attempts > 1 and read_bytes(uri) == data:
+            return hashlib.md5(data, usedforsecurity=False).hexdigest()
+        raise FileExistsError(errno.EEXIST, "Written once and there already", uri) from None
+
+
 def _bucket_key(uri: str) -> tuple[str, str]:
     bucket, _, key = uri.removeprefix("s3://").partition("/")
     if not bucket:
         raise StorageError(f"{uri}: no bucket. Expected s3://BUCKET/KEY.")
+    if "@" in bucket or ":" in bucket:
+        # Not echoed: it may hold a secret.
+        raise StorageError(
+            "An s3:// address holds no credentials or port: s3://BUCKET/KEY. Set AWS_ACCESS_KEY_ID, "
+            "AWS_SECRET_ACCESS_KEY and AWS_ENDPOINT_URL instead."
+        )
     return bucket, key.rstrip("/")
 
 
 def _etag(answer: dict[str, Any]) -> str:
     return str(answer["ETag"]).strip('"')
-
-
-def _s3_settings() -> tuple[str | None, str | None]:
-    endpoint = os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL")
-    region = os.environ.get("AWS_DEFAULT_REGION") or os.environ.get("AWS_REGION")
-    return endpoint or None, region or None
-
-
-def _s3() -> Any:
-    return _boto_s3(*_s3_settings())
-
-
-@functools.cache
-def _boto_s3(endpoint: str | None, region: str | None) -> Any:
-    config = Config(
-        retries={"mode": "standard", "max_attempts": 5},
-        s3={"addressing_style": "path" if endpoint else "auto"},
-        max_pool_connections=32,
-        connect_timeout=10,
-        read_timeout=60,
-    )
-    return boto3.client("s3", endpoint_url=endpoint, region_name=region, config=config)
-
-
-@functools.cache
-def _arrow_s3(endpoint: str | None, region: str | None) -> fs.S3FileSystem:
-    options: dict[str, Any] = {"region": region} if region else {}
-    if endpoint:
-        parts = urlsplit(endpoint if "://" in endpoint else f"https://{endpoint}")
-        options |= {"endpoint_override": parts.netloc, "scheme": parts.scheme}
-        # Without a region Arrow asks AWS where the bucket is, which another server cannot answer.
-        options.setdefault("region", "us-east-1")
-    return fs.S3FileSystem(**options)

@@ -1,7 +1,8 @@
 """MLflow as an onlooker: parameters, metrics and figures of a run, which never stop it.
 
-The default store is sqlite:///mlflow.db; MLFLOW_TRACKING_URI or the recipe name a server. The first failure of the
-tracker is printed once, then the tracker is silent for the rest of the run.
+The default store is sqlite:///mlflow.db; MLFLOW_TRACKING_URI or the recipe name a server. While the tracker fails, metrics
+are kept and sent later with their own times; it is asked again after a minute, two, four and so on, so that a dead server
+costs training next to nothing. What is lost in the end is said.
 """
 
 from __future__ import annotations
@@ -9,16 +10,21 @@ from __future__ import annotations
 import math
 import os
 import tempfile
+import time
 import warnings
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 from pipelines.config import TrackingSection
+from pipelines.secrets import redact
 
 RUN_TAG = "fae.run"
 DEFAULT_URI = "sqlite:///mlflow.db"
 MAX_PARAM_LENGTH = 500
+FIRST_PAUSE, LONGEST_PAUSE = 60.0, 3600.0
+MAX_KEPT = 100_000
+METRICS_A_CALL = 1000  # what MLflow takes in one request
 
 
 def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -48,23 +54,36 @@ class Tracker:
     def __init__(
         self, tracking: TrackingSection, uri: str, run: str, params: Mapping[str, Any]
     ) -> None:
-        self._working = tracking.enabled
+        self._enabled = tracking.enabled
+        self._open: Callable[[], None] | None = lambda: self._find_or_create(
+            tracking.experiment, uri, run, params
+        )
         self._client: Any = None
         self._run_id = ""
-        self._attempt(lambda: self._open(tracking.experiment, uri, run, params))
+        self._kept: list[Any] = []
+        self._lost = 0
+        self._pause = 0.0
+        self._next_attempt = 0.0
+        self._attempt()
 
     def log_metrics(self, metrics: Mapping[str, float], step: int) -> None:
-        """Log the finite values of `metrics` at `step`."""
+        """Log the finite values of `metrics` at `step`, now or when the server is there again."""
+        if not self._enabled:
+            return
+        from mlflow.entities import Metric
 
-        def send() -> None:
-            for key, value in metrics.items():
-                if math.isfinite(value):
-                    self._client.log_metric(self._run_id, key, float(value), step=step)
-
-        self._attempt(send)
+        now = int(time.time() * 1000)
+        self._kept += [
+            Metric(name, float(value), now, step)
+            for name, value in metrics.items()
+            if math.isfinite(value)
+        ]
+        self._lost += max(0, len(self._kept) - MAX_KEPT)
+        del self._kept[:-MAX_KEPT]
+        self._attempt()
 
     def log_figure(self, png: bytes, name: str) -> None:
-        """Log a PNG as the artifact figures/`name`."""
+        """Log a PNG as the artifact figures/`name`; a figure that cannot be sent now is lost."""
 
         def send() -> None:
             with tempfile.TemporaryDirectory() as folder:
@@ -72,13 +91,22 @@ class Tracker:
                 path.write_bytes(png)
                 self._client.log_artifact(self._run_id, str(path), "figures")
 
-        self._attempt(send)
+        if not self._attempt(send):
+            self._lost += 1
 
     def finish(self) -> None:
-        """Mark the run as finished."""
+        """Send what was kept and mark the run as finished; says what never arrived."""
+        self._next_attempt = 0.0
         self._attempt(lambda: self._client.set_terminated(self._run_id))
+        if lost := self._lost + len(self._kept):
+            warnings.warn(
+                f"{lost} metrics or figures of this run never reached the tracking server.",
+                stacklevel=2,
+            )
 
-    def _open(self, experiment: str, uri: str, run: str, params: Mapping[str, Any]) -> None:
+    def _find_or_create(
+        self, experiment: str, uri: str, run: str, params: Mapping[str, Any]
+    ) -> None:
         # A dead server must cost seconds, not MLflow's default of many minutes of retries.
         os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
         os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "10")
@@ -106,17 +134,33 @@ class Tracker:
         )
         self._run_id = created.info.run_id
         for key, value in params.items():
-            self._client.log_param(self._run_id, key, str(value)[:MAX_PARAM_LENGTH])
+            self._client.log_param(self._run_id, key, redact(str(value))[:MAX_PARAM_LENGTH])
 
-    def _attempt(self, action: Callable[[], None]) -> None:
-        if not self._working:
-            return
+    def _attempt(self, action: Callable[[], None] | None = None) -> bool:
+        """Open the run if it is not, send what was kept, then `action`; whether all of it was done."""
+        if not self._enabled:
+            return True
+        if time.monotonic() < self._next_attempt:
+            return False
         try:
-            action()
+            if self._open:
+                self._open()
+                self._open = None
+            while self._kept:
+                self._client.log_batch(self._run_id, metrics=self._kept[:METRICS_A_CALL])
+                del self._kept[:METRICS_A_CALL]
+            if action:
+                action()
         except Exception as error:  # whatever a tracker raises, the training goes on
-            self._working = False
-            warnings.warn(
-                f"Tracking stopped, training goes on: {type(error).__name__}: {str(error)[:300]}. "
-                "Check MLFLOW_TRACKING_URI, or set tracking.enabled=false.",
-                stacklevel=2,
-            )
+            if not self._pause:
+                warnings.warn(
+                    f"Tracking failed, training goes on: {type(error).__name__}: {redact(str(error))[:300]}. Metrics "
+                    f"are kept and sent when the server answers again. Check MLFLOW_TRACKING_URI, or set "
+                    "tracking.enabled=false.",
+                    stacklevel=3,
+                )
+            self._pause = min(max(FIRST_PAUSE, 2 * self._pause), LONGEST_PAUSE)
+            self._next_attempt = time.monotonic() + self._pause
+            return False
+        self._pause = 0.0
+        return True

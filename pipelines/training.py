@@ -14,7 +14,9 @@ import itertools
 import json
 import math
 import os
+import pickle
 import time
+import zipfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -49,6 +51,10 @@ class NonFiniteError(UserError, RuntimeError):
 
 class TrainingError(UserError, RuntimeError):
     """A run that cannot start or went wrong; the message says what to do."""
+
+
+class CheckpointDamaged(TrainingError):
+    """A checkpoint whose bytes are not the ones that were written, or that is none."""
 
 
 @dataclass(frozen=True)
@@ -214,13 +220,32 @@ class TrainState:
         return buffer.getvalue()
 
     def load_bytes(self, data: bytes) -> None:
-        state = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
+        """Take over what `to_bytes` gave. Raises CheckpointDamaged, with nothing taken over."""
+        state = _verified(data)
         for name, network in self.networks.items():
             network.load_state_dict(state["networks"][name])
         for average, saved in zip(self.ema, state["ema"], strict=True):
             average.copy_(split_like(saved, average))
         torch.set_rng_state(state["rng"])
         self.step = state["step"]
+
+
+def _verified(data: bytes) -> dict[str, Any]:
+    # torch.save notes a CRC-32 of each tensor, and torch.load does not look at it.
+    try:
+        with zipfile.ZipFile(io.BytesIO(data)) as archive:
+            damaged = archive.testzip()
+        if damaged:
+            raise CheckpointDamaged(f"the checksum of {damaged} is wrong")
+        state: Any = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
+    except (zipfile.BadZipFile, pickle.UnpicklingError, RuntimeError, EOFError, OSError) as error:
+        if isinstance(error, CheckpointDamaged):
+            raise
+        reason = str(error).partition("\n")[0]
+        raise CheckpointDamaged(f"it is no checkpoint: {reason}") from None
+    if not isinstance(state, dict) or not {"step", "networks", "ema", "rng"} <= state.keys():
+        raise CheckpointDamaged("it is another kind of file")
+    return state
 
 
 def train_step(
@@ -328,6 +353,27 @@ def save_checkpoint(state: TrainState, run_uri: str, keep: int, write: bool = Tr
         storage.delete(uri)
 
 
+def resume(state: TrainState, run_uri: str) -> str:
+    """Load the newest checkpoint that is whole into `state`; what happened, in words, empty where there is none.
+
+    Raises TrainingError where there are some and every one is damaged.
+    """
+    found = list_checkpoints(run_uri)
+    said = ""
+    for uri in reversed(found):
+        try:
+            state.load_bytes(storage.read_bytes(uri))
+        except CheckpointDamaged as error:
+            said += f"{uri} is damaged ({error}); going back to the one before. "
+            continue
+        return f"{said}resumed at step {state.step} from {uri}"
+    if found:
+        raise TrainingError(
+            f"{said}\nThere is none before. Delete {storage.join(run_uri, CHECKPOINTS)} to begin at step 0."
+        )
+    return ""
+
+
 # The loop -------------------------------------------------------------------------------------------------------------
 
 
@@ -354,10 +400,8 @@ def run_job(
     if job.adversary:
         job.adversary.module.to(device)
     state = TrainState(model, training, job.adversary)
-    found = list_checkpoints(run_uri)
-    if found:
-        state.load_bytes(storage.read_bytes(found[-1]))
-        _say(rank, f"resumed at step {state.step} from {found[-1]}")
+    if said := resume(state, run_uri):
+        _say(rank, said)
     wrapped = model if sharded else ray.train.torch.prepare_model(model)
     wrapped_adversary = (
         ray.train.torch.prepare_model(job.adversary.module) if job.adversary else None
@@ -419,7 +463,11 @@ def fit(
     recipe: Recipe,
     training: TrainingSection,
 ) -> None:
-    """Run `worker(config)` on the workers that `training` asks for under Ray Train. Raises NonFiniteError or TrainingError."""
+    """Run `worker(config)` on the workers that `training` asks for under Ray Train.
+
+    Where one fails, all begin again at the newest checkpoint, up to `training.max_failures` times. Raises NonFiniteError
+    and TrainingError at once.
+    """
     import ray
     from ray.train import FailureConfig, RunConfig, ScalingConfig, TrainingFailedError
     from ray.train.torch import TorchTrainer
@@ -432,31 +480,40 @@ def fit(
             f"{cpus:g} for decoding. Lower cpus_per_worker or num_workers."
         )
     filesystem, path = storage.filesystem(recipe.storage)
-    trainer = TorchTrainer(
-        worker,
-        train_loop_config=config,
-        scaling_config=ScalingConfig(
-            num_workers=training.num_workers,
-            use_gpu=training.use_gpu,
-            resources_per_worker={"CPU": training.cpus_per_worker}
-            | ({"GPU": 1} if training.use_gpu else {}),
-        ),
-        run_config=RunConfig(
-            name=recipe.run,
-            storage_path=path,
-            storage_filesystem=filesystem,
-            failure_config=FailureConfig(max_failures=0),
-        ),
-    )
-    try:
-        trainer.fit()
-    except TrainingFailedError as error:
-        failures = list(getattr(error, "worker_failures", {}).values())
-        for failure in failures:
-            for cause in (failure, getattr(failure, "cause", None)):
-                if isinstance(cause, NonFiniteError | TrainingError):
-                    raise type(cause)(str(cause)) from None
-        raise
+    for failures in range(training.max_failures + 1):
+        trainer = TorchTrainer(
+            worker,
+            train_loop_config=config,
+            scaling_config=ScalingConfig(
+                num_workers=training.num_workers,
+                use_gpu=training.use_gpu,
+                resources_per_worker={"CPU": training.cpus_per_worker}
+                | ({"GPU": 1} if training.use_gpu else {}),
+            ),
+            # Ray's own restarts would repeat what is an error of the user, a NaN for example.
+            run_config=RunConfig(
+                name=recipe.run,
+                storage_path=path,
+                storage_filesystem=filesystem,
+                failure_config=FailureConfig(max_failures=0),
+            ),
+        )
+        try:
+            trainer.fit()
+            return
+        except TrainingFailedError as error:
+            for failure in getattr(error, "worker_failures", {}).values():
+                for cause in (failure, getattr(failure, "cause", None)):
+                    if isinstance(cause, NonFiniteError | TrainingError):
+                        raise type(cause)(str(cause)) from None
+            if failures == training.max_failures:
+                raise
+            reason = str(error).strip().splitlines()[-1]
+            _say(
+                0,
+                f"workers failed ({reason}); all go on from the newest checkpoint "
+                f"({failures + 1} of {training.max_failures} times)",
+            )
 
 
 def prepare_worker(device: torch.device) -> None:

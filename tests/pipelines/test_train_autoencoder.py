@@ -9,6 +9,7 @@ import time
 from pathlib import Path
 
 import numpy as np
+import psutil
 import pytest
 from PIL import Image
 
@@ -147,6 +148,29 @@ def test_a_killed_run_ends_with_the_same_parameters_bit_for_bit(
     assert expected.keys() == actual.keys()
     for name, value in expected.items():
         assert np.array_equal(value, actual[name]), name
+
+
+@pytest.mark.integration
+def test_a_killed_worker_is_replaced_by_the_same_command_and_changes_no_bit(
+    photographs, uninterrupted, tmp_path
+):
+    process = start(command(photographs, tmp_path))
+    checkpoints = tmp_path / "test" / "checkpoints"
+    deadline = time.monotonic() + 240
+    while not list(checkpoints.glob("step_*.pt")):
+        assert time.monotonic() < deadline and process.poll() is None
+        time.sleep(0.05)
+    family = psutil.Process(process.pid).children(recursive=True)
+    workers = [child for child in family if "RayTrainWorker" in " ".join(child.cmdline())]
+    assert workers
+    workers[0].send_signal(signal.SIGKILL)
+    output, _ = process.communicate(timeout=300)
+    assert process.returncode == 0, output
+    assert (
+        "go on from the newest checkpoint (1 of 3 times)" in output and "resumed at step" in output
+    )
+    for name, value in weights(uninterrupted).items():
+        assert np.array_equal(value, weights(tmp_path)[name]), name
 
 
 @pytest.mark.integration

@@ -1,0 +1,26 @@
+"""Keeps passwords out of what is printed, logged or written: recipes, MLflow's parameters, error messages.
+
+A secret is what stands before the @ of an address, and the value of an environment variable that is named like one.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+
+HIDDEN = "***"
+MIN_LENGTH = 6
+_IN_ADDRESS = re.compile(r"(\w[\w+.-]*://)[^/\s@'\"]+@")
+_NAMED_SECRET = re.compile(
+    r"(?!.*_(?:FILE|PATH)$).*(SECRET|PASSWORD|PASSWD|TOKEN|API_KEY)", re.IGNORECASE
+)
+
+
+def redact(text: str) -> str:
+    """`text` with the credentials in its addresses, and this environment's secrets, replaced by ***."""
+    text = _IN_ADDRESS.sub(rf"\1{HIDDEN}@", text)
+    for name, value in os.environ.items():
+        # A value of a few letters is a flag or a word, which would be cut out of every sentence.
+        if _NAMED_SECRET.match(name) and len(value) >= MIN_LENGTH and value in text:
+            text = text.replace(value, HIDDEN)
+    return text
