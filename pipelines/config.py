@@ -286,6 +286,57 @@ class PrecomputeSection(_Section):
     """A larger share of images that cannot be encoded ends the job with nothing committed."""
 
 
+class EvaluateSection(_Section):
+    images: str | None = None
+    """What is scored: a folder, Parquet, WebDataset or list, an .npz with arr_0, or the output of `fae sample`."""
+    reference: str | None = None
+    """What it is compared with: the same kinds; ADM's reference .npz (arr_0, mu, sigma, mu_s, sigma_s); or statistics
+    that `fae evaluate` saved. Columns of Parquet and lists are the data section's for both."""
+    scores: list[
+        Literal[
+            "fid",
+            "sfid",
+            "inception_score",
+            "precision_recall",
+            "kid",
+            "frechet_backbone",
+            "rfid",
+            "reconstruction",
+            "lpips",
+        ]
+    ] = ["frechet_backbone"]
+    """frechet_backbone downloads nothing. rfid, reconstruction (PSNR, SSIM) and lpips need pairs of equal key."""
+    output: str | None = None
+    """Folder or s3:// prefix for scores.json and the statistics of both sets; the same command again returns them."""
+    limit: int | None = Field(None, gt=0)
+    """Use only the first so many images of each set in key order."""
+    backbone_token: Literal["class", "mean"] = "class"
+    """Feature of frechet_backbone: the class token, as in FD-DINOv2 (arXiv 2306.04675), or the mean of the patches."""
+    features: Literal["inception", "backbone"] = "inception"
+    """Features of kid and precision_recall: Inception's pool as ADM's evaluator and torch-fidelity, or the backbone's."""
+    inception_weights: str | None = None
+    """Inception-v3 in torch-fidelity's layout (.pth, .safetensors); else $FAE_INCEPTION_WEIGHTS, else its download."""
+    num_neighbors: int = Field(3, gt=0)
+    """precision_recall: k of the manifolds; Kynkäänniemi et al.'s and ADM's."""
+    kid_subsets: int = Field(100, gt=0)
+    """torch-fidelity's; likewise the next."""
+    kid_subset_size: int = Field(1000, gt=1)
+    inception_splits: int = Field(10, gt=0)
+    """inception_score: parts whose scores are averaged; Salimans et al.'s, and ADM's for 50,000 images."""
+    seed: int = 2020
+    """Of KID's subsets and the order before the score's splits; torch-fidelity's."""
+    chunk_size: int = Field(512, gt=0)
+    """Images that one task decodes and one actor summarises; ours."""
+    batch_size: int = Field(64, gt=0)
+    """Images that the device holds at once; ADM's and torch-fidelity's."""
+    num_actors: int = Field(1, gt=0)
+    gpus_per_actor: float = Field(0.0, ge=0.0)
+    cpus_per_actor: float = Field(1.0, gt=0.0)
+    cpus_per_decode: float = Field(0.5, gt=0.0)
+    max_error_rate: float = Field(0.0, ge=0.0, le=1.0)
+    """A larger share of images that cannot be decoded ends the job; the others are left out and counted. Ours."""
+
+
 class TrackingSection(_Section):
     experiment: str = "fae"
     uri: str | None = None
@@ -314,6 +365,7 @@ class Recipe(_Section):
     generator: GeneratorSection = GeneratorSection()
     precompute: PrecomputeSection = PrecomputeSection()
     sample: SampleSection = SampleSection()
+    evaluate: EvaluateSection = EvaluateSection()
     tracking: TrackingSection = TrackingSection()
 
     def to_yaml(self) -> str:

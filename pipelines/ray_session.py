@@ -63,6 +63,8 @@ def for_workers(recipe: Recipe) -> Recipe:
     for section in (made.autoencoder, made.pixel_decoder, made.generator):
         section.checkpoint = absolute(section.checkpoint)
     made.pixel_decoder.start_from = absolute(recipe.pixel_decoder.start_from)
+    for name in ("images", "reference", "output", "inception_weights"):
+        setattr(made.evaluate, name, absolute(getattr(recipe.evaluate, name)))
     if Path(recipe.backbone.weights).is_file():
         made.backbone.weights = str(Path(recipe.backbone.weights).absolute())
     return made

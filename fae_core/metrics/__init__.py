@@ -1,0 +1,1 @@
+"""Scores of images and features: Fréchet distance, manifolds, Inception, reconstruction."""
