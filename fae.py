@@ -152,6 +152,26 @@ def sample(
 
 
 @app.command()
+def probe(
+    recipe: RecipeName, overrides: Overrides = None, print_config: PrintConfig = False
+) -> None:
+    """Ask what reconstructed features and latents still know: k-NN, linear probe, patch similarity and matching.
+
+    Example: fae probe photos-dinov2s data.path=photos autoencoder.checkpoint=runs/first/autoencoder.safetensors probe.output=probe
+    """
+    from pipelines.config import load_recipe
+
+    loaded = load_recipe(recipe, overrides or [])
+    if print_config:
+        typer.echo(loaded.to_yaml(), nl=False)
+        return
+    from pipelines.probe import probe as run_probe
+    from pipelines.probe import summary
+
+    typer.echo(summary(run_probe(loaded)))
+
+
+@app.command()
 def export(
     uri: Annotated[str, typer.Argument(help="A finished latent store.")],
     output: Annotated[str, typer.Option(help="An empty folder or s3:// prefix.")],

@@ -337,6 +337,44 @@ class EvaluateSection(_Section):
     """A larger share of images that cannot be decoded ends the job; the others are left out and counted. Ours."""
 
 
+class ProbeSection(_Section):
+    """Semantic probes. Ours: the paper probes with DINOv2's ready-made head and gives no setting but the 16 pairs."""
+
+    output: str | None = None
+    """Folder or s3:// prefix for probe.json and the figures; without it the numbers are only returned."""
+    test_fraction: float = Field(0.2, gt=0.0, lt=1.0)
+    """Share of images that test, chosen by the hash of their key; the others train the probes."""
+    train_limit: int | None = Field(20_000, gt=0)
+    """At most so many training images, in the order of their keys' hashes; enough for a stable head in minutes."""
+    test_limit: int | None = Field(5_000, gt=0)
+    """At most so many test images; 5,000 give 95 % intervals of ±1.4 points or less."""
+    pooling: Literal["mean", "max"] = "mean"
+    """One vector an image from its patch tokens. The mean stands for the class token, which a FAE does not rebuild."""
+    num_neighbors: int = Field(20, gt=0)
+    """k of k-NN, by cosine; DINO's."""
+    regularisation: list[float] = Field([0.01, 0.1, 1.0, 10.0], min_length=1)
+    """scikit-learn's C of the linear probe, smaller is stronger; the best on a fifth of the training images is taken."""
+    max_iterations: int = Field(1000, gt=0)
+    """Of the linear probe's solver; on standardised features it converges well before."""
+    num_image_pairs: int = Field(64, ge=0)
+    """Pairs of test images of one class whose patches are matched; 0 skips matching."""
+    num_pairs: int = Field(16, gt=0)
+    """Matched patches that the figure draws between two images; the paper's."""
+    num_clusters: int = Field(3, gt=1)
+    """K of the K-means that separates the object's patches; two mix it with what is next to it."""
+    figure_rows: int = Field(4, gt=0)
+    """Images or pairs in a figure."""
+    batch_size: int = Field(32, gt=1)
+    """Images that an actor holds at once: the unit of work. No features but pooled ones leave it."""
+    precision: Literal["fp32", "bf16"] = "fp32"
+    """Of the networks; fp32, because a probe compares small differences."""
+    num_actors: int = Field(1, gt=0)
+    gpus_per_actor: float = Field(0.0, ge=0.0)
+    cpus_per_actor: float = Field(1.0, gt=0.0)
+    max_error_rate: float = Field(0.01, ge=0.0, le=1.0)
+    """A larger share of images that cannot be decoded ends the probe."""
+
+
 class TrackingSection(_Section):
     experiment: str = "fae"
     uri: str | None = None
@@ -366,6 +404,7 @@ class Recipe(_Section):
     precompute: PrecomputeSection = PrecomputeSection()
     sample: SampleSection = SampleSection()
     evaluate: EvaluateSection = EvaluateSection()
+    probe: ProbeSection = ProbeSection()
     tracking: TrackingSection = TrackingSection()
 
     def to_yaml(self) -> str:
