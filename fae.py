@@ -208,6 +208,41 @@ def inspect(
 
 
 @app.command()
+def run(
+    recipe: RecipeName,
+    overrides: Overrides = None,
+    print_config: PrintConfig = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Print the stages, what exists, what each will write.")
+    ] = False,
+    first: Annotated[
+        str | None, typer.Option("--from", help="Start at this stage; earlier ones must be there.")
+    ] = None,
+    until: Annotated[str | None, typer.Option(help="Stop after this stage.")] = None,
+) -> None:
+    """The whole chain, from images to scored samples and one page; what exists is skipped, the same command resumes.
+
+    Stages: autoencoder, pixel-decoder, latents, generator, finetune, samples, evaluation, probe, report.
+
+    Example: fae run fashion-dinov2s data.path=fashion/train.parquet evaluate.reference=fashion/test.parquet storage=runs --dry-run
+    """
+    from pipelines.config import load_recipe
+
+    cut = [f"chain.{key}={value}" for key, value in (("first", first), ("until", until)) if value]
+    loaded = load_recipe(recipe, [*(overrides or []), *cut])
+    if print_config:
+        typer.echo(loaded.to_yaml(), nl=False)
+        return
+    from pipelines.chain import print_plan, run_chain
+
+    if dry_run:
+        print_plan(loaded)
+        return
+    finished = run_chain(loaded)
+    typer.echo(f"finished: {', '.join(finished)}")
+
+
+@app.command()
 def demo(
     output: Annotated[
         str, typer.Option(help="Folder for everything that the demo writes.")

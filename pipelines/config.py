@@ -8,11 +8,18 @@ from __future__ import annotations
 
 import difflib
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
 
 from fae_core.errors import UserError
 
@@ -375,6 +382,127 @@ class ProbeSection(_Section):
     """A larger share of images that cannot be decoded ends the probe."""
 
 
+StageName = Literal[
+    "autoencoder",
+    "pixel-decoder",
+    "latents",
+    "generator",
+    "finetune",
+    "samples",
+    "evaluation",
+    "probe",
+    "report",
+]
+
+
+class ChainSection(_Section):
+    """Which stages `fae run` and a trial of `fae tune` go through; where they agree, trials share them. Ours."""
+
+    first: StageName | None = None
+    """Start here: the results of earlier stages must be there. `fae run --from`."""
+    until: StageName | None = None
+    """Stop after this stage, leaving out what it does not need. `fae run --until`."""
+    finetune: bool = True
+    """Finetune the pixel decoder on rebuilt features; without it samples are drawn with its first stage."""
+    finetune_steps: int | None = Field(None, gt=0)
+    """Steps of that; as many as the first stage's without it."""
+    latents_limit: int | None = Field(None, gt=0)
+    """Encode only the first so many images in key order: a subset for short generator trainings."""
+    probe: bool = False
+    """Probe the latents too; needs labels."""
+
+
+class SpaceSection(_Section):
+    """The values of one recipe key that a sweep tries: exactly one of these."""
+
+    grid: list[Any] | None = Field(None, min_length=1)
+    """Every one of them."""
+    choice: list[Any] | None = Field(None, min_length=1)
+    """One of them, drawn."""
+    uniform: tuple[float, float] | None = None
+    """A number between two, drawn."""
+    loguniform: tuple[float, float] | None = None
+    """Likewise, uniform in its logarithm."""
+
+    @model_validator(mode="after")
+    def _exactly_one(self) -> SpaceSection:
+        given = [name for name, value in self if value is not None]
+        if len(given) != 1:
+            raise ValueError(f"expected exactly one of {', '.join(type(self).model_fields)}")
+        bounds = self.uniform or self.loguniform
+        if bounds and not bounds[0] < bounds[1]:
+            raise ValueError("expected the lower bound first")
+        if self.loguniform and self.loguniform[0] <= 0:
+            raise ValueError("loguniform needs bounds above 0")
+        return self
+
+
+class ObjectiveSection(_Section):
+    metric: str
+    """STAGE/NAME of a number that a stage of the chain returns, as evaluation/frechet_backbone or autoencoder/mse."""
+    mode: Literal["min", "max"] = "min"
+
+
+class AshaSection(_Section):
+    """Early stopping during the autoencoder's training: ASHA's rungs are steps at which it validates."""
+
+    metric: str = "mse"
+    """Of the autoencoder's validation."""
+    mode: Literal["min", "max"] = "min"
+    grace_steps: int = Field(100, gt=0)
+    """No trial is stopped before."""
+    reduction_factor: float = Field(3.0, gt=1.0)
+    """One in so many goes on at each rung, and the next rung is so many times as far."""
+
+
+class PbtSection(_Section):
+    """Population based training of the autoencoder: at each interval the worst trials go on from the best one's checkpoint."""
+
+    metric: str = "mse"
+    mode: Literal["min", "max"] = "min"
+    interval_steps: int = Field(100, gt=0)
+    """Steps between perturbations; a multiple of autoencoder.training.checkpoint_every."""
+
+
+class TuneSection(_Section):
+    """A sweep: what `fae tune` varies, how, and what it looks for. Ours; the paper gives the results of its ablations alone."""
+
+    name: str | None = None
+    """Of the sweep: STORAGE/tune/NAME holds its trials, and the same name goes on with it."""
+    space: dict[str, SpaceSection] = {}
+    """Recipe keys, dotted, and the values that they are to take; `seed` is one like any other."""
+    points: list[dict[str, Any]] = []
+    """Further trials, each a mapping of recipe keys to values: repetitions with other seeds at the setting that matters."""
+    algorithm: Literal["grid", "random", "optuna"] = "grid"
+    """grid: all combinations. random, optuna: num_samples settings, drawn or suggested from the trials before."""
+    num_samples: int = Field(10, gt=0)
+    scheduler: Literal["none", "asha", "pbt"] = "none"
+    asha: AshaSection = AshaSection()
+    pbt: PbtSection = PbtSection()
+    objectives: list[ObjectiveSection] = Field(
+        [ObjectiveSection(metric="autoencoder/mse")], min_length=1
+    )
+    """The first one ranks trials; together they make the Pareto front, and Optuna looks for all."""
+    max_concurrent_trials: int | None = Field(None, gt=0)
+    """Without it as many as the cluster's CPUs and GPUs can train at once, at least one."""
+
+    @field_validator("space", mode="before")
+    @classmethod
+    def _dotted(cls, value: Any) -> Any:
+        """Nested mappings, as overrides on the command line make them, become dotted keys."""
+        return _dotted_space(value) if isinstance(value, dict) else value
+
+
+def _dotted_space(value: dict[Any, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, inner in value.items():
+        if isinstance(inner, dict) and any(isinstance(v, dict) for v in inner.values()):
+            flat |= _dotted_space(inner, f"{prefix}{key}.")
+        else:
+            flat[f"{prefix}{key}"] = inner
+    return flat
+
+
 class TrackingSection(_Section):
     experiment: str = "fae"
     uri: str | None = None
@@ -405,6 +533,8 @@ class Recipe(_Section):
     sample: SampleSection = SampleSection()
     evaluate: EvaluateSection = EvaluateSection()
     probe: ProbeSection = ProbeSection()
+    chain: ChainSection = ChainSection()
+    tune: TuneSection = TuneSection()
     tracking: TrackingSection = TrackingSection()
 
     def to_yaml(self) -> str:
@@ -458,9 +588,17 @@ def _explain(item: Any) -> str:
     if item["type"] == "extra_forbidden":
         section: Any = Recipe
         for part in location[:-1]:
-            section = section.model_fields[part].annotation
+            if part in section.model_fields:
+                section = _section_in(section.model_fields[part].annotation) or section
         allowed = sorted(section.model_fields)
         near = difflib.get_close_matches(location[-1], allowed, n=1)
         hint = f" Did you mean {'.'.join([*location[:-1], near[0]])!r}?" if near else ""
         return f"unknown key {key!r}.{hint} Allowed here: {', '.join(allowed)}."
     return f"{key}: given {item['input']!r}; {item['msg']}."
+
+
+def _section_in(annotation: Any) -> Any:
+    """The section class in a field's annotation, also inside lists, mappings and alternatives; None without one."""
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return annotation
+    return next((found for found in map(_section_in, get_args(annotation)) if found), None)
