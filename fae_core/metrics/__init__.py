@@ -1,0 +1,1 @@
+"""Scores: what a latent keeps, and how good generated images are."""
