@@ -63,7 +63,7 @@ def extract(
     Raises ProbeError once more failed than the recipe allows, and for features that are not finite.
     """
     start_ray()
-    rows = _batches(images, pairs, recipe.probe.batch_size)
+    rows = batches_of(images, pairs, recipe.probe.batch_size)
     progress = Progress(len(rows), len(images), show_progress)
     found: dict[str, Probed] = {}
     errors: list[dict[str, str]] = []
@@ -117,7 +117,7 @@ class Networks:
         return {kind: value.float().cpu().numpy() for kind, value in found.items()}
 
 
-def _batches(
+def batches_of(
     images: Sequence[ImageRecord], pairs: Sequence[Pair], size: int
 ) -> list[dict[str, Any]]:
     """Rows of the data set: records as JSON. The pairs come first, and none is cut."""
