@@ -107,6 +107,14 @@ class Networks:
     def tokens(self, images: np.ndarray) -> dict[str, np.ndarray]:
         """Patch tokens float32 [n, N, D] (latents [n, N, C], the posterior's mean) of uint8 crops [n, S, S, 3]."""
         encoder = self.encoder
+        if not len(images):
+            dims = (
+                encoder.backbone.dim,
+                encoder.backbone.dim,
+                encoder.autoencoder.config.latent_dim,
+            )
+            shapes = [(0, self.grid[0] * self.grid[1], dim) for dim in dims]
+            return {k: np.zeros(s, np.float32) for k, s in zip(KINDS, shapes, strict=True)}
         (batch,) = encoder.micro_batches(images, len(images))
         features = features_of(encoder.backbone, batch, encoder.precision)
         enabled = encoder.precision == "bf16"
