@@ -24,6 +24,7 @@ def fae(*arguments: str) -> subprocess.CompletedProcess[str]:
         (["train", "autoencoder", "--help"], "run=first"),
         (["inspect", "--help"], "--verify"),
         (["demo", "--help"], "--output"),
+        (["probe", "--help"], "probe.output="),
     ],
 )
 def test_help_teaches(arguments, word):
@@ -45,6 +46,7 @@ def test_what_is_printed_is_the_recipe_again(name, tmp_path):
         (["precompute", "photos-dinov2s", "autoencoder.latent_dim=none"], "autoencoder.latent_dim: given 'none'"),
         (["precompute", "photos-dinov2s", "data.path=/nowhere", "output=x", "autoencoder.checkpoint=y"], "/nowhere"),
         (["train", "autoencoder", "photos-dinov2s"], "run=NAME"),
+        (["probe", "photos-dinov2s", "data.path=x"], "labelled images"),
         (["inspect", "/nowhere"], "holds no latent store"),
     ],
 )  # fmt: skip

@@ -1,1 +1,1 @@
-"""Scores of images and features: Fréchet distance, manifolds, Inception, reconstruction."""
+"""Scores: what a latent keeps, and how good generated images are."""
