@@ -243,6 +243,38 @@ def run(
 
 
 @app.command()
+def tune(
+    recipe: Annotated[
+        str, typer.Argument(metavar="[report] RECIPE", help="A recipe with a `tune` section.")
+    ],
+    overrides: Overrides = None,
+    print_config: PrintConfig = False,
+) -> None:
+    """Search recipe keys with Ray Tune; trials share stages, the same command goes on. `fae tune report RECIPE` writes the page again.
+
+    Example: fae tune sweep-fashion data.path=fashion/train.parquet evaluate.reference=fashion/test.parquet storage=runs
+
+    Other spaces: tune.name=kl tune.algorithm=optuna tune.space.autoencoder.kl_weight.loguniform=[1e-8,1e-4]
+    """
+    from pipelines.config import load_recipe
+
+    values = list(overrides or [])
+    report_only = recipe == "report"
+    if report_only:
+        if not values or "=" in values[0]:
+            raise typer.BadParameter("fae tune report RECIPE [KEY=VALUE]...")
+        recipe = values.pop(0)
+    loaded = load_recipe(recipe, values)
+    if print_config:
+        typer.echo(loaded.to_yaml(), nl=False)
+        return
+    from tune.search import report, search
+
+    numbers = (report if report_only else search)(loaded)
+    typer.echo(f"{numbers['finished']} of {numbers['trials']} trials finished; {numbers['report']}")
+
+
+@app.command()
 def demo(
     output: Annotated[
         str, typer.Option(help="Folder for everything that the demo writes.")

@@ -113,20 +113,23 @@ def print_plan(recipe: Recipe) -> None:
     console.print(f"to write: about {_bytes(absent)}; nothing was run")
     together = [stage for stage, state, _ in described if stage.name in SIDE_BY_SIDE]
     if len(together) == 2:
-        need = ", ".join(f"{value:g} {name}" for name, value in _resources(together).items())
+        need = ", ".join(
+            f"{value:g} {name}" for name, value in training_resources(together).items()
+        )
         console.print(f"autoencoder and pixel-decoder train side by side where there are {need}")
 
 
 def fit_together(stages: Sequence[Stage], available: dict[str, float]) -> tuple[bool, str]:
     """Whether the stages' trainings fit into the cluster at the same time, and the reason in words."""
-    needed = _resources(stages)
+    needed = training_resources(stages)
     short = [name for name, value in needed.items() if value > available.get(name, 0.0)]
     names = short or list(needed)
     reason = ", ".join(f"{needed[n]:g} of {available.get(n, 0.0):g} {n}s" for n in names)
     return not short, f"needs {reason}"
 
 
-def _resources(stages: Sequence[Stage]) -> dict[str, float]:
+def training_resources(stages: Sequence[Stage]) -> dict[str, float]:
+    """CPUs and GPUs that the stages' trainings take at the same time."""
     needed: dict[str, float] = {"CPU": 0.0}
     for stage in stages:
         training = training_of(stage)

@@ -455,15 +455,6 @@ class AshaSection(_Section):
     """One in so many goes on at each rung, and the next rung is so many times as far."""
 
 
-class PbtSection(_Section):
-    """Population based training of the autoencoder: at each interval the worst trials go on from the best one's checkpoint."""
-
-    metric: str = "mse"
-    mode: Literal["min", "max"] = "min"
-    interval_steps: int = Field(100, gt=0)
-    """Steps between perturbations; a multiple of autoencoder.training.checkpoint_every."""
-
-
 class TuneSection(_Section):
     """A sweep: what `fae tune` varies, how, and what it looks for. Ours; the paper gives the results of its ablations alone."""
 
@@ -476,9 +467,9 @@ class TuneSection(_Section):
     algorithm: Literal["grid", "random", "optuna"] = "grid"
     """grid: all combinations. random, optuna: num_samples settings, drawn or suggested from the trials before."""
     num_samples: int = Field(10, gt=0)
-    scheduler: Literal["none", "asha", "pbt"] = "none"
+    scheduler: Literal["none", "asha"] = "none"
+    """asha: stop trials whose autoencoder falls behind the others' at the same step."""
     asha: AshaSection = AshaSection()
-    pbt: PbtSection = PbtSection()
     objectives: list[ObjectiveSection] = Field(
         [ObjectiveSection(metric="autoencoder/mse")], min_length=1
     )

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, get_args
 
@@ -20,7 +20,7 @@ from fae_core.autoencoder import FeatureAutoencoder
 from fae_core.pixel_decoder import PixelDecoder
 from pipelines import storage
 from pipelines.config import ChainSection, Recipe, RecipeError, StageName, TrainingSection
-from pipelines.images import list_images
+from pipelines.images import ImageRecord, list_images
 from pipelines.latent_store import source_digest
 from pipelines.models import backbone_spec, load_checkpoint
 from pipelines.ray_session import for_workers
@@ -70,9 +70,10 @@ class Stage:
         return dict(json.loads(storage.read_bytes(uri))) if storage.exists(uri) else None
 
 
-def plan_stages(recipe: Recipe) -> list[Stage]:
+def plan_stages(recipe: Recipe, images: Sequence[ImageRecord] | None = None) -> list[Stage]:
     """Every stage of the recipe's chain, in an order in which they can run; nothing is written.
 
+    `images` are those of data.path, listed now where they are not given.
     A network that the recipe names (`autoencoder.checkpoint`, …) is used instead of the stage that would train it.
     Raises RecipeError and SourceError.
     """
@@ -82,7 +83,7 @@ def plan_stages(recipe: Recipe) -> list[Stage]:
         raise RecipeError("The chain begins with images: data.path=… (a folder, file or s3://).")
     base.evaluate.reference = _absolute(base.evaluate.reference or base.data.path)
     planner = _Planner()
-    records = list_images(base.data)
+    records = list_images(base.data) if images is None else images
     source = {"source": source_digest(records)}
 
     training = ("seed", "data", "backbone")
@@ -172,11 +173,7 @@ def select(stages: Sequence[Stage], section: ChainSection) -> list[Stage]:
                 "not trained, finetune needs chain.finetune=true and probe chain.probe=true."
             )
     last = by_name[section.until] if section.until else stages[-1]
-    needed: set[str] = {last.name}
-    for stage in reversed(stages):
-        if stage.name in needed:
-            needed |= set(stage.needs)
-    chosen = [stage for stage in stages if stage.name in needed]
+    chosen = needed_stages(stages, {last.name})
     if section.first is None:
         return chosen
     start = STAGES.index(section.first)
@@ -188,6 +185,15 @@ def select(stages: Sequence[Stage], section: ChainSection) -> list[Stage]:
             f"{last.recipe.storage}. Start earlier, or without --from."
         )
     return [stage for stage in chosen if STAGES.index(stage.name) >= start]
+
+
+def needed_stages(stages: Sequence[Stage], names: Collection[str]) -> list[Stage]:
+    """The stages `names` and all that they build on, in order."""
+    needed = set(names)
+    for stage in reversed(stages):
+        if stage.name in needed:
+            needed |= set(stage.needs)
+    return [stage for stage in stages if stage.name in needed]
 
 
 def training_of(stage: Stage) -> TrainingSection | None:

@@ -6,8 +6,11 @@ tracker is printed once, then the tracker is silent for the rest of the run.
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import math
 import os
+import subprocess
 import tempfile
 import warnings
 from collections.abc import Callable, Mapping
@@ -15,10 +18,13 @@ from pathlib import Path
 from typing import Any
 
 from pipelines.config import TrackingSection
+from pipelines.latent_store import versions
 
 RUN_TAG = "fae.run"
 DEFAULT_URI = "sqlite:///mlflow.db"
 MAX_PARAM_LENGTH = 500
+MAX_PARAMS = 100
+"""MLflow's largest number of parameters in one request."""
 
 
 def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -42,16 +48,38 @@ def resolve_uri(tracking: TrackingSection) -> str:
     return uri
 
 
+@functools.cache
+def source_tags() -> dict[str, str]:
+    """Tags that say which code made a run: the git commit, where this is a checkout, and package versions."""
+    tags = {f"version.{name}": version for name, version in versions().items()}
+    with contextlib.suppress(OSError, subprocess.SubprocessError):
+        root = Path(__file__).parents[1]
+        command = ["git", "-C", str(root), "rev-parse", "HEAD"]
+        commit = subprocess.run(command, capture_output=True, text=True, check=True, timeout=10)
+        tags["mlflow.source.git.commit"] = commit.stdout.strip()
+    return tags
+
+
 class Tracker:
     """Logs to one MLflow run, which the same `run` address finds again when training resumes."""
 
     def __init__(
-        self, tracking: TrackingSection, uri: str, run: str, params: Mapping[str, Any]
+        self,
+        tracking: TrackingSection,
+        uri: str,
+        run: str,
+        params: Mapping[str, Any],
+        name: str | None = None,
+        parent: str | None = None,
+        tags: Mapping[str, str] | None = None,
     ) -> None:
+        """`name` is shown instead of the address's last part; `parent` is the address of the run that this one is nested in."""
         self._working = tracking.enabled
         self._client: Any = None
-        self._run_id = ""
-        self._attempt(lambda: self._open(tracking.experiment, uri, run, params))
+        self._run_id = self._experiment_id = ""
+        shown = name or run.rstrip("/").rpartition("/")[2]
+        self._attempt(lambda: self._open(tracking.experiment, uri))
+        self._attempt(lambda: self._find_or_create(run, shown, params, parent, tags or {}))
 
     def log_metrics(self, metrics: Mapping[str, float], step: int) -> None:
         """Log the finite values of `metrics` at `step`."""
@@ -65,12 +93,25 @@ class Tracker:
 
     def log_figure(self, png: bytes, name: str) -> None:
         """Log a PNG as the artifact figures/`name`."""
+        self.log_file(png, name, "figures")
+
+    def log_file(self, data: bytes, name: str, folder: str | None = None) -> None:
+        """Log `data` as the artifact `name` in `folder`."""
 
         def send() -> None:
-            with tempfile.TemporaryDirectory() as folder:
-                path = Path(folder) / name
-                path.write_bytes(png)
-                self._client.log_artifact(self._run_id, str(path), "figures")
+            with tempfile.TemporaryDirectory() as local:
+                path = Path(local) / name
+                path.write_bytes(data)
+                self._client.log_artifact(self._run_id, str(path), folder)
+
+        self._attempt(send)
+
+    def set_tags(self, tags: Mapping[str, str]) -> None:
+        """Set or replace tags; `mlflow.note.content` is the text that the run's page shows."""
+
+        def send() -> None:
+            for key, value in tags.items():
+                self._client.set_tag(self._run_id, key, value)
 
         self._attempt(send)
 
@@ -78,35 +119,63 @@ class Tracker:
         """Mark the run as finished."""
         self._attempt(lambda: self._client.set_terminated(self._run_id))
 
-    def _open(self, experiment: str, uri: str, run: str, params: Mapping[str, Any]) -> None:
+    def _open(self, experiment: str, uri: str) -> None:
         # A dead server must cost seconds, not MLflow's default of many minutes of retries.
         os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
         os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "10")
+        from mlflow.exceptions import MlflowException
         from mlflow.tracking import MlflowClient
 
         self._client = MlflowClient(tracking_uri=uri)
         found = self._client.get_experiment_by_name(experiment)
-        if found:
-            experiment_id = found.experiment_id
-        else:
+        if not found:
             location = None
             if uri.startswith("sqlite:///"):
                 location = str(Path(uri.removeprefix("sqlite:///")).parent / "mlartifacts")
-            experiment_id = self._client.create_experiment(experiment, artifact_location=location)
-        escaped = run.replace("'", "\\'")
-        runs = self._client.search_runs(
-            [experiment_id], f"tags.`{RUN_TAG}` = '{escaped}'", max_results=1
-        )
-        if runs:
-            self._run_id = runs[0].info.run_id
+            try:
+                self._experiment_id = self._client.create_experiment(
+                    experiment, artifact_location=location
+                )
+                return
+            except MlflowException:
+                # Another run may have created it meanwhile; without it the attempt has failed.
+                found = self._client.get_experiment_by_name(experiment)
+                if not found:
+                    raise
+        self._experiment_id = found.experiment_id
+
+    def _find_or_create(
+        self,
+        run: str,
+        name: str,
+        params: Mapping[str, Any],
+        parent: str | None,
+        tags: Mapping[str, str],
+    ) -> None:
+        found = self._find(run)
+        if found:
+            self._run_id = found
             self._client.set_tag(self._run_id, "fae.resumed", "true")
             return
-        created = self._client.create_run(
-            experiment_id, tags={RUN_TAG: run}, run_name=run.rstrip("/").rpartition("/")[2]
-        )
+        made = {RUN_TAG: run, **source_tags(), **tags}
+        parent_id = self._find(parent) if parent else None
+        if parent_id:
+            made["mlflow.parentRunId"] = parent_id
+        created = self._client.create_run(self._experiment_id, tags=made, run_name=name)
         self._run_id = created.info.run_id
-        for key, value in params.items():
-            self._client.log_param(self._run_id, key, str(value)[:MAX_PARAM_LENGTH])
+        from mlflow.entities import Param
+
+        values = [Param(key, str(value)[:MAX_PARAM_LENGTH]) for key, value in params.items()]
+        for start in range(0, len(values), MAX_PARAMS):
+            self._client.log_batch(self._run_id, params=values[start : start + MAX_PARAMS])
+
+    def _find(self, run: str) -> str | None:
+        """The id of the run with this address."""
+        escaped = run.replace("'", "\\'")
+        runs = self._client.search_runs(
+            [self._experiment_id], f"tags.`{RUN_TAG}` = '{escaped}'", max_results=1
+        )
+        return str(runs[0].info.run_id) if runs else None
 
     def _attempt(self, action: Callable[[], None]) -> None:
         if not self._working:

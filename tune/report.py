@@ -1,0 +1,356 @@
+"""`fae tune report`: one page about a sweep, made from its trials' records alone; also in its MLflow run.
+
+Writes report.md, report.png, importance.png where something varies, and recommended.yaml, a recipe that `fae train` and
+`fae run` take, into the sweep's folder. May be called at any time: it tells of the trials that are there.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import statistics
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from pipelines import storage
+from pipelines.config import ObjectiveSection, Recipe, RecipeError
+from pipelines.tracking import Tracker
+from tune.spaces import Settings, apply, label
+from tune.trials import FINISHED, recorded, sweep_folder
+
+PANELS = (
+    ("autoencoder/mse", "feature error (MSE)"),
+    ("probe/knn_latent", "k-NN accuracy of latents"),
+    ("evaluation/frechet_backbone", "Fréchet distance"),
+    ("latents/bytes_per_image", "bytes per image"),
+)
+"""What the page draws against the latent's size, where trials have it."""
+LATENT_DIM = "autoencoder.latent_dim"
+BYTES = "latents/bytes_per_image"
+SEED = "seed"
+NUM_BINS = 4
+
+
+@dataclass(frozen=True)
+class Row:
+    """One recorded trial: `metrics` are STAGE/NAME numbers."""
+
+    key: str
+    state: str
+    settings: Settings
+    metrics: Mapping[str, float]
+    latent_dim: int
+
+
+def write_sweep_report(
+    recipe: Recipe, made: Recipe | None = None, tracker: Tracker | None = None
+) -> dict[str, Any]:
+    """Write the page; returns its numbers: trials, finished, Pareto front and the best settings.
+
+    `made` is the recipe with absolute places. Raises RecipeError where the sweep has no trial.
+    """
+    folder = sweep_folder(made or recipe)
+    rows = rows_of(recipe, recorded(folder))
+    if not rows:
+        raise RecipeError(f"{folder} holds no trials. `fae tune` with this recipe makes them.")
+    objectives = recipe.tune.objectives
+    finished = [row for row in rows if complete(row, objectives)]
+    front = pareto_front(finished, objectives)
+    best = best_settings(finished, objectives[0])
+    importances = {o.metric: importance(finished, o.metric) for o in objectives}
+    files: dict[str, bytes] = {"report.png": draw(rows, front, objectives)}
+    if any(importances.values()):
+        files["importance.png"] = draw_importance(importances)
+    if best is not None:
+        files["recommended.yaml"] = apply(recipe, best).to_yaml().encode()
+    page = _page(recipe, rows, front, best, importances)
+    files["report.md"] = page.encode()
+    for name, data in files.items():
+        storage.write_bytes(storage.join(folder, name), data)
+    if tracker:
+        _log(tracker, page, files, best)
+    return {
+        "report": storage.join(folder, "report.md"),
+        "trials": len(rows),
+        "finished": len(finished),
+        "pareto": [row.settings for row in front],
+        "best": best,
+    }
+
+
+def rows_of(recipe: Recipe, records: Mapping[str, Mapping[str, Any]]) -> list[Row]:
+    """The recorded trials in the order of their settings."""
+    rows = []
+    for key, record in records.items():
+        settings = record["settings"]
+        size = int(settings.get(LATENT_DIM, recipe.autoencoder.latent_dim))
+        rows.append(Row(key, record["state"], settings, record["metrics"], size))
+    return sorted(rows, key=lambda row: (row.latent_dim, json.dumps(row.settings, sort_keys=True)))
+
+
+def complete(row: Row, objectives: Sequence[ObjectiveSection]) -> bool:
+    """Whether the trial came to its end with every objective's number."""
+    return row.state == FINISHED and all(o.metric in row.metrics for o in objectives)
+
+
+def pareto_front(rows: Sequence[Row], objectives: Sequence[ObjectiveSection]) -> list[Row]:
+    """The trials that no other one beats: as good in every objective and better in one."""
+    signs = np.array([1.0 if o.mode == "min" else -1.0 for o in objectives])
+    costs = [signs * np.array([row.metrics[o.metric] for o in objectives]) for row in rows]
+    return [
+        row
+        for row, cost in zip(rows, costs, strict=True)
+        if not any((other <= cost).all() and (other < cost).any() for other in costs)
+    ]
+
+
+def best_settings(rows: Sequence[Row], objective: ObjectiveSection) -> Settings | None:
+    """The settings, seeds aside, with the best mean of the objective over their seeds."""
+    groups = by_settings(rows)
+    if not groups:
+        return None
+    sign = 1.0 if objective.mode == "min" else -1.0
+    means = {
+        key: sign * statistics.fmean(row.metrics[objective.metric] for row in group)
+        for key, group in groups.items()
+    }
+    return dict(json.loads(min(means, key=lambda key: means[key])))
+
+
+def by_settings(rows: Sequence[Row]) -> dict[str, list[Row]]:
+    """Trials that differ in their seed alone, by their other settings as JSON."""
+    groups: dict[str, list[Row]] = {}
+    for row in rows:
+        others = {key: value for key, value in row.settings.items() if key != SEED}
+        groups.setdefault(json.dumps(others, sort_keys=True), []).append(row)
+    return groups
+
+
+def importance(rows: Sequence[Row], metric: str) -> dict[str, float]:
+    """Share of the metric's variance over the trials that each setting explains alone (correlation ratio η², in [0, 1]).
+
+    Trials are grouped by the setting's value, numbers of more than four values by quartile; the variance of the group
+    means, weighted by size, over the whole variance. Effects of settings together are not told apart.
+    """
+    keys = sorted({key for row in rows for key in row.settings})
+    values = np.array([row.metrics[metric] for row in rows])
+    total = float(values.var()) if len(values) else 0.0
+    shares: dict[str, float] = {}
+    for key in keys:
+        groups = _groups([row.settings.get(key) for row in rows])
+        if len(set(groups)) < 2 or total == 0.0:
+            continue
+        between = 0.0
+        for group in set(groups):
+            members = values[[g == group for g in groups]]
+            between += len(members) * (float(members.mean()) - float(values.mean())) ** 2
+        shares[key] = between / len(values) / total
+    return dict(sorted(shares.items(), key=lambda item: -item[1]))
+
+
+def draw(
+    rows: Sequence[Row], front: Sequence[Row], objectives: Sequence[ObjectiveSection]
+) -> bytes:
+    """A PNG: latent size against each of `PANELS`, then bytes per image against the first objective.
+
+    A colour for each kind of encoder; lines are means over trials of equal size; the Pareto front is starred.
+    """
+    from matplotlib.figure import Figure
+
+    panels = [(metric, title) for metric, title in PANELS if any(metric in r.metrics for r in rows)]
+    first = objectives[0].metric
+    against_bytes = [r for r in rows if BYTES in r.metrics and first in r.metrics]
+    count = len(panels) + bool(against_bytes)
+    columns = min(3, max(count, 1))
+    lines = max(1, -(-count // columns))
+    figure = Figure(figsize=(4.4 * columns, 3.4 * lines), layout="constrained")
+    axes = figure.subplots(lines, columns, squeeze=False).ravel()
+    for axis in axes[count:]:
+        axis.set_axis_off()
+    for axis, (metric, title) in zip(axes, panels, strict=False):
+        known = [row for row in rows if metric in row.metrics]
+        points = {row.key: (float(row.latent_dim), row.metrics[metric]) for row in known}
+        _scatter(axis, known, points, front)
+        axis.set(title=title, xlabel="latent channels", xscale="log")
+        sizes = sorted({row.latent_dim for row in rows})
+        axis.set_xticks(sizes, [str(size) for size in sizes])
+        axis.minorticks_off()
+    if against_bytes:
+        axis = axes[len(panels)]
+        points = {row.key: (row.metrics[BYTES], row.metrics[first]) for row in against_bytes}
+        _scatter(axis, against_bytes, points, front)
+        axis.set(title=f"{first}; ★ Pareto front", xlabel="bytes per image", xscale="log")
+        axis.minorticks_off()
+        sizes = sorted({int(x) for x, _ in points.values()})
+        axis.set_xticks(sizes, [f"{size:,}" for size in sizes])
+    return _png(figure)
+
+
+def draw_importance(importances: Mapping[str, Mapping[str, float]]) -> bytes:
+    """A PNG of bars: the share of each objective's variance that each setting explains alone."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(4.8 * len(importances), 2.6), layout="constrained")
+    axes = figure.subplots(1, len(importances), squeeze=False)[0]
+    for axis, (metric, shares) in zip(axes, importances.items(), strict=True):
+        names = list(shares)[::-1]
+        axis.barh(names, [shares[name] for name in names])
+        axis.set(title=metric, xlim=(0, 1), xlabel="share of variance explained alone")
+    return _png(figure)
+
+
+def _scatter(
+    axis: Any,
+    rows: Sequence[Row],
+    points: Mapping[str, tuple[float, float]],
+    front: Sequence[Row],
+) -> None:
+    starred = {row.key for row in front}
+    series: dict[str, list[Row]] = {}
+    for row in rows:
+        others = {
+            key: value for key, value in row.settings.items() if key not in (SEED, LATENT_DIM)
+        }
+        series.setdefault(label(others) or "trials", []).append(row)
+    # Many continuous settings would make a line each; then one colour says enough.
+    if len(series) > 6:
+        series = {"trials": list(rows)}
+    for name, members in series.items():
+        means: dict[float, list[float]] = {}
+        for row in members:
+            means.setdefault(points[row.key][0], []).append(points[row.key][1])
+        xs = sorted(means)
+        (line,) = axis.plot(xs, [statistics.fmean(means[x]) for x in xs], alpha=0.6, label=name)
+        for row in members:
+            on_front = row.key in starred
+            style = {"marker": "*", "s": 130} if on_front else {"marker": "o", "s": 22}
+            hollow = row.state != FINISHED
+            colour = "none" if hollow else line.get_color()
+            axis.scatter(*points[row.key], facecolors=colour, edgecolors=line.get_color(), **style)
+    axis.grid(alpha=0.3)
+    if len(series) > 1:
+        axis.legend(fontsize=8)
+
+
+def _page(
+    recipe: Recipe,
+    rows: Sequence[Row],
+    front: Sequence[Row],
+    best: Settings | None,
+    importances: Mapping[str, Mapping[str, float]],
+) -> str:
+    objectives = recipe.tune.objectives
+    finished = [row for row in rows if complete(row, objectives)]
+    wanted = " and ".join(f"{o.metric} ({o.mode})" for o in objectives)
+    states = {row.state for row in rows}
+    counts = ", ".join(f"{sum(r.state == s for r in rows)} {s}" for s in sorted(states))
+    lines = [f"# Sweep {recipe.tune.name}", "", f"{len(rows)} trials: {counts}. Wanted: {wanted}."]
+    lines += ["", "## Recommended", ""]
+    if best is None:
+        lines += ["No trial has come to its end yet.", ""]
+    else:
+        group = by_settings(finished)[json.dumps(best, sort_keys=True)]
+        numbers = ", ".join(
+            f"{o.metric} {_mean([r.metrics[o.metric] for r in group])}" for o in objectives
+        )
+        seeds = f"mean of {len(group)} trials" if len(group) > 1 else "one trial"
+        lines += [
+            f"**{label(best) or 'the recipe as it is'}**: {numbers} ({seeds}).",
+            "",
+            f"It has the best {objectives[0].metric}; `recommended.yaml` is the whole recipe:",
+            "",
+            "    fae train autoencoder recommended.yaml run=best",
+            "    fae run recommended.yaml",
+            "",
+        ]
+    lines += ["## Trials", "", "![Latent size against what matters](report.png)", ""]
+    lines += [
+        "★ is the Pareto front of the objectives, a hollow mark a trial that was stopped early; lines are means over "
+        "trials of equal settings.",
+        "",
+        *_table(rows, front, objectives),
+        "",
+    ]
+    if any(importances.values()):
+        lines += [
+            "## What mattered",
+            "",
+            "![Importance](importance.png)",
+            "",
+            *_shares(importances),
+            "",
+        ]
+        lines += [
+            "A share is the variance of the means of the trials with equal value (numbers of many values: by quartile) "
+            "over the whole variance, η², of the finished trials. It is a setting's effect alone; where `seed` is "
+            "varied, its share shows how much is chance. Few trials make every share look large.",
+            "",
+        ]
+    return "\n".join(lines)
+
+
+def _table(
+    rows: Sequence[Row], front: Sequence[Row], objectives: Sequence[ObjectiveSection]
+) -> list[str]:
+    keys = list(dict.fromkeys(key for row in rows for key in row.settings))
+    metrics = [o.metric for o in objectives]
+    metrics += [m for m, _ in PANELS if m not in metrics and any(m in r.metrics for r in rows)]
+    starred = {row.key for row in front}
+    header = ["", *keys, *metrics, "state", "trial"]
+    lines = ["| " + " | ".join(header) + " |", "|" + "---|" * len(header)]
+    for row in rows:
+        values = [_number(row.metrics[m]) if m in row.metrics else "" for m in metrics]
+        settings = [str(row.settings.get(key, "")) for key in keys]
+        mark = "★" if row.key in starred else ""
+        lines.append(
+            "| " + " | ".join([mark, *settings, *values, row.state, f"`{row.key}`"]) + " |"
+        )
+    return lines
+
+
+def _shares(importances: Mapping[str, Mapping[str, float]]) -> list[str]:
+    keys = list(dict.fromkeys(key for shares in importances.values() for key in shares))
+    lines = ["| setting | " + " | ".join(importances) + " |", "|---|" + "---:|" * len(importances)]
+    for key in keys:
+        values = [f"{shares[key]:.2f}" if key in shares else "" for shares in importances.values()]
+        lines.append(f"| `{key}` | " + " | ".join(values) + " |")
+    return lines
+
+
+def _log(tracker: Tracker, page: str, files: Mapping[str, bytes], best: Settings | None) -> None:
+    for name, data in files.items():
+        if name.endswith(".png"):
+            tracker.log_figure(data, name)
+        else:
+            tracker.log_file(data, name)
+    text = "\n".join(line for line in page.splitlines() if not line.startswith("!["))
+    tags = {"mlflow.note.content": text}
+    if best is not None:
+        tags["fae.best"] = label(best)
+    tracker.set_tags(tags)
+
+
+def _groups(values: Sequence[Any]) -> list[Any]:
+    numbers = [v for v in values if isinstance(v, int | float) and not isinstance(v, bool)]
+    if len(numbers) == len(values) and len(set(values)) > NUM_BINS:
+        edges = np.quantile(numbers, np.linspace(0, 1, NUM_BINS + 1)[1:-1])
+        return [int(group) for group in np.searchsorted(edges, numbers)]
+    return [json.dumps(value) for value in values]
+
+
+def _mean(values: Sequence[float]) -> str:
+    text = _number(statistics.fmean(values))
+    return f"{text} ± {statistics.stdev(values):.2g}" if len(values) > 1 else text
+
+
+def _number(value: float) -> str:
+    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}"
+
+
+def _png(figure: Any) -> bytes:
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=110)
+    return buffer.getvalue()
