@@ -139,6 +139,7 @@ def plan_stages(recipe: Recipe, images: Sequence[ImageRecord] | None = None) -> 
         )
 
     drawing = generating.model_copy(deep=True)
+    drawing.data.limit = base.data.limit
     drawing.generator.checkpoint = generator
     drawing.pixel_decoder.checkpoint = decoder
     samples = planner.add(
@@ -152,10 +153,12 @@ def plan_stages(recipe: Recipe, images: Sequence[ImageRecord] | None = None) -> 
 
     scoring = drawing.model_copy(deep=True)
     scoring.evaluate.images = samples
-    planner.add("evaluation", scoring, ("samples",), ("backbone", "evaluate"), {}, 0)
+    planner.add("evaluation", scoring, ("samples",), ("data", "backbone", "evaluate"), {}, 0)
     if base.chain.probe or base.chain.until == "probe":
         sections = ("data", "backbone", "probe")
-        planner.add("probe", encoding, ("autoencoder",), sections, source, len(records))
+        probing = base.model_copy(deep=True)
+        probing.autoencoder.checkpoint = autoencoder
+        planner.add("probe", probing, ("autoencoder",), sections, source, len(records))
     planner.add("report", base, tuple(planner.stages), (), {}, 0)
     return list(planner.stages.values())
 

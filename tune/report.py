@@ -117,7 +117,8 @@ def best_settings(rows: Sequence[Row], objective: ObjectiveSection) -> Settings 
         key: sign * statistics.fmean(row.metrics[objective.metric] for row in group)
         for key, group in groups.items()
     }
-    return dict(json.loads(min(means, key=lambda key: means[key])))
+    chosen = groups[min(means, key=lambda key: means[key])][0]
+    return {key: value for key, value in chosen.settings.items() if key != SEED}
 
 
 def by_settings(rows: Sequence[Row]) -> dict[str, list[Row]]:
@@ -221,7 +222,8 @@ def _scatter(
     for name, members in series.items():
         means: dict[float, list[float]] = {}
         for row in members:
-            means.setdefault(points[row.key][0], []).append(points[row.key][1])
+            if row.state == FINISHED:
+                means.setdefault(points[row.key][0], []).append(points[row.key][1])
         xs = sorted(means)
         (line,) = axis.plot(xs, [statistics.fmean(means[x]) for x in xs], alpha=0.6, label=name)
         for row in members:
