@@ -172,6 +172,30 @@ def probe(
 
 
 @app.command()
+def evaluate(
+    recipe: RecipeName, overrides: Overrides = None, print_config: PrintConfig = False
+) -> None:
+    """Score evaluate.images against evaluate.reference: Fréchet distances, precision and recall, KID, reconstruction.
+
+    Needs no download: fae evaluate photos-dinov2s evaluate.images=samples evaluate.reference=photos evaluate.output=scores
+
+    As ADM: evaluate.scores=[fid,sfid,inception_score,precision_recall] evaluate.reference=VIRTUAL_imagenet256_labeled.npz
+
+    Of reconstructions, paired by key: evaluate.scores=[rfid,reconstruction] evaluate.reference=originals
+    """
+    from pipelines.config import load_recipe
+
+    loaded = load_recipe(recipe, overrides or [])
+    if print_config:
+        typer.echo(loaded.to_yaml(), nl=False)
+        return
+    from pipelines.evaluate import evaluate as run_evaluate
+
+    for name, value in run_evaluate(loaded).items():
+        typer.echo(f"{name}: {value:.6g}")
+
+
+@app.command()
 def export(
     uri: Annotated[str, typer.Argument(help="A finished latent store.")],
     output: Annotated[str, typer.Option(help="An empty folder or s3:// prefix.")],

@@ -57,7 +57,7 @@ def lpips_distance() -> nn.Module:
         import lpips
     except ImportError:
         raise UserError(
-            "losses.perceptual=lpips needs the package lpips: pip install 'fae-ray[lpips]'. "
+            "LPIPS needs the package lpips: pip install 'fae-ray[lpips]'. As a loss, "
             "losses.perceptual=backbone needs nothing."
         ) from None
     try:
@@ -65,7 +65,7 @@ def lpips_distance() -> nn.Module:
     except OSError as error:
         raise UserError(
             f"lpips could not load VGG-16's weights, which torchvision downloads ({error}). Put "
-            "vgg16-397923af.pth into torch's hub folder, or use losses.perceptual=backbone."
+            "vgg16-397923af.pth into torch's hub folder; as a loss, losses.perceptual=backbone needs nothing."
         ) from None
     return network.eval().requires_grad_(False)
 
@@ -78,37 +78,6 @@ def adaptive_weight(
     (by_adversary,) = torch.autograd.grad(adversarial, last_layer, retain_graph=True)
     ratio = by_reconstruction.norm() / (by_adversary.norm() + 1e-6)
     return ratio.clamp(0.0, largest).detach()
-
-
-def psnr(output: Tensor, target: Tensor) -> Tensor:
-    """Peak signal-to-noise ratio [B] in dB of images in [0, 1]."""
-    error = (output - target).float().square().flatten(1).mean(1)
-    return -10.0 * torch.log10(error.clamp_min(1e-12))
-
-
-def ssim(output: Tensor, target: Tensor) -> Tensor:
-    """Structural similarity [B] of images [B, 3, S, S] in [0, 1]: Gaussian window of 11, sigma 1.5, mean over channels.
-
-    Wang et al. 2004; equal to scikit-image's with gaussian_weights, sigma 1.5 and use_sample_covariance=False.
-    """
-    positions = torch.arange(11, dtype=torch.float32, device=output.device) - 5
-    window = torch.exp(-(positions**2) / (2 * 1.5**2))
-    window = window / window.sum()
-
-    def blur(x: Tensor) -> Tensor:
-        kernel = window.expand(3, 1, 11)
-        return F.conv2d(F.conv2d(x, kernel[..., None], groups=3), kernel[:, :, None], groups=3)
-
-    x, y = output.float(), target.float()
-    mean_x, mean_y = blur(x), blur(y)
-    variance_x = blur(x * x) - mean_x.square()
-    variance_y = blur(y * y) - mean_y.square()
-    covariance = blur(x * y) - mean_x * mean_y
-    c1, c2 = 0.01**2, 0.03**2
-    value = ((2 * mean_x * mean_y + c1) * (2 * covariance + c2)) / (
-        (mean_x.square() + mean_y.square() + c1) * (variance_x + variance_y + c2)
-    )
-    return value.flatten(1).mean(1)
 
 
 def noise_scale(sigma: float, rms: float, reference_rms: float | None) -> float:

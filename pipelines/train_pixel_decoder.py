@@ -25,9 +25,8 @@ from fae_core.losses import (
     lpips_distance,
     noise_scale,
     pixel_error,
-    psnr,
-    ssim,
 )
+from fae_core.metrics.reconstruction import psnr, ssim
 from fae_core.pixel_decoder import PixelDecoder, PixelDecoderConfig, from_uint8, to_uint8
 from pipelines import runs, storage
 from pipelines.batches import Batch, random_flips, sample_noise, uniform_draws

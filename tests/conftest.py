@@ -89,3 +89,22 @@ def write_store():
         return LatentStore.open(str(folder))
 
     return write_store
+
+
+@pytest.fixture(scope="session")
+def inception_weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Random weights in the layout of torch-fidelity's file: its own network's, saved before it loads any."""
+    import torch
+    from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
+
+    class Untrained(FeatureExtractorInceptionV3):
+        def load_state_dict(self, state_dict, strict=True):
+            for module in self.modules():
+                if isinstance(module, torch.nn.Conv2d):
+                    torch.nn.init.kaiming_normal_(module.weight)
+
+    torch.manual_seed(0)
+    path = tmp_path_factory.mktemp("inception") / "random.pth"
+    torch.save({}, path)
+    torch.save(Untrained("random", ["2048"], str(path)).state_dict(), path)
+    return path

@@ -1,0 +1,131 @@
+"""Inception-v3 of 2015, the network of FID, sFID and the Inception Score, and that score from sums that merge.
+
+The network is torch-fidelity's port of TensorFlow's graph, resize included. sFID's features are ADM's: the first seven
+channels of `mixed_6/conv`, in TensorFlow's order of axes, so that ADM's mu_s and sigma_s apply.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from fae_core.checkpoint import tensors_sha256
+from fae_core.weights import WeightsError, read_tensors
+
+POOL_DIM = 2048
+SPATIAL_CHANNELS = 7
+SPATIAL_DIM = 17 * 17 * SPATIAL_CHANNELS
+
+
+class Inception(nn.Module):
+    """Frozen, in float32. Build it with `load_inception`."""
+
+    def __init__(self, network: Any, weights_sha256: str) -> None:
+        super().__init__()
+        self.network = network
+        self.weights_sha256 = weights_sha256
+        network.Mixed_6d.branch1x1.register_forward_hook(self._keep)
+
+    def _keep(self, module: nn.Module, inputs: Any, output: Tensor) -> None:
+        self.mixed_6_conv = output
+
+    @torch.inference_mode()
+    def forward(self, images: Tensor) -> dict[str, Tensor]:
+        """Of uint8 images [B, S, S, 3]: `inception` [B, 2048], `spatial` [B, 2023], `logits` [B, 1008] without bias."""
+        pool, logits = self.network(images.permute(0, 3, 1, 2))
+        spatial = self.mixed_6_conv[:, :SPATIAL_CHANNELS].permute(0, 2, 3, 1).flatten(1)
+        return {"inception": pool, "spatial": spatial, "logits": logits}
+
+
+def load_inception(weights: Path | None = None) -> Inception:
+    """The network with weights from a file (.pth or .safetensors in torch-fidelity's names), else its download.
+
+    Nothing is unpickled. Raises WeightsError.
+    """
+    try:
+        from torch_fidelity import feature_extractor_inceptionv3 as fidelity
+    except ImportError:
+        raise WeightsError(
+            "Inception scores need the package torch-fidelity: pip install 'fae-ray[evaluate]'. "
+            "evaluate.scores=[frechet_backbone] needs nothing."
+        ) from None
+    if weights is None:
+        state = _download(fidelity.URL_INCEPTION_V3)
+    elif weights.is_file():
+        state = read_tensors(weights)
+    else:
+        raise WeightsError(
+            f"No Inception weights at {weights}: see evaluate.inception_weights and FAE_INCEPTION_WEIGHTS."
+        )
+    with tempfile.TemporaryDirectory() as folder:
+        # torch-fidelity unpickles the file that it is given: it is given one that holds these tensors alone.
+        path = Path(folder) / "inception.pth"
+        torch.save(state, path)
+        try:
+            network = fidelity.FeatureExtractorInceptionV3(
+                "inception-v3-compat", ["2048", "logits_unbiased"], str(path)
+            )
+        except RuntimeError as error:
+            raise WeightsError(
+                f"{weights} is not torch-fidelity's Inception-v3 of 2015: {str(error)[:200]}"
+            ) from None
+    return Inception(network, tensors_sha256(state))
+
+
+def _download(url: str) -> dict[str, Tensor]:
+    try:
+        with contextlib.redirect_stdout(sys.stderr):
+            return dict(torch.hub.load_state_dict_from_url(url, weights_only=True))
+    except OSError as error:
+        raise WeightsError(
+            f"Inception's weights could not be downloaded ({error}). Fetch {url} elsewhere and give the file as "
+            "evaluate.inception_weights=… or FAE_INCEPTION_WEIGHTS; evaluate.scores=[frechet_backbone] needs none."
+        ) from None
+
+
+def split_numbers(num_images: int, num_splits: int, seed: int) -> np.ndarray:
+    """The split [n] int64 of each image after torch-fidelity's shuffle; all have the same size, give or take one."""
+    order = np.random.RandomState(seed).permutation(num_images)
+    bounds = np.arange(1, num_splits) * num_images // num_splits
+    numbers = np.empty(num_images, dtype=np.int64)
+    numbers[order] = np.searchsorted(bounds, np.arange(num_images), side="right")
+    return numbers
+
+
+@dataclass
+class SplitSums:
+    """Of each of S splits: images [S], sum of the class probabilities p [S, C], and sum of Σ p log p [S]; float64."""
+
+    counts: np.ndarray
+    probabilities: np.ndarray
+    negentropies: np.ndarray
+
+    @classmethod
+    def of(cls, logits: np.ndarray, splits: np.ndarray, num_splits: int) -> SplitSums:
+        """The sums of logits [n, C] whose rows belong to `splits` [n]."""
+        log_p = torch.from_numpy(logits).double().log_softmax(dim=1).numpy()
+        p = np.exp(log_p)
+        member = np.zeros((num_splits, len(splits)))
+        member[splits, np.arange(len(splits))] = 1.0
+        return cls(member.sum(axis=1), member @ p, member @ (p * log_p).sum(axis=1))
+
+    def merge(self, other: SplitSums) -> None:
+        """Add what `other` counted."""
+        self.counts = self.counts + other.counts
+        self.probabilities = self.probabilities + other.probabilities
+        self.negentropies = self.negentropies + other.negentropies
+
+    def score(self) -> float:
+        """The Inception Score (arXiv 1606.03498): exp of the mean of KL(p ‖ mean p), averaged over the splits."""
+        marginal = self.probabilities / self.counts[:, None]
+        smallest = np.finfo(np.float64).tiny
+        marginal_part = (marginal * np.log(marginal.clip(min=smallest))).sum(axis=1)
+        return float(np.exp(self.negentropies / self.counts - marginal_part).mean())

@@ -1,0 +1,38 @@
+"""How near a reconstruction is to its own original, image by image. LPIPS is `fae_core.losses.lpips_distance`."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+
+def psnr(output: Tensor, target: Tensor) -> Tensor:
+    """Peak signal-to-noise ratio [B] in dB of images in [0, 1]."""
+    error = (output - target).float().square().flatten(1).mean(1)
+    return -10.0 * torch.log10(error.clamp_min(1e-12))
+
+
+def ssim(output: Tensor, target: Tensor) -> Tensor:
+    """Structural similarity [B] of images [B, 3, S, S] in [0, 1]: Gaussian window of 11, sigma 1.5, mean over channels.
+
+    Wang et al. 2004; equal to scikit-image's with gaussian_weights, sigma 1.5 and use_sample_covariance=False.
+    """
+    positions = torch.arange(11, dtype=torch.float32, device=output.device) - 5
+    window = torch.exp(-(positions**2) / (2 * 1.5**2))
+    window = window / window.sum()
+
+    def blur(x: Tensor) -> Tensor:
+        kernel = window.expand(3, 1, 11)
+        return F.conv2d(F.conv2d(x, kernel[..., None], groups=3), kernel[:, :, None], groups=3)
+
+    x, y = output.float(), target.float()
+    mean_x, mean_y = blur(x), blur(y)
+    variance_x = blur(x * x) - mean_x.square()
+    variance_y = blur(y * y) - mean_y.square()
+    covariance = blur(x * y) - mean_x * mean_y
+    c1, c2 = 0.01**2, 0.03**2
+    value = ((2 * mean_x * mean_y + c1) * (2 * covariance + c2)) / (
+        (mean_x.square() + mean_y.square() + c1) * (variance_x + variance_y + c2)
+    )
+    return value.flatten(1).mean(1)
