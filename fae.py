@@ -304,7 +304,7 @@ def demo(
         str, typer.Option(help="Folder for everything that the demo writes.")
     ] = "fae-demo",
 ) -> None:
-    """The whole chain, small: train, precompute, verify and draw, offline, in five minutes on two cores."""
+    """The whole chain, small: from photographs to samples, offline, in ten minutes on two cores."""
     from pipelines.demo import run_demo
 
     run_demo(output)

@@ -89,11 +89,14 @@ def reconstruction_rows(
 
 
 def picture_grid(
-    rows: Sequence[Sequence[np.ndarray | None]], titles: Sequence[str], note: str = ""
+    rows: Sequence[Sequence[np.ndarray | None]],
+    titles: Sequence[str],
+    note: str = "",
+    titles_of_rows: Mapping[int, Sequence[str]] | None = None,
 ) -> bytes:
     """A PNG of uint8 pictures [H, W, 3] in rows under `titles`, and `note` (several lines) to their right.
 
-    None leaves a cell blank.
+    None leaves a cell blank. `titles_of_rows` gives later rows titles of their own.
     """
     from matplotlib.figure import Figure
 
@@ -113,8 +116,9 @@ def picture_grid(
             axis.set_axis_off()
             if cell is not None:
                 axis.imshow(cell)
-    for axis, title in zip(axes[0], titles, strict=True):
-        axis.set_title(title, fontsize=10)
+    for row_index, row_titles in {0: titles, **(titles_of_rows or {})}.items():
+        for axis, title in zip(axes[row_index], row_titles, strict=True):
+            axis.set_title(title, fontsize=10)
     for text in texts:
         text.text(0.0, 0.97, note, va="top", fontsize=10, family="monospace", linespacing=1.5)
     buffer = io.BytesIO()

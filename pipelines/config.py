@@ -171,9 +171,12 @@ class PixelDecoderTraining(TrainingSection):
 
 
 class PixelDecoderSection(_Section):
-    width: int = Field(1024, gt=0)
-    depth: int = Field(24, gt=0)
-    num_heads: int = Field(16, gt=0)
+    size: Literal["S", "B", "L"] = "L"
+    """The paper's is L."""
+    width: int | None = Field(None, gt=0)
+    """Instead of the size's; likewise the next two."""
+    depth: int | None = Field(None, gt=0)
+    num_heads: int | None = Field(None, gt=0)
     stage: Literal["noisy", "finetune"] = "noisy"
     """noisy: on the backbone's features plus noise. finetune: on features that the autoencoder rebuilds."""
     start_from: str | None = None
@@ -239,6 +242,8 @@ class GeneratorSection(_Section):
     noise_std: float = Field(0.3, ge=0.0)
     """starflow: noise on normalised latents; 0.3 is STARFlow's for SD-VAE, for FAE it is not in the paper."""
     checkpoint_activations: bool = False
+    cache: str | None = None
+    """Folder on each host for whole shards of a store on S3; without it each worker fetches the rows that it needs."""
     training: GeneratorTraining = GeneratorTraining()
     checkpoint: str | None = None
     """A trained generator (.safetensors): what sampling draws from."""

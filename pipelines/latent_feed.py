@@ -50,7 +50,10 @@ def latent_feed(store: LatentStore, generator: GeneratorSection, seed: int) -> F
                 f"{world_size} x {training.accumulation}."
             )
         size = training.batch_size // world_size
-        for read in store.reader(training.batch_size, seed, rank, world_size, start_step, columns):
+        reader = store.reader(
+            training.batch_size, seed, rank, world_size, start_step, columns, generator.cache
+        )
+        for read in reader:
             piece = size // training.accumulation
             for start in range(0, size, piece):
                 places = [rank * size + place for place in range(start, start + piece)]

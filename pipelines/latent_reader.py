@@ -1,13 +1,16 @@
 """Reading a finished latent store: whole, through Ray Data, or for training in a seeded order of all its rows.
 
-Training reads rows, not files: each latent is one range of its shard (latent_store.py), memory-mapped, so a batch of a
-permutation over the whole store touches only its own bytes. Shards on S3 come to a local folder when first needed.
+Training reads rows, not files: each latent is one range of its shard (latent_store.py), so a batch of a permutation over
+the whole store reads only its own bytes, from a local disk or by ranged requests from S3, many at a time. No host copies
+more than its workers' share; a cache folder of whole shards, one for all workers of a host, is the caller's choice.
 """
 
 from __future__ import annotations
 
-import tempfile
+import contextlib
+import os
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -23,6 +26,9 @@ from pipelines.epoch_order import EpochOrder
 from pipelines.latent_store import StoreError
 
 NO_LABEL = -1
+OPEN_SHARDS = 256
+KEPT_LABELS = 16384
+READS_IN_FLIGHT = 32
 
 
 @dataclass(frozen=True)
@@ -49,7 +55,8 @@ class LatentStore:
         self.columns: list[str] = manifest["columns"]
         self.latent_shape: tuple[int, int, int] = tuple(manifest["latent_shape"])
         self.stats = ChannelStats.from_dict(manifest["statistics"][self.columns[0]])
-        self._ends = np.cumsum([entry["rows"] for entry in manifest["shards"]])
+        self.num_rows = np.array([entry["rows"] for entry in manifest["shards"]], np.int64)
+        self._ends = np.cumsum(self.num_rows)
 
     @classmethod
     def open(cls, uri: str) -> LatentStore:
@@ -111,8 +118,8 @@ class LatentStore:
         """Batches for ever: worker `rank`'s equal slice of the global batches of `batch_size` from `start_step` on.
 
         The order is a permutation of the whole store each epoch, the same for any `world_size`; `start_step` may lie
-        anywhere in an epoch. `cache` is the folder for shards from S3 (a temporary one otherwise). Raises ValueError
-        for an empty store or a batch that does not divide, StoreError for a column that is not stored.
+        anywhere in an epoch. With `cache`, a local folder, shards from S3 are copied there when first needed. Raises
+        ValueError for an empty store or a batch that does not divide, StoreError for a column that is not stored.
         """
         absent = [name for name in columns if name not in self.columns]
         if absent:
@@ -135,17 +142,17 @@ class LatentStore:
 
 
 class _Rows:
-    """Random access to rows: maps of the shard files, opened when first touched."""
+    """Random access to rows: each is one range of its shard's file, or with `cache` of the shard's local copy."""
 
     def __init__(self, store: LatentStore, columns: Sequence[str], cache: str | None) -> None:
         self.store = store
         self.columns = list(columns)
-        self._temporary = None
-        if storage.is_s3(store.uri) and cache is None:
-            self._temporary = tempfile.TemporaryDirectory(prefix="fae-latents-")
-            cache = self._temporary.name
         self.cache = Path(cache) if cache else None
-        self._open = lru_cache(maxsize=4096)(self._map)
+        self.row_bytes = 2 * int(np.prod(store.latent_shape))
+        self._shard = lru_cache(OPEN_SHARDS)(self._open)
+        self._labels = lru_cache(KEPT_LABELS)(self._read_labels)
+        remote = storage.is_s3(store.uri) and cache is None
+        self._pool = ThreadPoolExecutor(READS_IN_FLIGHT) if remote else None
 
     def take(self, items: np.ndarray) -> tuple[dict[str, np.ndarray], np.ndarray]:
         """Latents and labels of the rows `items`, in their order."""
@@ -153,39 +160,62 @@ class _Rows:
         latents = {name: np.empty(shape, np.float16) for name in self.columns}
         labels = np.empty(len(items), np.int64)
         shards = np.searchsorted(self.store._ends, items, side="right")
-        for shard in np.unique(shards):
-            places = np.nonzero(shards == shard)[0]
-            start = self.store._ends[shard] - self.store.manifest["shards"][shard]["rows"]
-            rows = items[places] - start
-            maps, shard_labels = self._open(int(shard))
+        starts = self.store._ends[shards] - self.store.num_rows[shards]
+        places = list(zip(shards.tolist(), (items - starts).tolist(), strict=True))
+
+        def read(place: int) -> None:
+            shard, row = places[place]
+            labels[place] = self._labels(shard)[row]
             for name in self.columns:
-                latents[name][places] = maps[name][rows]
-            labels[places] = shard_labels[rows]
+                offset = self.store.manifest["shards"][shard]["offsets"][name]
+                data = self._shard(shard).read_at(self.row_bytes, offset + row * self.row_bytes)
+                latents[name][place].reshape(-1)[:] = np.frombuffer(data, np.float16)
+
+        list(
+            self._pool.map(read, range(len(items))) if self._pool else map(read, range(len(items)))
+        )
         return latents, labels
 
-    def _map(self, index: int) -> tuple[dict[str, np.ndarray], np.ndarray]:
-        entry = self.store.manifest["shards"][index]
-        path = self._local_path(index)
-        if path.stat().st_size != entry["bytes"]:
+    def _open(self, index: int) -> pa.NativeFile | _LocalFile:
+        path = self._address(index)
+        file = storage.open_input(path) if storage.is_s3(path) else _LocalFile(path)
+        found, entry = file.size(), self.store.manifest["shards"][index]
+        if found != entry["bytes"]:
             raise StoreError(
                 f"{latent_store.shard_uri(self.store.uri, index)} is not what the manifest says "
-                f"({path.stat().st_size} bytes for {entry['bytes']}); run fae inspect --verify."
+                f"({found} bytes for {entry['bytes']}); run fae inspect --verify."
             )
-        shape = (entry["rows"], *self.store.latent_shape)
-        maps: dict[str, np.ndarray] = {
-            name: np.memmap(path, np.float16, "r", offset=entry["offsets"][name], shape=shape)
-            for name in self.columns
-        }
-        labels = pq.read_table(path, columns=["label"])["label"].fill_null(NO_LABEL).to_numpy()
-        return maps, labels
+        return file
 
-    def _local_path(self, index: int) -> Path:
+    def _read_labels(self, index: int) -> np.ndarray:
+        self._shard(index)  # of the right size
+        with storage.open_input(self._address(index)) as file:
+            labels = pq.read_table(file, columns=["label"])["label"]
+        return labels.fill_null(NO_LABEL).to_numpy()
+
+    def _address(self, index: int) -> str:
         uri = latent_store.shard_uri(self.store.uri, index)
-        if not storage.is_s3(uri):
-            return Path(storage.filesystem(uri)[1])
-        assert self.cache is not None
+        if self.cache is None or not storage.is_s3(uri):
+            return uri
         folder = self.cache / self.store.manifest["fingerprint"][:16]
         path = folder / f"{self.store.manifest['shards'][index]['etag']}.parquet"
         if not path.exists():
             storage.write_bytes(str(path), storage.read_bytes(uri))
-        return path
+        return str(path)
+
+
+class _LocalFile:
+    """A file read at given places; unlike a memory map it costs one descriptor, which closes with the object."""
+
+    def __init__(self, path: str) -> None:
+        self.descriptor = os.open(storage.filesystem(path)[1], os.O_RDONLY)
+
+    def read_at(self, size: int, offset: int) -> bytes:
+        return os.pread(self.descriptor, size, offset)
+
+    def size(self) -> int:
+        return os.fstat(self.descriptor).st_size
+
+    def __del__(self) -> None:
+        with contextlib.suppress(AttributeError):  # the file was not there
+            os.close(self.descriptor)

@@ -36,6 +36,7 @@ OPERATIONAL_KEYS = (
     "checkpoint_every",
     "keep_checkpoints",
     "checkpoint_activations",
+    "cache",
     "checkpoint",
 )
 """Last parts of keys that may change between a run and its resumption: nothing that the result depends on."""

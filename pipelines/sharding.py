@@ -7,26 +7,23 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import Tensor, nn
-from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 
-def shard(model: nn.Module, precision: str) -> None:
+def shard(model: nn.Module) -> None:
     """Split `model` in place over all workers: every layer of its module lists on its own, then the rest.
 
-    With `precision` bf16 the gathered copies are bfloat16 and gradients are reduced in float32.
+    Parameters are gathered and gradients reduced in float32, and autocast does what it does to a whole model: numbers
+    differ from DDP's by the order of sums alone, so a run may change from one to the other.
     """
-    policy = MixedPrecisionPolicy()
-    if precision == "bf16":
-        policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
     layers = [
         layer for group in model.modules() if isinstance(group, nn.ModuleList) for layer in group
     ]
     for layer in reversed(layers):  # the innermost first, as torch asks
-        fully_shard(layer, mp_policy=policy)
-    fully_shard(model, mp_policy=policy)
+        fully_shard(layer)
+    fully_shard(model)
 
 
 def is_sharded(model: nn.Module) -> bool:

@@ -130,7 +130,7 @@ def _worker(config: dict[str, Any]) -> None:
     if validation and is_first:
         held_out = _HeldOut(validation, recipe, backbone, device, read_baseline(run_uri))
     feed = image_feed(training, recipe.data, recipe.image_size, recipe.seed, section.training)
-    job = Job(model, feed, loss, held_out)
+    job = Job(model, feed, loss, held_out, frozen={"backbone": backbone})
     trained, metrics = run_job(job, section.training, recipe, run_uri, config["tracking_uri"])
     if is_first:
         fingerprints = backbone_fingerprints(recipe, backbone)

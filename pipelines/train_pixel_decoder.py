@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -83,13 +84,12 @@ def train_pixel_decoder(recipe: Recipe, callbacks: Sequence[Any] = ()) -> TrainR
 def pixel_decoder_config(recipe: Recipe, backbone: Backbone | BackboneSpec) -> PixelDecoderConfig:
     """The recipe's pixel decoder for this backbone's features."""
     section = recipe.pixel_decoder
-    return PixelDecoderConfig(
-        backbone.dim,
-        backbone.grid,
-        recipe.image_size,
-        section.width,
-        section.depth,
-        section.num_heads,
+    preset = PixelDecoderConfig.preset(section.size, backbone.dim, backbone.grid, recipe.image_size)
+    return replace(
+        preset,
+        width=section.width or preset.width,
+        depth=section.depth or preset.depth,
+        num_heads=section.num_heads or preset.num_heads,
     )
 
 
@@ -237,7 +237,9 @@ def _worker(config: dict[str, Any]) -> None:
     held_out = None
     if validation and is_first:
         held_out = _HeldOut(validation, objective, autoencoder)
-    job = Job(model, feed, objective.model_loss, held_out, judged)
+    frozen = {"backbone": backbone, "autoencoder": autoencoder, "lpips": objective.lpips}
+    beside = {name: module for name, module in frozen.items() if module is not None}
+    job = Job(model, feed, objective.model_loss, held_out, judged, beside)
     trained, metrics = run_job(job, section.training, recipe, run_uri, config["tracking_uri"])
     if is_first:
         fingerprints = backbone_fingerprints(recipe, backbone)

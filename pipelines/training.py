@@ -10,12 +10,13 @@ from __future__ import annotations
 import contextlib
 import copy
 import io
+import itertools
 import json
 import math
 import os
 import time
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -27,6 +28,7 @@ from pipelines import storage
 from pipelines.batches import Batch
 from pipelines.config import Recipe, TrainingSection
 from pipelines.history import History
+from pipelines.memory_plan import plan_memory
 from pipelines.ray_session import quiet_logs
 from pipelines.sharding import is_sharded, shard, split_like, whole
 from pipelines.tracking import Tracker, flatten
@@ -66,13 +68,15 @@ class Adversary:
 @dataclass(frozen=True)
 class Job:
     """What a trainer supplies: the module to train, its data, `loss(model, batch)` with a 0-dim mean `loss` among its
-    terms, and `validate(model, step)` that returns metrics and a PNG; rank 0 calls it."""
+    terms, `validate(model, step)` that returns metrics and a PNG (rank 0 calls it), and the frozen networks that stand
+    beside the model, for the memory plan."""
 
     model: nn.Module
     feed: Feed
     loss: LossFunction
     validate: Validation | None = None
     adversary: Adversary | None = None
+    frozen: Mapping[str, nn.Module] = field(default_factory=dict)
 
 
 # One optimizer step ---------------------------------------------------------------------------------------------------
@@ -338,7 +342,7 @@ def run_job(
     plain = copy.deepcopy(job.model) if sharded and rank == 0 else job.model
     model = job.model.to(device)
     if sharded:
-        shard(model, training.precision)
+        shard(model)
     if job.adversary:
         job.adversary.module.to(device)
     state = TrainState(model, training, job.adversary)
@@ -347,8 +351,6 @@ def run_job(
         state.load_bytes(storage.read_bytes(found[-1]))
         _say(rank, f"resumed at step {state.step} from {found[-1]}")
     wrapped = model if sharded else ray.train.torch.prepare_model(model)
-    if training.compile:
-        wrapped.compile()
     wrapped_adversary = (
         ray.train.torch.prepare_model(job.adversary.module) if job.adversary else None
     )
@@ -358,6 +360,13 @@ def run_job(
     meter = _Meter(training, world_size, device)
     validation: dict[str, float] = {}
     feed = job.feed(state.step, rank, world_size, device)
+    if rank == 0 and not sharded and state.step < training.steps:
+        first = next(feed)
+        _say_memory_plan(job, training, first)
+        feed = itertools.chain([first], feed)
+    if training.compile:  # after the plan, whose small batches are not worth compiling for
+        wrapped.compile()
+    meter.restart()
     while state.step < training.steps:
         with meter.waiting():
             batches = [next(feed) for _ in range(training.accumulation)]
@@ -498,6 +507,24 @@ def _validate(
         history.save_figure(figure)
         tracker.log_figure(figure, f"step_{step:09d}.png")
     return metrics
+
+
+def _say_memory_plan(job: Job, training: TrainingSection, batch: Batch) -> None:
+    """Print what the run's last step, with everything on, holds in memory. Not of a sharded model."""
+    adversary = job.adversary
+
+    def forward(some: Batch) -> Any:
+        bf16 = training.precision == "bf16"
+        with torch.autocast(some.device.type, torch.bfloat16, enabled=bf16):
+            terms = job.loss(job.model, replace(some, step=training.steps - 1))
+            if adversary is None:
+                return terms
+            return terms, adversary.loss(adversary.module, replace(some, step=training.steps - 1))
+
+    trained = {"model": job.model} | ({"adversary": adversary.module} if adversary else {})
+    has_average = training.ema_decay is not None
+    plan = plan_memory(trained, job.frozen, has_average, forward, batch)
+    _say(0, plan.text(batch.device))
 
 
 def _say(rank: int, text: str) -> None:

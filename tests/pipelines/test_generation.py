@@ -140,20 +140,24 @@ def test_a_killed_generator_ends_with_the_same_parameters_bit_for_bit(trained, s
 
 
 @pytest.mark.integration
-def test_two_workers_train_the_same_generator_as_one(trained, store, tmp_path):
+@pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
+def test_two_workers_train_the_same_generator_as_one(trained, store, tmp_path, parallel):
     kind, path = trained
-    train_generator(
-        load_recipe(
-            "photos-dinov2s",
-            overrides(
-                store, tmp_path, kind,
-                "generator.training.num_workers=2", "generator.training.cpus_per_worker=0.5",
-            ),
-        )
+    two = (
+        "generator.training.num_workers=2", "generator.training.cpus_per_worker=0.5",
+        f"generator.training.parallel={parallel}",
     )  # fmt: skip
+    train_generator(load_recipe("photos-dinov2s", overrides(store, tmp_path, kind, *two)))
     expected, actual = weights(path), weights(tmp_path / "test" / "generator.safetensors")
     for name, value in expected.items():
         torch.testing.assert_close(actual[name], value, rtol=1e-3, atol=2e-4, msg=name)
+    if parallel == "fsdp":  # its checkpoints are whole: one worker goes on from the last but one
+        (tmp_path / "test" / "result.json").unlink()
+        (tmp_path / "test" / "checkpoints" / "step_000000008.pt").unlink()
+        train_generator(load_recipe("photos-dinov2s", overrides(store, tmp_path, kind)))
+        actual = weights(tmp_path / "test" / "generator.safetensors")
+        for name, value in expected.items():
+            torch.testing.assert_close(actual[name], value, rtol=1e-3, atol=2e-4, msg=name)
 
 
 @pytest.mark.integration

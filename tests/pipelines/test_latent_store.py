@@ -127,8 +127,11 @@ def test_a_store_round_trips_locally_and_on_s3(root, tmp_path):
     every = np.concatenate([store.read_shard(i)["mean"] for i in range(4)]).astype(np.float64)
     np.testing.assert_allclose(store.stats.mean, every.mean((0, 2, 3)), rtol=1e-12)
     np.testing.assert_allclose(store.stats.std, every.std((0, 2, 3)), rtol=1e-12)
-    first = next(store.reader(23, seed=1, cache=str(tmp_path / "cache")))
-    assert np.array_equal(every[first.rows].astype(np.float16), first.latents["mean"])
+    for cache in (None, str(tmp_path / "cache")):
+        first = next(store.reader(23, seed=1, cache=cache))
+        assert np.array_equal(every[first.rows].astype(np.float16), first.latents["mean"])
+    # Only shards from S3 are copied, and only where a cache is asked for.
+    assert len(list((tmp_path / "cache").rglob("*.parquet"))) == (4 if "s3://" in root else 0)
 
 
 def test_a_shard_is_plain_parquet_whose_rows_are_ranges(tmp_path):
