@@ -16,6 +16,7 @@ from pydantic import (
     BaseModel,
     ConfigDict,
     Field,
+    PositiveFloat,
     ValidationError,
     field_validator,
     model_validator,
@@ -364,7 +365,7 @@ class ProbeSection(_Section):
     """One vector an image from its patch tokens. The mean stands for the class token, which a FAE does not rebuild."""
     num_neighbors: int = Field(20, gt=0)
     """k of k-NN, by cosine; DINO's."""
-    regularisation: list[float] = Field([0.01, 0.1, 1.0, 10.0], min_length=1)
+    regularisation: list[PositiveFloat] = Field([0.01, 0.1, 1.0, 10.0], min_length=1)
     """scikit-learn's C of the linear probe, smaller is stronger; the best on a fifth of the training images is taken."""
     max_iterations: int = Field(1000, gt=0)
     """Of the linear probe's solver; on standardised features it converges well before."""

@@ -55,12 +55,12 @@ def probe(recipe: Recipe, show_progress: bool = True) -> dict[str, float]:
             "probe needs data.path=… (labelled images) and autoencoder.checkpoint=…; probe.output=… keeps the figures."
         )
     recipe = for_workers(recipe)
-    networks = Networks.of(recipe)
     records = list_images(recipe.data)
+    split = split_images(recipe, records)
+    networks = Networks.of(recipe)
     parts = probe_parts(recipe, networks, records)
     if found := _finished(recipe.probe.output, parts):
         return found
-    split = split_images(recipe, records)
     probed = extract(recipe, [*split.test, *split.train], split.pairs, parts, show_progress)
     scores = score(recipe, split, probed)
     if recipe.probe.output is not None:

@@ -19,8 +19,16 @@ from fae_core.backbone import load_backbone
 from pipelines.config import Recipe, load_recipe
 from pipelines.images import ImageRecord, list_images
 from pipelines.latent_store import StoreMismatch
-from pipelines.probe import Split, image_pairs, probe, score, split_images, summary
-from pipelines.probe_features import KINDS, Probed, ProbeError, batches_of
+from pipelines.probe import Split, image_pairs, probe, probe_parts, score, split_images, summary
+from pipelines.probe_features import (
+    KINDS,
+    Networks,
+    Probed,
+    ProbeError,
+    ProbeImages,
+    batches_of,
+    decode_batch,
+)
 
 TINY = [
     "backbone.name=vit_tiny_patch16_224",
@@ -149,6 +157,44 @@ def test_scores_of_a_reconstruction_that_forgets_one_class_of_four():
     counts = {"num_train": 119, "num_test": 79, "num_classes": 4, "num_errors": 2}
     assert {name: scores[name] for name in counts} == counts
     assert "119 train, 79 test, 4 classes, 2 errors" in summary(scores)
+
+
+def test_a_batch_gives_pooled_vectors_of_its_sound_images_and_matches_of_whole_pairs(tmp_path):
+    random = np.random.default_rng(0)
+    for name in "abcd":
+        pixels = random.integers(0, 256, (100, 110, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(tmp_path / f"{name}.png")
+    (tmp_path / "b.png").write_bytes(b"no image")
+    autoencoder = save_autoencoder(tmp_path / "mixture.safetensors", 4, identity=False)
+    recipe = recipe_for(tmp_path, autoencoder)
+    networks = Networks.of(recipe)
+    records = [ImageRecord(f"{name}.png", str(tmp_path / f"{name}.png"), 0) for name in "abcd"]
+    pairs = [(records[0], records[1]), (records[2], records[3])]
+    (paired,) = batches_of(records, pairs, 4)
+    (broken,) = batches_of(records[1:2], [], 4)
+    weights = probe_parts(recipe, networks, records)
+    actor = ProbeImages(recipe, weights)
+
+    def run(row):
+        decoded = decode_batch(row, recipe)
+        return decoded["images"], actor({name: [value] for name, value in decoded.items()})
+
+    images, found = run(paired)
+    assert json.loads(found["keys"][0]) == ["a.png", "c.png", "d.png"]
+    (error,) = json.loads(found["errors"][0])
+    assert (error["key"], error["stage"]) == ("b.png", "decode")
+    features = networks.encoder.backbone(torch.from_numpy(images))
+    np.testing.assert_allclose(found["true"][0], features.mean(1).numpy(), atol=1e-5)
+    with torch.no_grad():
+        latents = networks.encoder.autoencoder.encode(features).mean
+    np.testing.assert_allclose(found["latent"][0], latents.mean(1).numpy(), atol=1e-5)
+    assert (
+        found["matches"][0][[0, 2]].tolist() == [[0, 0], [0, 0]] and found["matches"][0][1, 1] > 1
+    )
+    _, nothing = run(broken)
+    assert [nothing[kind][0].shape for kind in KINDS] == [(0, 192), (0, 192), (0, 4)]
+    with pytest.raises(ProbeError, match="not those that the probe began with"):
+        ProbeImages(recipe, {**weights, "autoencoder weights": "another"})
 
 
 # With Ray -------------------------------------------------------------------------------------------------------------
