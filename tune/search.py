@@ -104,8 +104,8 @@ def run_trial(config: dict[str, Any], values: dict[str, Any]) -> None:
             tune.report(report)
         tune.report(found["metrics"])
         return
-    begin(trial)
     tracker = trial_tracker(recipe, trial)
+    tracker.log_file(begin(trial), "recipe.yaml")
     ran: dict[str, float] = {}
     for stage in trial.stages:
         if stage.result() is None:

@@ -95,12 +95,14 @@ def plan_trial(recipe: Recipe, settings: Settings) -> Trial:
     return Trial(settings, made, stages, storage.join(sweep_folder(recipe), "trials", key))
 
 
-def begin(trial: Trial) -> None:
-    """Leave the trial's settings and recipe in its folder."""
+def begin(trial: Trial) -> bytes:
+    """Leave the trial's settings and recipe in its folder; returns the recipe as YAML."""
     _write(trial.uri, "settings.json", json.dumps(trial.settings, indent=1))
     recipe = trial.recipe.model_copy(deep=True)
     recipe.tracking.experiment = recipe.tracking.experiment.removesuffix("-stages")
-    _write(trial.uri, "recipe.yaml", recipe.to_yaml())
+    written = recipe.to_yaml()
+    _write(trial.uri, "recipe.yaml", written)
+    return written.encode()
 
 
 def recorded(folder: str) -> dict[str, dict[str, Any]]:
