@@ -46,10 +46,9 @@ def search(recipe: Recipe) -> dict[str, Any]:
 
     Raises RecipeError before anything runs, SearchError after the other trials have ended.
     """
-    folder, settings = sweep_folder(recipe), planned_settings(recipe)
-    made = for_workers(recipe)
-    made.tracking.uri = resolve_uri(recipe.tracking)
-    folder = sweep_folder(made)
+    made = _with_places(recipe)
+    folder, settings = sweep_folder(made), planned_settings(recipe)
+    plan_trial(made, {})
     storage.write_bytes(storage.join(folder, "recipe.yaml"), recipe.to_yaml().encode())
     start_ray()
     made = with_shared_decoder(made)
@@ -359,12 +358,20 @@ def _optuna(recipe: Recipe, todo: list[Trial], folder: str) -> tuple[Any, int]:
 
 def report(recipe: Recipe) -> dict[str, Any]:
     """Write the sweep's page again from its records, as it stands now; returns its numbers."""
-    made = for_workers(recipe)
-    made.tracking.uri = resolve_uri(recipe.tracking)
+    made = _with_places(recipe)
+    if not recorded(sweep_folder(made)):
+        raise RecipeError(f"{sweep_folder(made)} holds no trials yet: `fae tune` makes them.")
     tracker = sweep_tracker(made)
     numbers = write_sweep_report(recipe, made, tracker)
     tracker.finish()
     return numbers
+
+
+def _with_places(recipe: Recipe) -> Recipe:
+    """The recipe with absolute places: Ray's processes work in other folders."""
+    made = for_workers(recipe)
+    made.tracking.uri = resolve_uri(recipe.tracking)
+    return made
 
 
 def _say(text: str) -> None:
