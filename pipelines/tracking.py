@@ -156,6 +156,7 @@ class Tracker:
         if found:
             self._run_id = found
             self._client.set_tag(self._run_id, "fae.resumed", "true")
+            self._client.update_run(self._run_id, status="RUNNING")
             return
         made = {RUN_TAG: run, **source_tags(), **tags}
         parent_id = self._find(parent) if parent else None

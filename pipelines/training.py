@@ -399,7 +399,7 @@ def run_job(
             if history:
                 history.save()
         if validates or saves:
-            ray.train.report({"step": step, **validation})
+            ray.train.report({"step": step, **(validation if validates else {})})
             meter.restart()
     state.swap_ema()
     _gather(model, plain)

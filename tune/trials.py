@@ -47,9 +47,9 @@ class Trial:
 
     def reports(self) -> list[dict[str, float]]:
         """Every validation of its autoencoder so far, as the trial reports it to Tune: `autoencoder/step` and metrics."""
-        uri = next(stage.uri for stage in self.stages if stage.name == "autoencoder")
+        uris = [stage.uri for stage in self.stages if stage.name == "autoencoder"]
         by_step: dict[int, dict[str, float]] = {}
-        for name, series in read_history(uri).items():
+        for name, series in (item for uri in uris for item in read_history(uri).items()):
             if name.startswith("validation/"):
                 for step, value in series:
                     named = f"autoencoder/{name.partition('/')[2]}"
