@@ -21,20 +21,19 @@ from ray.tune.integration.ray_train import TuneReportCallback
 from fae_core.errors import UserError
 from pipelines import storage
 from pipelines.chain import run_stage, training_resources
-from pipelines.chain_report import stage_pictures
 from pipelines.command import run_module
 from pipelines.config import Recipe, RecipeError
-from pipelines.history import read_history
 from pipelines.ray_session import for_workers, quiet_logs, start_ray
-from pipelines.stages import Stage, needed_stages, plan_stages, training_of
-from pipelines.tracking import Tracker, flatten, resolve_uri
+from pipelines.stages import needed_stages, plan_stages, training_of
+from pipelines.tracking import resolve_uri
+from tune.algorithms import optuna_search, scheduler
 from tune.claims import claimed
 from tune.report import write_sweep_report
-from tune.spaces import Settings, label, planned_settings, tune_space
-from tune.trials import FINISHED, STOPPED, Trial, begin, plan_trial, recorded, sweep_folder
+from tune.spaces import Settings, label, planned_settings
+from tune.sweep_tracking import log_stage, sweep_tracker, trial_tracker
+from tune.trials import FINISHED, STEP, STOPPED, Trial, begin, plan_trial, recorded, sweep_folder
 
 SETTINGS = "settings"
-STEP = "autoencoder/step"
 
 
 class SearchError(UserError, RuntimeError):
@@ -123,56 +122,6 @@ def run_trial(config: dict[str, Any], values: dict[str, Any]) -> None:
     tune.report(metrics)
 
 
-def sweep_tracker(recipe: Recipe) -> Tracker:
-    """The sweep's MLflow run, in which its trials are nested."""
-    params = flatten(recipe.tune.model_dump(mode="json", exclude_none=True))
-    return Tracker(
-        recipe.tracking,
-        resolve_uri(recipe.tracking),
-        sweep_folder(recipe),
-        params,
-        name=f"sweep {recipe.tune.name}",
-        tags={"fae.kind": "sweep"},
-    )
-
-
-def trial_tracker(recipe: Recipe, trial: Trial) -> Tracker:
-    """The trial's MLflow run: its whole recipe as parameters, its settings in its name."""
-    return Tracker(
-        recipe.tracking,
-        resolve_uri(recipe.tracking),
-        trial.uri,
-        flatten(trial.recipe.model_dump(mode="json", exclude={"tune"})),
-        name=label(trial.settings),
-        parent=sweep_folder(recipe),
-        tags={
-            "fae.kind": "trial",
-            "fae.state": "running",
-            "fae.data": str(trial.stages[0].parts.get("source", "")),
-        },
-    )
-
-
-def log_stage(tracker: Tracker, stage: Stage) -> None:
-    """Curves by step, numbers, pictures and fingerprint of a finished stage into the trial's run."""
-    result = stage.result()
-    assert result is not None
-    last = 0
-    if training_of(stage):
-        by_step: dict[int, dict[str, float]] = {}
-        for name, series in read_history(stage.uri).items():
-            for step, value in series:
-                by_step.setdefault(step, {})[f"{stage.name}/{name}"] = value
-        for step in sorted(by_step):
-            tracker.log_metrics(by_step[step], step)
-            last = step
-    named = {f"{stage.name}/{name}": value for name, value in result["metrics"].items()}
-    tracker.log_metrics(named, last)
-    for name, png in stage_pictures(stage).items():
-        tracker.log_figure(png, f"{stage.name}-{name}")
-    tracker.set_tags({f"fae.{stage.name}": result["fingerprint"]})
-
-
 def settings_of(config: Mapping[str, Any]) -> Settings:
     """The settings in a Tune trial's config: as planned here, or as Optuna suggested them."""
     return dict(json.loads(config[SETTINGS])) if SETTINGS in config else dict(config)
@@ -254,18 +203,18 @@ def _run(recipe: Recipe, trials: list[Trial], folder: str) -> None:
 
     # A stopped trial lacks what later stages report; Tune would take that for a mistake.
     os.environ["TUNE_DISABLE_STRICT_METRIC_CHECKING"] = "1"
-    scheduler = _scheduler(recipe)
+    judge = scheduler(recipe)
     todo = [trial for trial in trials if trial.result() is None]
-    if scheduler is not None:
+    if judge is not None:
         # Those that have ended come first: the scheduler judges the others by them.
         todo = sorted(trials, key=lambda trial: trial.result() is None)
     limit = concurrent_trials(recipe, plan_trial(recipe, {}), ray.cluster_resources())
     _say(f"{limit} at a time")
     recorder = _Recorder(recipe)
-    options: dict[str, Any] = {"scheduler": scheduler, "max_concurrent_trials": limit}
+    options: dict[str, Any] = {"scheduler": judge, "max_concurrent_trials": limit}
     space: dict[str, Any] = {}
     if recipe.tune.algorithm == "optuna":
-        searcher, missing = _optuna(recipe, todo, folder)
+        searcher, missing = optuna_search(recipe, todo, folder)
         if not missing:
             return
         options |= {"search_alg": searcher, "num_samples": missing}
@@ -289,71 +238,6 @@ def _run(recipe: Recipe, trials: list[Trial], folder: str) -> None:
             + "\n  ".join(recorder.errors)
             + "\nThe same command tries them again."
         )
-
-
-def _scheduler(recipe: Recipe) -> Any:
-    from ray.tune.schedulers import ASHAScheduler
-
-    asha, steps = recipe.tune.asha, recipe.autoencoder.training.steps
-    if recipe.tune.scheduler == "none":
-        return None
-    if asha.grace_steps > steps:
-        raise RecipeError(
-            f"tune.asha.grace_steps={asha.grace_steps} is more than autoencoder.training.steps={steps}: nothing would "
-            "ever be stopped."
-        )
-    return ASHAScheduler(
-        time_attr=STEP,
-        metric=f"autoencoder/{asha.metric}",
-        mode=asha.mode,
-        max_t=steps,
-        grace_period=asha.grace_steps,
-        reduction_factor=asha.reduction_factor,
-        # Who has come to the end of this training goes on to the next stage.
-        stop_last_trials=False,
-    )
-
-
-def _optuna(recipe: Recipe, todo: list[Trial], folder: str) -> tuple[Any, int]:
-    """(searcher, trials that it has yet to run): its study is made anew from the recorded trials, so nothing is unpickled."""
-    import optuna
-    from ray.tune.search.optuna import OptunaSearch
-
-    optuna.logging.set_verbosity(optuna.logging.WARNING)
-    names = [objective.metric for objective in recipe.tune.objectives]
-    modes: list[str] = [objective.mode for objective in recipe.tune.objectives]
-    space = OptunaSearch.convert_search_space(tune_space(recipe.tune.space))
-    memory = optuna.storages.InMemoryStorage()
-    directions: Any = ["minimize" if mode == "min" else "maximize" for mode in modes]
-    study = optuna.create_study(storage=memory, study_name="sweep", directions=directions)
-    counted = 0
-    waiting = [trial.settings for trial in todo]
-    for record in recorded(folder).values():
-        settings = record["settings"]
-        if settings.keys() != space.keys():
-            continue
-        if record["state"] in (FINISHED, STOPPED):
-            counted += 1
-        else:
-            waiting.append(settings)
-        values = [record["metrics"].get(name) for name in names]
-        if None not in values:
-            study.add_trial(
-                optuna.trial.create_trial(params=settings, distributions=space, values=values)
-            )
-    for settings in waiting:
-        study.enqueue_trial(settings)
-    missing = max(recipe.tune.num_samples - counted, len(waiting))
-    searcher = OptunaSearch(
-        space,
-        metric=names,
-        mode=modes,
-        storage=memory,
-        study_name="sweep",
-        # Each restart draws on from where it is instead of drawing the same again.
-        seed=recipe.seed + counted,
-    )
-    return searcher, missing
 
 
 def report(recipe: Recipe) -> dict[str, Any]:

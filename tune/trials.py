@@ -20,6 +20,7 @@ from pipelines.images import ImageRecord, list_images
 from pipelines.stages import STAGES, Stage, fingerprint, needed_stages, plan_stages
 from tune.spaces import Settings, apply
 
+STEP = "autoencoder/step"
 FINISHED, STOPPED, BEGUN = "finished", "stopped early", "begun"
 
 
