@@ -203,6 +203,8 @@ def _run(recipe: Recipe, trials: list[Trial], folder: str) -> None:
 
     # A stopped trial lacks what later stages report; Tune would take that for a mistake.
     os.environ["TUNE_DISABLE_STRICT_METRIC_CHECKING"] = "1"
+    # Its newer printer announces itself at every verbosity; the recorder below says what there is to say.
+    os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")
     judge = scheduler(recipe)
     todo = [trial for trial in trials if trial.result() is None]
     if judge is not None:
