@@ -123,7 +123,7 @@ def test_a_killed_sweep_is_restored_and_trials_share_stages(
     recommended = load_recipe(str(tmp_path / "tune" / "s" / "recommended.yaml"))
     assert numbers["best"] == {
         DIM: recommended.autoencoder.latent_dim,
-        SHIFT: recommended.generator.shift,
+        COLUMNS: recommended.precompute.columns,
     }
     check_tracking(server, numbers)
 
