@@ -12,6 +12,9 @@ from dataclasses import dataclass
 import numpy as np
 from PIL import Image, ImageDraw
 
+SMALLEST_PICTURE = 256
+"""Side [px] that smaller images are enlarged to, so that a frame does not cover what it frames."""
+
 
 @dataclass(frozen=True)
 class MatchedPair:
@@ -66,19 +69,25 @@ def similarity_rows(
 
     Each map spans its own smallest to largest value, dark to bright; its frame is the patch again.
     """
+    size = max(images.shape[1], SMALLEST_PICTURE)
     rows = []
     for image, patch, values in zip(images, patches, similarities, strict=True):
-        maps = [_framed(_heat_map(one, grid, image.shape[0]), patch, grid) for one in values]
-        rows.append([_framed(image, patch, grid), *maps])
+        pictures = [_resized(image, size), *(_resized(_heat(one, grid), size) for one in values)]
+        rows.append([_framed(picture, patch, grid) for picture in pictures])
     return rows
 
 
-def _heat_map(values: np.ndarray, grid: tuple[int, int], size: int) -> np.ndarray:
+def _heat(values: np.ndarray, grid: tuple[int, int]) -> np.ndarray:
     from matplotlib import colormaps
 
     unit = (values - values.min()) / max(float(np.ptp(values)), 1e-12)
-    colours = np.rint(colormaps["viridis"](unit.reshape(grid))[..., :3] * 255.0).astype(np.uint8)
-    return np.asarray(Image.fromarray(colours).resize((size, size), Image.Resampling.NEAREST))
+    colours = np.asarray(colormaps["viridis"](unit.reshape(grid)))
+    return np.rint(colours[..., :3] * 255.0).astype(np.uint8)
+
+
+def _resized(picture: np.ndarray, size: int) -> np.ndarray:
+    resized = Image.fromarray(picture).resize((size, size), Image.Resampling.NEAREST)
+    return np.asarray(resized)
 
 
 def _framed(picture: np.ndarray, patch: int, grid: tuple[int, int]) -> np.ndarray:

@@ -7,7 +7,7 @@ from PIL import Image
 
 from fae_core.similarity_figures import MatchedPair, matching_figure, similarity_rows
 
-GRID = (4, 8)  # patches of 32 x 16 px on an image of 128 px
+GRID = (4, 8)  # patches of 32 x 16 px on an image of 128 px, twice that where it is enlarged
 
 
 def test_the_frame_is_around_its_patch_and_the_map_is_brightest_there():
@@ -15,8 +15,8 @@ def test_the_frame_is_around_its_patch_and_the_map_is_brightest_there():
     ((image, heat),) = similarity_rows(images, [13], [[np.eye(32)[13]]], GRID)  # row 1, column 5
     white = np.argwhere((image == 255).all(-1))
     inside = np.argwhere((heat.astype(int).sum(-1) > 300) & (heat != 255).any(-1))
-    assert (inside.min(0) >= (32, 80)).all() and (inside.max(0) < (64, 96)).all()
-    assert (white.min(0).tolist(), white.max(0).tolist()) == ([31, 79], [64, 96])
+    assert (inside.min(0) >= (64, 160)).all() and (inside.max(0) < (128, 192)).all()
+    assert (white.min(0).tolist(), white.max(0).tolist()) == ([62, 158], [129, 193])
 
 
 def test_lines_begin_and_end_on_matched_patches_and_rings_are_around_the_reference():

@@ -19,10 +19,9 @@ from fae_core.backbone import load_backbone
 from pipelines.config import Recipe, load_recipe
 from pipelines.images import ImageRecord, list_images
 from pipelines.latent_store import StoreMismatch
-from pipelines.probe import Split, image_pairs, probe, probe_parts, score, split_images, summary
+from pipelines.probe import Split, image_pairs, probe, score, split_images, summary
 from pipelines.probe_features import (
     KINDS,
-    Networks,
     Probed,
     ProbeError,
     ProbeImages,
@@ -167,13 +166,17 @@ def test_a_batch_gives_pooled_vectors_of_its_sound_images_and_matches_of_whole_p
     (tmp_path / "b.png").write_bytes(b"no image")
     autoencoder = save_autoencoder(tmp_path / "mixture.safetensors", 4, identity=False)
     recipe = recipe_for(tmp_path, autoencoder)
-    networks = Networks.of(recipe)
     records = [ImageRecord(f"{name}.png", str(tmp_path / f"{name}.png"), 0) for name in "abcd"]
     pairs = [(records[0], records[1]), (records[2], records[3])]
     (paired,) = batches_of(records, pairs, 4)
     (broken,) = batches_of(records[1:2], [], 4)
-    weights = probe_parts(recipe, networks, records)
+    metadata = checkpoint.read_metadata(autoencoder)
+    weights = {
+        "backbone weights": json.loads(metadata["fingerprints"])["backbone"].partition(":")[2],
+        "autoencoder weights": metadata["weights_sha256"],
+    }
     actor = ProbeImages(recipe, weights)
+    networks = actor.networks
 
     def run(row):
         decoded = decode_batch(row, recipe)
