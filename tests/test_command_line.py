@@ -24,6 +24,7 @@ def fae(*arguments: str) -> subprocess.CompletedProcess[str]:
         (["train", "autoencoder", "--help"], "run=first"),
         (["inspect", "--help"], "--verify"),
         (["demo", "--help"], "--output"),
+        (["evaluate", "--help"], "evaluate.reference="),
     ],
 )
 def test_help_teaches(arguments, word):
