@@ -143,7 +143,9 @@ def main() -> None:
     figure = neighbours_figure(drawn, (train_images, train_tokens))
     (output / "neighbours.png").write_bytes(figure)
     chance = 1 / len(set(train_labels.tolist()))
-    print(f"{describe()}\n{number} images each; probe on {len(train_images)}; chance {chance:.3f}\n")
+    print(
+        f"{describe()}\n{number} images each; probe on {len(train_images)}; chance {chance:.3f}\n"
+    )
     print("| images | class accuracy | Fréchet distance to training images |\n|---|---|---|")
     for name, values in scores.items():
         print(f"| {name} | {values['accuracy']:.3f} | {values['frechet']:.1f} |")

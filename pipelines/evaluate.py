@@ -176,6 +176,11 @@ def _needs(recipe: Recipe, images: ImageSet, reference: ImageSet | None) -> dict
                 f"{side.uri} holds statistics alone ({brought}); {', '.join(recipe.evaluate.scores)} needs "
                 f"{' and '.join(missing)}. Give the images."
             )
+        if "kid" in scores and len(side.keys) < recipe.evaluate.kid_subset_size:
+            raise EvaluationError(
+                f"kid: {side.uri} has {len(side.keys)} images, fewer than evaluate.kid_subset_size="
+                f"{recipe.evaluate.kid_subset_size}. Smaller subsets are noisier and compare with their like."
+            )
         if needs.splits and len(side.keys) < recipe.evaluate.inception_splits:
             raise EvaluationError(
                 f"inception_score: {len(side.keys)} images are fewer than evaluate.inception_splits="

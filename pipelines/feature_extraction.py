@@ -99,9 +99,10 @@ class Extractor:
             batch = torch.from_numpy(images[start : start + size].copy()).to(self.device)
             features: dict[str, Tensor] = {}
             if self.backbone is not None:
-                patches, class_token = self.backbone.tokens(batch)
-                is_class = self.recipe.evaluate.backbone_token == "class"
-                features["backbone"] = class_token if is_class else patches.mean(dim=1)
+                patches, token = self.backbone.tokens(batch)
+                if self.recipe.evaluate.backbone_token == "mean" or token is None:
+                    token = patches.mean(dim=1)
+                features["backbone"] = token
             if self.inception is not None:
                 features |= self.inception(batch)
             for name, values in features.items():
