@@ -115,6 +115,10 @@ class Tracker:
 
         self._attempt(send)
 
+    def rename(self, name: str) -> None:
+        """Show the run under another name."""
+        self._attempt(lambda: self._client.update_run(self._run_id, name=name))
+
     def finish(self) -> None:
         """Mark the run as finished."""
         self._attempt(lambda: self._client.set_terminated(self._run_id))

@@ -48,14 +48,22 @@ def write_sweep_report(
     files["report.md"] = page.encode()
     for name, data in files.items():
         storage.write_bytes(storage.join(folder, name), data)
+    chosen = by_settings(finished).get(json.dumps(best, sort_keys=True), [])
     if tracker:
         _log(tracker, page, files, best)
+        means = {
+            o.metric: statistics.fmean([r.metrics[o.metric] for r in chosen])
+            for o in objectives
+            if chosen
+        }
+        tracker.log_metrics({f"best/{metric}": value for metric, value in means.items()}, 0)
     return {
         "report": storage.join(folder, "report.md"),
         "trials": len(rows),
         "finished": len(finished),
         "pareto": [row.settings for row in front],
         "best": best,
+        "best_trials": [row.key for row in chosen],
     }
 
 

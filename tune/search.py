@@ -25,12 +25,12 @@ from pipelines.command import run_module
 from pipelines.config import Recipe, RecipeError
 from pipelines.ray_session import for_workers, quiet_logs, start_ray
 from pipelines.stages import needed_stages, plan_stages, training_of
-from pipelines.tracking import resolve_uri
+from pipelines.tracking import Tracker, resolve_uri
 from tune.algorithms import optuna_search, scheduler
 from tune.claims import claimed
 from tune.report import write_sweep_report
 from tune.spaces import Settings, label, planned_settings
-from tune.sweep_tracking import log_stage, sweep_tracker, trial_tracker
+from tune.sweep_tracking import log_stage, star_trials, sweep_tracker, trial_tracker
 from tune.trials import FINISHED, STEP, STOPPED, Trial, begin, plan_trial, recorded, sweep_folder
 
 SETTINGS = "settings"
@@ -58,9 +58,7 @@ def search(recipe: Recipe) -> dict[str, Any]:
     _say(f"{folder}: {len(trials)} trials, {len(trials) - len(todo)} of them finished already")
     if todo or suggested:
         _run(made, list(trials.values()), folder)
-    report = write_sweep_report(recipe, made, tracker)
-    tracker.finish()
-    return report
+    return _report(recipe, made, tracker)
 
 
 def with_shared_decoder(recipe: Recipe) -> Recipe:
@@ -247,8 +245,12 @@ def report(recipe: Recipe) -> dict[str, Any]:
     made = _with_places(recipe)
     if not recorded(sweep_folder(made)):
         raise RecipeError(f"{sweep_folder(made)} holds no trials yet: `fae tune` makes them.")
-    tracker = sweep_tracker(made)
+    return _report(recipe, made, sweep_tracker(made))
+
+
+def _report(recipe: Recipe, made: Recipe, tracker: Tracker) -> dict[str, Any]:
     numbers = write_sweep_report(recipe, made, tracker)
+    star_trials(made, recorded(sweep_folder(made)), numbers["best_trials"])
     tracker.finish()
     return numbers
 

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection, Mapping
+from typing import Any
+
+from pipelines import storage
 from pipelines.chain_report import stage_pictures
 from pipelines.config import Recipe
 from pipelines.history import read_history
@@ -59,3 +63,15 @@ def log_stage(tracker: Tracker, stage: Stage) -> None:
     for name, png in stage_pictures(stage).items():
         tracker.log_figure(png, f"{stage.name}-{name}")
     tracker.set_tags({f"fae.{stage.name}": result["fingerprint"]})
+
+
+def star_trials(
+    recipe: Recipe, records: Mapping[str, Mapping[str, Any]], best: Collection[str]
+) -> None:
+    """Put a star before the names of the trials `best`, by key, and of no other."""
+    uri, folder = resolve_uri(recipe.tracking), sweep_folder(recipe)
+    for key, record in records.items():
+        tracker = Tracker(recipe.tracking, uri, storage.join(folder, "trials", key), {})
+        tracker.rename(("★ " if key in best else "") + label(record["settings"]))
+        tracker.set_tags({"fae.best": str(key in best).lower()})
+        tracker.finish()

@@ -138,6 +138,8 @@ def check_tracking(server: str, numbers: dict) -> None:
         runs[run.data.tags["fae.kind"]].append(run)
     (sweep,) = runs["sweep"]
     assert "Recommended" in sweep.data.tags["mlflow.note.content"]
+    starred = [run.info.run_name for run in runs["trial"] if run.info.run_name.startswith("★ ")]
+    assert len(starred) == 1 and f"latent_dim={numbers['best'][DIM]} " in starred[0]
     assert len(runs["trial"]) == 4
     for run in runs["trial"]:
         tags = run.data.tags
