@@ -12,7 +12,7 @@ from pipelines.history import read_history
 from pipelines.stages import Stage, training_of
 from pipelines.tracking import Tracker, flatten, resolve_uri
 from tune.spaces import label
-from tune.trials import Trial, sweep_folder
+from tune.trials import BEGUN, Trial, sweep_folder
 
 
 def sweep_tracker(recipe: Recipe) -> Tracker:
@@ -68,10 +68,13 @@ def log_stage(tracker: Tracker, stage: Stage) -> None:
 def star_trials(
     recipe: Recipe, records: Mapping[str, Mapping[str, Any]], best: Collection[str]
 ) -> None:
-    """Put a star before the names of the trials `best`, by key, and of no other."""
+    """Put a star before the names of the ended trials `best`, by key, and of no other."""
     uri, folder = resolve_uri(recipe.tracking), sweep_folder(recipe)
     for key, record in records.items():
-        tracker = Tracker(recipe.tracking, uri, storage.join(folder, "trials", key), {})
+        if record["state"] == BEGUN:
+            continue
+        address = storage.join(folder, "trials", key)
+        tracker = Tracker(recipe.tracking, uri, address, {}, parent=folder)
         tracker.rename(("★ " if key in best else "") + label(record["settings"]))
         tracker.set_tags({"fae.best": str(key in best).lower()})
         tracker.finish()
