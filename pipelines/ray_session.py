@@ -30,8 +30,12 @@ def start_ray(**local: Any) -> None:
     if ray.is_initialized():
         return
     quiet_logs()
-    # Ray Train asks the dashboard's state API about its controller, and complains every second without it.
-    local = {} if os.environ.get("RAY_ADDRESS") else {"include_dashboard": True, **local}
+    if os.environ.get("RAY_ADDRESS"):
+        local = {}
+    else:
+        # Said outright: without an address Ray attaches to whatever `ray start` last left on this machine, even dead.
+        # Ray Train asks the dashboard's state API about its controller, and complains every second without it.
+        local = {"address": "local", "include_dashboard": True, **local}
     ray.init(
         ignore_reinit_error=True,
         logging_level=logging.WARNING,
