@@ -233,6 +233,73 @@ def inspect(
 
 
 @app.command()
+def run(
+    recipe: RecipeName,
+    overrides: Overrides = None,
+    print_config: PrintConfig = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Print the stages, what exists, what each will write.")
+    ] = False,
+    first: Annotated[
+        str | None, typer.Option("--from", help="Start at this stage; earlier ones must be there.")
+    ] = None,
+    until: Annotated[str | None, typer.Option(help="Stop after this stage.")] = None,
+) -> None:
+    """The whole chain, from images to scored samples and one page; what exists is skipped, the same command resumes.
+
+    Stages: autoencoder, pixel-decoder, latents, generator, finetune, samples, evaluation, probe, report.
+
+    Example: fae run fashion-dinov2s data.path=fashion/train.parquet evaluate.reference=fashion/test.parquet storage=runs --dry-run
+    """
+    from pipelines.config import load_recipe
+
+    cut = [f"chain.{key}={value}" for key, value in (("first", first), ("until", until)) if value]
+    loaded = load_recipe(recipe, [*(overrides or []), *cut])
+    if print_config:
+        typer.echo(loaded.to_yaml(), nl=False)
+        return
+    from pipelines.chain import print_plan, run_chain
+
+    if dry_run:
+        print_plan(loaded)
+        return
+    finished = run_chain(loaded)
+    typer.echo(f"finished: {', '.join(finished)}")
+
+
+@app.command()
+def tune(
+    recipe: Annotated[
+        str, typer.Argument(metavar="[report] RECIPE", help="A recipe with a `tune` section.")
+    ],
+    overrides: Overrides = None,
+    print_config: PrintConfig = False,
+) -> None:
+    """Search recipe keys with Ray Tune; trials share stages, the same command goes on. `fae tune report RECIPE` writes the page again.
+
+    Example: fae tune sweep-fashion data.path=fashion/train.parquet evaluate.reference=fashion/test.parquet storage=runs
+
+    Other spaces: tune.name=kl tune.algorithm=optuna tune.space.autoencoder.kl_weight.loguniform=[1e-8,1e-4]
+    """
+    from pipelines.config import load_recipe
+
+    values = list(overrides or [])
+    report_only = recipe == "report"
+    if report_only:
+        if not values or "=" in values[0]:
+            raise typer.BadParameter("fae tune report RECIPE [KEY=VALUE]...")
+        recipe = values.pop(0)
+    loaded = load_recipe(recipe, values)
+    if print_config:
+        typer.echo(loaded.to_yaml(), nl=False)
+        return
+    from tune.search import report, search
+
+    numbers = (report if report_only else search)(loaded)
+    typer.echo(f"{numbers['finished']} of {numbers['trials']} trials finished; {numbers['report']}")
+
+
+@app.command()
 def demo(
     output: Annotated[
         str, typer.Option(help="Folder for everything that the demo writes.")

@@ -124,3 +124,31 @@ def picture_grid(
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=110)
     return buffer.getvalue()
+
+
+Curve = tuple[Sequence[float], Sequence[float]]
+
+
+def curve_panels(panels: Mapping[str, Mapping[str, Curve]], logarithmic: bool = True) -> bytes:
+    """A PNG with a panel for each title: lines by name, each (steps, values); y is logarithmic where all are positive."""
+    from matplotlib.figure import Figure
+
+    columns = min(3, len(panels))
+    rows = -(-len(panels) // columns)
+    figure = Figure(figsize=(4.4 * columns, 3.0 * rows), layout="constrained")
+    axes = figure.subplots(rows, columns, squeeze=False).ravel()
+    for axis in axes[len(panels) :]:
+        axis.set_axis_off()
+    for axis, (title, curves) in zip(axes, panels.items(), strict=False):
+        for name, (steps, values) in curves.items():
+            axis.plot(steps, values, marker="." if len(steps) < 30 else None, label=name)
+        if logarithmic and all(v > 0 for _, values in curves.values() for v in values):
+            axis.set_yscale("log")
+        axis.set_title(title, fontsize=10)
+        axis.set_xlabel("step", fontsize=9)
+        axis.grid(alpha=0.3)
+        if len(curves) > 1:
+            axis.legend(fontsize=8)
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=110)
+    return buffer.getvalue()

@@ -8,11 +8,19 @@ from __future__ import annotations
 
 import difflib
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
-from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, ValidationError
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    PositiveFloat,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
 
 from fae_core.errors import UserError
 from pipelines.secrets import redact
@@ -296,44 +304,6 @@ class PrecomputeSection(_Section):
     """A larger share of images that cannot be encoded ends the job with nothing committed."""
 
 
-class ProbeSection(_Section):
-    """Semantic probes. Ours: the paper probes with DINOv2's ready-made head and gives no setting but the 16 pairs."""
-
-    output: str | None = None
-    """Folder or s3:// prefix for probe.json and the figures; without it the numbers are only returned."""
-    test_fraction: float = Field(0.2, gt=0.0, lt=1.0)
-    """Share of images that test, chosen by the hash of their key; the others train the probes."""
-    train_limit: int | None = Field(20_000, gt=0)
-    """At most so many training images, in the order of their keys' hashes; enough for a stable head in minutes."""
-    test_limit: int | None = Field(5_000, gt=0)
-    """At most so many test images; 5,000 give 95 % intervals of ±1.4 points or less."""
-    pooling: Literal["mean", "max"] = "mean"
-    """One vector an image from its patch tokens. The mean stands for the class token, which a FAE does not rebuild."""
-    num_neighbors: int = Field(20, gt=0)
-    """k of k-NN, by cosine; DINO's."""
-    regularisation: list[PositiveFloat] = Field([0.01, 0.1, 1.0, 10.0], min_length=1)
-    """scikit-learn's C of the linear probe, smaller is stronger; the best on a fifth of the training images is taken."""
-    max_iterations: int = Field(1000, gt=0)
-    """Of the linear probe's solver; on standardised features it converges well before."""
-    num_image_pairs: int = Field(64, ge=0)
-    """Pairs of test images of one class whose patches are matched; 0 skips matching."""
-    num_pairs: int = Field(16, gt=0)
-    """Matched patches that the figure draws between two images; the paper's."""
-    num_clusters: int = Field(3, gt=1)
-    """K of the K-means that separates the object's patches; two mix it with what is next to it."""
-    figure_rows: int = Field(4, gt=0)
-    """Images or pairs in a figure."""
-    batch_size: int = Field(32, gt=1)
-    """Images that an actor holds at once: the unit of work. No features but pooled ones leave it."""
-    precision: Literal["fp32", "bf16"] = "fp32"
-    """Of the networks; fp32, because a probe compares small differences."""
-    num_actors: int = Field(1, gt=0)
-    gpus_per_actor: float = Field(0.0, ge=0.0)
-    cpus_per_actor: float = Field(1.0, gt=0.0)
-    max_error_rate: float = Field(0.01, ge=0.0, le=1.0)
-    """A larger share of images that cannot be decoded ends the probe."""
-
-
 class EvaluateSection(_Section):
     images: str | None = None
     """What is scored: a folder, Parquet, WebDataset or list, an .npz with arr_0, or the output of `fae sample`."""
@@ -385,6 +355,156 @@ class EvaluateSection(_Section):
     """A larger share of images that cannot be decoded ends the job; the others are left out and counted. Ours."""
 
 
+class ProbeSection(_Section):
+    """Semantic probes. Ours: the paper probes with DINOv2's ready-made head and gives no setting but the 16 pairs."""
+
+    output: str | None = None
+    """Folder or s3:// prefix for probe.json and the figures; without it the numbers are only returned."""
+    test_fraction: float = Field(0.2, gt=0.0, lt=1.0)
+    """Share of images that test, chosen by the hash of their key; the others train the probes."""
+    train_limit: int | None = Field(20_000, gt=0)
+    """At most so many training images, in the order of their keys' hashes; enough for a stable head in minutes."""
+    test_limit: int | None = Field(5_000, gt=0)
+    """At most so many test images; 5,000 give 95 % intervals of ±1.4 points or less."""
+    pooling: Literal["mean", "max"] = "mean"
+    """One vector an image from its patch tokens. The mean stands for the class token, which a FAE does not rebuild."""
+    num_neighbors: int = Field(20, gt=0)
+    """k of k-NN, by cosine; DINO's."""
+    regularisation: list[PositiveFloat] = Field([0.01, 0.1, 1.0, 10.0], min_length=1)
+    """scikit-learn's C of the linear probe, smaller is stronger; the best on a fifth of the training images is taken."""
+    max_iterations: int = Field(1000, gt=0)
+    """Of the linear probe's solver; on standardised features it converges well before."""
+    num_image_pairs: int = Field(64, ge=0)
+    """Pairs of test images of one class whose patches are matched; 0 skips matching."""
+    num_pairs: int = Field(16, gt=0)
+    """Matched patches that the figure draws between two images; the paper's."""
+    num_clusters: int = Field(3, gt=1)
+    """K of the K-means that separates the object's patches; two mix it with what is next to it."""
+    figure_rows: int = Field(4, gt=0)
+    """Images or pairs in a figure."""
+    batch_size: int = Field(32, gt=1)
+    """Images that an actor holds at once: the unit of work. No features but pooled ones leave it."""
+    precision: Literal["fp32", "bf16"] = "fp32"
+    """Of the networks; fp32, because a probe compares small differences."""
+    num_actors: int = Field(1, gt=0)
+    gpus_per_actor: float = Field(0.0, ge=0.0)
+    cpus_per_actor: float = Field(1.0, gt=0.0)
+    max_error_rate: float = Field(0.01, ge=0.0, le=1.0)
+    """A larger share of images that cannot be decoded ends the probe."""
+
+
+StageName = Literal[
+    "autoencoder",
+    "pixel-decoder",
+    "latents",
+    "generator",
+    "finetune",
+    "samples",
+    "evaluation",
+    "probe",
+    "report",
+]
+
+
+class ChainSection(_Section):
+    """Which stages `fae run` and a trial of `fae tune` go through; where they agree, trials share them. Ours."""
+
+    first: StageName | None = None
+    """Start here: the results of earlier stages must be there. `fae run --from`."""
+    until: StageName | None = None
+    """Stop after this stage, leaving out what it does not need. `fae run --until`."""
+    finetune: bool = True
+    """Finetune the pixel decoder on rebuilt features; without it samples are drawn with its first stage."""
+    finetune_steps: int | None = Field(None, gt=0)
+    """Steps of that; as many as the first stage's without it."""
+    latents_limit: int | None = Field(None, gt=0)
+    """Encode only the first so many images in key order: a subset for short generator trainings."""
+    probe: bool = False
+    """Probe the latents too; needs labels."""
+
+
+class SpaceSection(_Section):
+    """The values of one recipe key that a sweep tries: exactly one of these."""
+
+    grid: list[Any] | None = Field(None, min_length=1)
+    """Every one of them."""
+    choice: list[Any] | None = Field(None, min_length=1)
+    """One of them, drawn."""
+    uniform: tuple[float, float] | None = None
+    """A number between two, drawn."""
+    loguniform: tuple[float, float] | None = None
+    """Likewise, uniform in its logarithm."""
+
+    @model_validator(mode="after")
+    def _exactly_one(self) -> SpaceSection:
+        given = [name for name, value in self if value is not None]
+        if len(given) != 1:
+            raise ValueError(f"expected exactly one of {', '.join(type(self).model_fields)}")
+        bounds = self.uniform or self.loguniform
+        if bounds and not bounds[0] < bounds[1]:
+            raise ValueError("expected the lower bound first")
+        if self.loguniform and self.loguniform[0] <= 0:
+            raise ValueError("loguniform needs bounds above 0")
+        return self
+
+
+class ObjectiveSection(_Section):
+    metric: str
+    """STAGE/NAME of a number that a stage of the chain returns, as evaluation/frechet_backbone or autoencoder/mse."""
+    mode: Literal["min", "max"] = "min"
+
+
+class AshaSection(_Section):
+    """Early stopping during the autoencoder's training: ASHA's rungs are steps at which it validates."""
+
+    metric: str = "mse"
+    """Of the autoencoder's validation."""
+    mode: Literal["min", "max"] = "min"
+    grace_steps: int = Field(100, gt=0)
+    """No trial is stopped before."""
+    reduction_factor: float = Field(3.0, gt=1.0)
+    """One in so many goes on at each rung, and the next rung is so many times as far."""
+
+
+class TuneSection(_Section):
+    """A sweep: what `fae tune` varies, how, and what it looks for. Ours; the paper gives the results of its ablations alone."""
+
+    name: str | None = None
+    """Of the sweep: STORAGE/tune/NAME holds its trials, and the same name goes on with it."""
+    space: dict[str, SpaceSection] = {}
+    """Recipe keys, dotted, and the values that they are to take; `seed` is one like any other."""
+    points: list[dict[str, Any]] = []
+    """Further trials, each a mapping of recipe keys to values: repetitions with other seeds at the setting that matters."""
+    algorithm: Literal["grid", "random", "optuna"] = "grid"
+    """grid: all combinations. random, optuna: num_samples settings, drawn or suggested from the trials before."""
+    num_samples: int = Field(10, gt=0)
+    scheduler: Literal["none", "asha"] = "none"
+    """asha: stop trials whose autoencoder falls behind the others' at the same step."""
+    asha: AshaSection = AshaSection()
+    objectives: list[ObjectiveSection] = Field(
+        [ObjectiveSection(metric="autoencoder/mse")], min_length=1
+    )
+    """The first one ranks trials; together they make the Pareto front, and Optuna looks for all."""
+    max_concurrent_trials: int | None = Field(None, gt=0)
+    """Without it as many as the cluster's CPUs and GPUs can train at once, at least one."""
+
+    @field_validator("space", mode="before")
+    @classmethod
+    def _dotted(cls, value: Any) -> Any:
+        """Nested mappings, as overrides on the command line make them, become dotted keys."""
+        return _dotted_space(value) if isinstance(value, dict) else value
+
+
+def _dotted_space(value: dict[Any, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, inner in value.items():
+        if isinstance(inner, dict) and any(isinstance(v, dict) for v in inner.values()):
+            flat |= _dotted_space(inner, f"{prefix}{key}.")
+        else:
+            flat[f"{prefix}{key}"] = inner
+    return flat
+
+
 class TrackingSection(_Section):
     experiment: str = "fae"
     uri: str | None = None
@@ -413,8 +533,10 @@ class Recipe(_Section):
     generator: GeneratorSection = GeneratorSection()
     precompute: PrecomputeSection = PrecomputeSection()
     sample: SampleSection = SampleSection()
-    probe: ProbeSection = ProbeSection()
     evaluate: EvaluateSection = EvaluateSection()
+    probe: ProbeSection = ProbeSection()
+    chain: ChainSection = ChainSection()
+    tune: TuneSection = TuneSection()
     tracking: TrackingSection = TrackingSection()
 
     def to_yaml(self) -> str:
@@ -474,9 +596,17 @@ def _explain(item: Any) -> str:
     if item["type"] == "extra_forbidden":
         section: Any = Recipe
         for part in location[:-1]:
-            section = section.model_fields[part].annotation
+            if part in section.model_fields:
+                section = _section_in(section.model_fields[part].annotation) or section
         allowed = sorted(section.model_fields)
         near = difflib.get_close_matches(location[-1], allowed, n=1)
         hint = f" Did you mean {'.'.join([*location[:-1], near[0]])!r}?" if near else ""
         return f"unknown key {key!r}.{hint} Allowed here: {', '.join(allowed)}."
     return f"{key}: given {item['input']!r}; {item['msg']}."
+
+
+def _section_in(annotation: Any) -> Any:
+    """The section class in a field's annotation, also inside lists, mappings and alternatives; None without one."""
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return annotation
+    return next((found for found in map(_section_in, get_args(annotation)) if found), None)

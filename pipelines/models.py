@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 
 from fae_core import checkpoint
-from fae_core.backbone import Backbone, load_backbone
+from fae_core.backbone import Backbone, BackboneSpec, load_backbone, resolve_spec
 from fae_core.checkpoint import CheckpointError, Loaded
 from pipelines import storage
 from pipelines.config import Recipe
@@ -27,6 +28,12 @@ def backbone_of(recipe: Recipe) -> Backbone:
     """The recipe's frozen backbone on the CPU. Raises WeightsError."""
     section = recipe.backbone
     return load_backbone(section.name, section.weights, section.image_size)
+
+
+def backbone_spec(recipe: Recipe) -> BackboneSpec:
+    """Width and grid of the recipe's backbone without its weights. Raises WeightsError."""
+    spec, size = resolve_spec(recipe.backbone.name), recipe.backbone.image_size
+    return spec if size is None else dataclasses.replace(spec, image_size=size)
 
 
 def backbone_fingerprints(recipe: Recipe, backbone: Backbone) -> dict[str, str]:

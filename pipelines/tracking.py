@@ -7,8 +7,11 @@ costs training next to nothing. What is lost in the end is said.
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import math
 import os
+import subprocess
 import tempfile
 import time
 import warnings
@@ -17,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from pipelines.config import TrackingSection
+from pipelines.latent_store import versions
 from pipelines.secrets import redact
 
 RUN_TAG = "fae.run"
@@ -24,7 +28,7 @@ DEFAULT_URI = "sqlite:///mlflow.db"
 MAX_PARAM_LENGTH = 500
 FIRST_PAUSE, LONGEST_PAUSE = 60.0, 3600.0
 MAX_KEPT = 100_000
-METRICS_A_CALL = 1000  # what MLflow takes in one request
+METRICS_A_CALL, PARAMS_A_CALL = 1000, 100  # what MLflow takes in one request
 
 
 def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -48,18 +52,42 @@ def resolve_uri(tracking: TrackingSection) -> str:
     return uri
 
 
+@functools.cache
+def source_tags() -> dict[str, str]:
+    """Tags that say which code made a run: the git commit, where this is a checkout, and package versions."""
+    tags = {f"version.{name}": version for name, version in versions().items()}
+    with contextlib.suppress(OSError, subprocess.SubprocessError):
+        root = Path(__file__).parents[1]
+        command = ["git", "-C", str(root), "rev-parse", "HEAD"]
+        commit = subprocess.run(command, capture_output=True, text=True, check=True, timeout=10)
+        tags["mlflow.source.git.commit"] = commit.stdout.strip()
+    return tags
+
+
 class Tracker:
     """Logs to one MLflow run, which the same `run` address finds again when training resumes."""
 
     def __init__(
-        self, tracking: TrackingSection, uri: str, run: str, params: Mapping[str, Any]
+        self,
+        tracking: TrackingSection,
+        uri: str,
+        run: str,
+        params: Mapping[str, Any],
+        name: str | None = None,
+        parent: str | None = None,
+        tags: Mapping[str, str] | None = None,
     ) -> None:
+        """`name` is shown instead of the address's last part; `parent` is the address of the run that this one is nested in."""
+        shown = name or run.rstrip("/").rpartition("/")[2]
+
+        def open_run() -> None:
+            self._connect(tracking.experiment, uri)
+            self._find_or_create(run, shown, params, parent, tags or {})
+
         self._enabled = tracking.enabled
-        self._open: Callable[[], None] | None = lambda: self._find_or_create(
-            tracking.experiment, uri, run, params
-        )
+        self._open: Callable[[], None] | None = open_run
         self._client: Any = None
-        self._run_id = ""
+        self._run_id = self._experiment_id = ""
         self._kept: list[Any] = []
         self._lost = 0
         self._pause = 0.0
@@ -84,15 +112,32 @@ class Tracker:
 
     def log_figure(self, png: bytes, name: str) -> None:
         """Log a PNG as the artifact figures/`name`; a figure that cannot be sent now is lost."""
+        self.log_file(png, name, "figures")
+
+    def log_file(self, data: bytes, name: str, folder: str | None = None) -> None:
+        """Log `data` as the artifact `name` in `folder`; what cannot be sent now is lost."""
 
         def send() -> None:
-            with tempfile.TemporaryDirectory() as folder:
-                path = Path(folder) / name
-                path.write_bytes(png)
-                self._client.log_artifact(self._run_id, str(path), "figures")
+            with tempfile.TemporaryDirectory() as local:
+                path = Path(local) / name
+                path.write_bytes(data)
+                self._client.log_artifact(self._run_id, str(path), folder)
 
         if not self._attempt(send):
             self._lost += 1
+
+    def set_tags(self, tags: Mapping[str, str]) -> None:
+        """Set or replace tags; `mlflow.note.content` is the text that the run's page shows."""
+
+        def send() -> None:
+            for key, value in tags.items():
+                self._client.set_tag(self._run_id, key, value)
+
+        self._attempt(send)
+
+    def rename(self, name: str) -> None:
+        """Show the run under another name."""
+        self._attempt(lambda: self._client.update_run(self._run_id, name=name))
 
     def finish(self) -> None:
         """Send what was kept and mark the run as finished; says what never arrived."""
@@ -104,37 +149,66 @@ class Tracker:
                 stacklevel=2,
             )
 
-    def _find_or_create(
-        self, experiment: str, uri: str, run: str, params: Mapping[str, Any]
-    ) -> None:
+    def _connect(self, experiment: str, uri: str) -> None:
         # A dead server must cost seconds, not MLflow's default of many minutes of retries.
         os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
         os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "10")
+        from mlflow.exceptions import MlflowException
         from mlflow.tracking import MlflowClient
 
         self._client = MlflowClient(tracking_uri=uri)
         found = self._client.get_experiment_by_name(experiment)
-        if found:
-            experiment_id = found.experiment_id
-        else:
+        if not found:
             location = None
             if uri.startswith("sqlite:///"):
                 location = str(Path(uri.removeprefix("sqlite:///")).parent / "mlartifacts")
-            experiment_id = self._client.create_experiment(experiment, artifact_location=location)
+            try:
+                self._experiment_id = self._client.create_experiment(
+                    experiment, artifact_location=location
+                )
+                return
+            except MlflowException:
+                # Another run may have created it meanwhile; without it the attempt has failed.
+                found = self._client.get_experiment_by_name(experiment)
+                if not found:
+                    raise
+        self._experiment_id = found.experiment_id
+
+    def _find_or_create(
+        self,
+        run: str,
+        name: str,
+        params: Mapping[str, Any],
+        parent: str | None,
+        tags: Mapping[str, str],
+    ) -> None:
+        found = self._find(run)
+        if found:
+            self._run_id = found
+            self._client.set_tag(self._run_id, "fae.resumed", "true")
+            self._client.update_run(self._run_id, status="RUNNING")
+            return
+        made = {RUN_TAG: run, **source_tags(), **tags}
+        parent_id = self._find(parent) if parent else None
+        if parent_id:
+            made["mlflow.parentRunId"] = parent_id
+        created = self._client.create_run(self._experiment_id, tags=made, run_name=name)
+        self._run_id = created.info.run_id
+        from mlflow.entities import Param
+
+        values = [
+            Param(key, redact(str(value))[:MAX_PARAM_LENGTH]) for key, value in params.items()
+        ]
+        for start in range(0, len(values), PARAMS_A_CALL):
+            self._client.log_batch(self._run_id, params=values[start : start + PARAMS_A_CALL])
+
+    def _find(self, run: str) -> str | None:
+        """The id of the run with this address."""
         escaped = run.replace("'", "\\'")
         runs = self._client.search_runs(
-            [experiment_id], f"tags.`{RUN_TAG}` = '{escaped}'", max_results=1
+            [self._experiment_id], f"tags.`{RUN_TAG}` = '{escaped}'", max_results=1
         )
-        if runs:
-            self._run_id = runs[0].info.run_id
-            self._client.set_tag(self._run_id, "fae.resumed", "true")
-            return
-        created = self._client.create_run(
-            experiment_id, tags={RUN_TAG: run}, run_name=run.rstrip("/").rpartition("/")[2]
-        )
-        self._run_id = created.info.run_id
-        for key, value in params.items():
-            self._client.log_param(self._run_id, key, redact(str(value))[:MAX_PARAM_LENGTH])
+        return str(runs[0].info.run_id) if runs else None
 
     def _attempt(self, action: Callable[[], None] | None = None) -> bool:
         """Open the run if it is not, send what was kept, then `action`; whether all of it was done."""

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from fae_core.autoencoder import AutoencoderConfig, FeatureAutoencoder
-from fae_core.backbone import Backbone
+from fae_core.backbone import Backbone, BackboneSpec
 from fae_core.figures import picture_grid, reconstruction_rows
 from fae_core.linear_baseline import LinearBaseline
 from pipelines import runs, storage
@@ -52,8 +52,8 @@ class TrainResult:
     metrics: dict[str, float]
 
 
-def train_autoencoder(recipe: Recipe) -> TrainResult:
-    """Train, resume or, where the run is finished, return at once.
+def train_autoencoder(recipe: Recipe, callbacks: Sequence[Any] = ()) -> TrainResult:
+    """Train, resume or, where the run is finished, return at once; `callbacks` are Ray Train's.
 
     Raises RecipeError for a run of this name with another recipe, SourceError for an unusable source, NonFiniteError.
     """
@@ -64,12 +64,12 @@ def train_autoencoder(recipe: Recipe) -> TrainResult:
         start_ray()
         values = for_workers(recipe).model_dump(mode="json")
         config = {"recipe": values, "tracking_uri": resolve_uri(recipe.tracking)}
-        fit(_worker, config, recipe, recipe.autoencoder.training)
+        fit(_worker, config, recipe, recipe.autoencoder.training, callbacks)
     metrics = runs.result(run_uri) or {}
     return TrainResult(storage.join(run_uri, "autoencoder.safetensors"), metrics)
 
 
-def autoencoder_config(recipe: Recipe, backbone: Backbone) -> AutoencoderConfig:
+def autoencoder_config(recipe: Recipe, backbone: Backbone | BackboneSpec) -> AutoencoderConfig:
     """The recipe's autoencoder for this backbone's features."""
     section = recipe.autoencoder
     return AutoencoderConfig(

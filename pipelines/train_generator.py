@@ -8,6 +8,7 @@ samples from the same noise goes to MLflow: pictures where the recipe names deco
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -36,8 +37,8 @@ GRID_COLUMNS = 6
 PREVIEW_STEPS = 50
 
 
-def train_generator(recipe: Recipe) -> TrainResult:
-    """Train, resume or, where the run is finished, return at once.
+def train_generator(recipe: Recipe, callbacks: Sequence[Any] = ()) -> TrainResult:
+    """Train, resume or, where the run is finished, return at once; `callbacks` are Ray Train's.
 
     Raises RecipeError, StoreError for a store that is not finished or lacks columns, NonFiniteError.
     """
@@ -48,21 +49,21 @@ def train_generator(recipe: Recipe) -> TrainResult:
         )
     store = LatentStore.open(for_workers(recipe).latents or "")
     needed_columns(store, recipe.generator)
-    build_generator(recipe.generator, store, device="meta")
+    build_generator(recipe.generator, store.latent_shape, device="meta")
     runs.claim_run(recipe, run_uri, ("latents", "generator"))
     if runs.result(run_uri) is None:
         start_ray()
         values = for_workers(recipe).model_dump(mode="json")
         config = {"recipe": values, "tracking_uri": resolve_uri(recipe.tracking)}
-        fit(_worker, config, recipe, recipe.generator.training)
+        fit(_worker, config, recipe, recipe.generator.training, callbacks)
     return TrainResult(storage.join(run_uri, "generator.safetensors"), runs.result(run_uri) or {})
 
 
 def build_generator(
-    section: GeneratorSection, store: LatentStore, device: str = "cpu"
+    section: GeneratorSection, latent_shape: Sequence[int], device: str = "cpu"
 ) -> DiT | StarFlow:
-    """The recipe's network for the store's latents, untrained. Raises RecipeError for a size that there is not."""
-    channels, *grid = store.latent_shape
+    """The recipe's network for latents [C, H, W], untrained. Raises RecipeError for a size that there is not."""
+    channels, *grid = latent_shape
     shape = (channels, (grid[0], grid[1]))
     common: dict[str, Any] = {
         "num_classes": section.num_classes,
@@ -124,7 +125,7 @@ def _worker(config: dict[str, Any]) -> None:
     store = LatentStore.open(recipe.latents)
     section = recipe.generator
     torch.manual_seed(recipe.seed)
-    model = build_generator(section, store)
+    model = build_generator(section, store.latent_shape)
     mean, std = (
         torch.from_numpy(np.asarray(v)).float() for v in (store.stats.mean, store.stats.std)
     )

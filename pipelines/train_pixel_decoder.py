@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from fae_core.backbone import Backbone
+from fae_core.backbone import Backbone, BackboneSpec
 from fae_core.discriminator import Discriminator, augment, discriminator_loss
 from fae_core.figures import picture_grid
 from fae_core.losses import (
@@ -57,8 +57,8 @@ MAX_VALIDATION_IMAGES = 512
 FIGURE_ROWS = 6
 
 
-def train_pixel_decoder(recipe: Recipe) -> TrainResult:
-    """Train, resume or, where the run is finished, return at once.
+def train_pixel_decoder(recipe: Recipe, callbacks: Sequence[Any] = ()) -> TrainResult:
+    """Train, resume or, where the run is finished, return at once; `callbacks` are Ray Train's.
 
     Raises RecipeError, SourceError, CheckpointError for parts that do not belong together, NonFiniteError.
     """
@@ -75,13 +75,13 @@ def train_pixel_decoder(recipe: Recipe) -> TrainResult:
         start_ray()
         values = for_workers(recipe).model_dump(mode="json")
         config = {"recipe": values, "tracking_uri": resolve_uri(recipe.tracking)}
-        fit(_worker, config, recipe, section.training)
+        fit(_worker, config, recipe, section.training, callbacks)
     return TrainResult(
         storage.join(run_uri, "pixel_decoder.safetensors"), runs.result(run_uri) or {}
     )
 
 
-def pixel_decoder_config(recipe: Recipe, backbone: Backbone) -> PixelDecoderConfig:
+def pixel_decoder_config(recipe: Recipe, backbone: Backbone | BackboneSpec) -> PixelDecoderConfig:
     """The recipe's pixel decoder for this backbone's features."""
     section = recipe.pixel_decoder
     preset = PixelDecoderConfig.preset(section.size, backbone.dim, backbone.grid, recipe.image_size)

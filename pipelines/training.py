@@ -29,6 +29,7 @@ from fae_core.errors import UserError
 from pipelines import storage
 from pipelines.batches import Batch
 from pipelines.config import Recipe, TrainingSection
+from pipelines.history import History
 from pipelines.memory_plan import plan_memory
 from pipelines.ray_session import quiet_logs
 from pipelines.sharding import is_sharded, shard, split_like, whole
@@ -407,6 +408,7 @@ def run_job(
         ray.train.torch.prepare_model(job.adversary.module) if job.adversary else None
     )
     adversary_loss = job.adversary.loss if job.adversary else None
+    history = History(run_uri, state.step) if rank == 0 else None
     bad_images = _BadImages(run_uri, rank)
     meter = _Meter(training, world_size, device)
     validation: dict[str, float] = {}
@@ -433,26 +435,31 @@ def run_job(
             metrics = meter.flush() | {"bad_images": float(len(bad_images))}
             metrics["learning_rate"] = learning_rate(step - 1, training)
             _say(rank, _line(f"step {step}/{training.steps}", metrics))
-            if tracker:
-                tracker.log_metrics(
-                    {f"train/{name}": value for name, value in metrics.items()}, step
-                )
-        if step % training.validate_every == 0 and not last:
+            if tracker and history:
+                named = {f"train/{name}": value for name, value in metrics.items()}
+                tracker.log_metrics(named, step)
+                history.add(named, step)
+        validates = step % training.validate_every == 0 and not last
+        if validates:
             with state.averaged():
                 _gather(model, plain)
-                if tracker and job.validate:
-                    _validate(job.validate, plain, device, step, tracker)
-            meter.restart()
-        if step % training.checkpoint_every == 0 or last:
+                if tracker and history and job.validate:
+                    validation = _validate(job.validate, plain, device, step, tracker, history)
+        saves = step % training.checkpoint_every == 0 or last
+        if saves:
             bad_images.save()
             save_checkpoint(state, run_uri, training.keep_checkpoints, write=rank == 0)
-            ray.train.report({"step": step})
+            if history:
+                history.save()
+        if validates or saves:
+            ray.train.report({"step": step, **(validation if validates else {})})
             meter.restart()
     state.swap_ema()
     _gather(model, plain)
-    if tracker:
+    if tracker and history:
         if job.validate:
-            validation = _validate(job.validate, plain, device, state.step, tracker)
+            validation = _validate(job.validate, plain, device, state.step, tracker, history)
+            history.save()
         tracker.finish()
     return plain, validation
 
@@ -462,11 +469,12 @@ def fit(
     config: dict[str, Any],
     recipe: Recipe,
     training: TrainingSection,
+    callbacks: Sequence[Any] = (),
 ) -> None:
     """Run `worker(config)` on the workers that `training` asks for under Ray Train.
 
-    Where one fails, all begin again at the newest checkpoint, up to `training.max_failures` times. Raises NonFiniteError
-    and TrainingError at once.
+    Where one fails, all begin again at the newest checkpoint, up to `training.max_failures` times. `callbacks` are Ray
+    Train's, which hear of every validation and checkpoint. Raises NonFiniteError and TrainingError at once.
     """
     import ray
     from ray.train import FailureConfig, RunConfig, ScalingConfig, TrainingFailedError
@@ -496,6 +504,7 @@ def fit(
                 storage_path=path,
                 storage_filesystem=filesystem,
                 failure_config=FailureConfig(max_failures=0),
+                callbacks=list(callbacks),
             ),
         )
         try:
@@ -540,7 +549,12 @@ def _gather(model: nn.Module, plain: nn.Module) -> None:
 
 
 def _validate(
-    validate: Validation, model: nn.Module, device: torch.device, step: int, tracker: Tracker
+    validate: Validation,
+    model: nn.Module,
+    device: torch.device,
+    step: int,
+    tracker: Tracker,
+    history: History,
 ) -> dict[str, float]:
     home = next(model.parameters()).device
     model.to(device).eval()
@@ -549,8 +563,11 @@ def _validate(
     model.to(home).train()
     if metrics:
         _say(0, _line(f"validation at step {step}", metrics))
-    tracker.log_metrics({f"validation/{name}": value for name, value in metrics.items()}, step)
+    named = {f"validation/{name}": value for name, value in metrics.items()}
+    tracker.log_metrics(named, step)
+    history.add(named, step)
     if figure:
+        history.save_figure(figure)
         tracker.log_figure(figure, f"step_{step:09d}.png")
     return metrics
 

@@ -28,6 +28,8 @@ def fae(*arguments: str) -> subprocess.CompletedProcess[str]:
         (["evaluate", "--help"], "evaluate.reference="),
         (["submit", "--help"], "output=s3://b/latents"),
         (["doctor", "--help"], "--fix"),
+        (["run", "--help"], "--dry-run"),
+        (["tune", "--help"], "tune.algorithm=optuna"),
     ],
 )
 def test_help_teaches(arguments, word):
@@ -50,6 +52,8 @@ def test_what_is_printed_is_the_recipe_again(name, tmp_path):
         (["precompute", "photos-dinov2s", "data.path=/nowhere", "output=x", "autoencoder.checkpoint=y"], "/nowhere"),
         (["train", "autoencoder", "photos-dinov2s"], "run=NAME"),
         (["probe", "photos-dinov2s", "data.path=x"], "labelled images"),
+        (["run", "photos-dinov2s", "--until", "sampels"], "chain.until: given 'sampels'"),
+        (["tune", "sweep-fashion", "tune.space.sed.grid=[1]"], "Did you mean 'seed'?"),
         (["inspect", "/nowhere"], "holds no latent store"),
     ],
 )  # fmt: skip

@@ -1,1 +1,1 @@
-"""Searches over recipes with Ray Tune (not there yet)."""
+"""Searches over recipes with Ray Tune."""

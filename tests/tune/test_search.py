@@ -1,0 +1,203 @@
+"""A sweep with real Ray and a real tracking server: killed and restored, stages shared, one trial stopped early."""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from pathlib import Path
+
+import pytest
+
+from pipelines.config import RecipeError, load_recipe
+from tune.search import concurrent_trials, search
+from tune.trials import plan_trial
+
+ROOT = Path(__file__).parents[2]
+RECIPE = str(ROOT / "tests" / "tiny_chain.yaml")
+DIM, COLUMNS = "autoencoder.latent_dim", "precompute.columns"
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory):
+    """Address of an MLflow server on loopback."""
+    folder = tmp_path_factory.mktemp("server")
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    command = [
+        sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", str(port), "--workers", "1",
+        "--backend-store-uri", f"sqlite:///{folder}/mlflow.db", "--artifacts-destination", str(folder / "artifacts"),
+    ]  # fmt: skip
+    log = (folder / "log").open("w")
+    process = subprocess.Popen(command, stdout=log, stderr=log, start_new_session=True)
+    address = f"http://127.0.0.1:{port}"
+    deadline = time.monotonic() + 120
+    while True:
+        assert process.poll() is None and time.monotonic() < deadline, (folder / "log").read_text()
+        try:
+            urllib.request.urlopen(f"{address}/health", timeout=1)
+            break
+        except OSError:
+            time.sleep(0.2)
+    yield address
+    os.killpg(process.pid, signal.SIGTERM)
+    process.wait(30)
+
+
+@pytest.fixture(scope="module")
+def local_ray():
+    import ray
+
+    from pipelines.ray_session import start_ray
+
+    start_ray(num_cpus=4)
+    yield
+    ray.shutdown()
+
+
+def values(photographs, folder, *more: str) -> list[str]:
+    places = [f"data.path={photographs}", f"storage={folder}", "tune.name=s", "data.limit=48"]
+    return [*places, *more]
+
+
+def results(folder: Path) -> dict[str, dict]:
+    files = (folder / "tune" / "s" / "trials").glob("*/result.json")
+    return {file.parent.name: json.loads(file.read_text()) for file in files}
+
+
+def test_a_trial_has_the_stages_that_its_objectives_need(photographs, tmp_path):
+    def stages(*more: str) -> list[str]:
+        recipe = load_recipe(RECIPE, values(photographs, tmp_path, *more))
+        return [stage.name for stage in plan_trial(recipe, {}).stages]
+
+    assert stages() == ["autoencoder"]
+    assert stages("tune.objectives=[{metric: probe/knn_latent}]") == ["autoencoder", "probe"]
+    assert stages("chain.until=generator") == ["autoencoder", "latents", "generator"]
+    with pytest.raises(RecipeError, match="'frechet' is no STAGE/NAME"):
+        stages("tune.objectives=[{metric: frechet}]")
+
+
+def test_as_many_trials_at_once_as_the_cluster_trains(photographs, tmp_path):
+    recipe = load_recipe(RECIPE, values(photographs, tmp_path, "chain.until=generator"))
+    trial = plan_trial(recipe, {})
+    assert [concurrent_trials(recipe, trial, {"CPU": n}) for n in (1, 2, 6)] == [1, 1, 4]
+    recipe.tune.max_concurrent_trials = 3
+    assert concurrent_trials(recipe, trial, {"CPU": 1}) == 3
+
+
+@pytest.mark.integration
+def test_a_killed_sweep_is_restored_and_trials_share_stages(
+    server, local_ray, photographs, tmp_path, monkeypatch
+):
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", server)
+    overrides = values(
+        photographs, tmp_path, f"tune.space.{DIM}.grid=[4,8]", f"tune.space.{COLUMNS}.grid=[[mean],[mean,logvar]]",
+        "tune.objectives=[{metric: autoencoder/cosine, mode: max}, {metric: latents/bytes_per_image}]",
+    )  # fmt: skip
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    environment.pop("RAY_ADDRESS", None)
+    process = subprocess.Popen(
+        [sys.executable, "-m", "tune.search", RECIPE, *overrides, "tune.max_concurrent_trials=1"],
+        cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+    )  # fmt: skip
+    deadline = time.monotonic() + 300
+    while not results(tmp_path):
+        assert time.monotonic() < deadline and process.poll() is None, process.stdout.read()
+        time.sleep(0.1)
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+    before = results(tmp_path)
+    assert 1 <= len(before) < 4
+
+    numbers = search(load_recipe(RECIPE, [*overrides, "tune.max_concurrent_trials=2"]))
+    after = results(tmp_path)
+    assert numbers["trials"] == numbers["finished"] == len(after) == 4
+    assert {key: after[key] for key in before} == before
+    ran = [stage for result in after.values() for stage in result["ran"]]
+    assert (ran.count("autoencoder"), ran.count("latents")) == (2, 4)
+    assert len(list(tmp_path.glob("autoencoder-*"))) == 2
+    recommended = load_recipe(str(tmp_path / "tune" / "s" / "recommended.yaml"))
+    assert numbers["best"] == {
+        DIM: recommended.autoencoder.latent_dim,
+        COLUMNS: recommended.precompute.columns,
+    }
+    check_tracking(server, numbers)
+
+
+def check_tracking(server: str, numbers: dict) -> None:
+    from mlflow.tracking import MlflowClient
+
+    client = MlflowClient(server)
+    experiment = client.get_experiment_by_name("fae").experiment_id
+    runs = {run.data.tags["fae.kind"]: [] for run in client.search_runs([experiment])}
+    for run in client.search_runs([experiment]):
+        runs[run.data.tags["fae.kind"]].append(run)
+    (sweep,) = runs["sweep"]
+    assert "Recommended" in sweep.data.tags["mlflow.note.content"]
+    starred = [run.info.run_name for run in runs["trial"] if run.info.run_name.startswith("★ ")]
+    assert len(starred) == 1 and f"latent_dim={numbers['best'][DIM]} " in starred[0]
+    assert len(runs["trial"]) == 4
+    for run in runs["trial"]:
+        tags = run.data.tags
+        assert tags["mlflow.parentRunId"] == sweep.info.run_id and tags["fae.state"] == "finished"
+        assert (
+            len(tags["fae.autoencoder"]) == len(tags["fae.latents"]) == len(tags["fae.data"]) == 64
+        )
+        assert tags["version.torch"] and run.info.status == "FINISHED"
+        assert run.data.params["autoencoder.training.steps"] == "8"
+        mse = client.get_metric_history(run.info.run_id, "autoencoder/validation/mse")
+        assert [point.step for point in mse] == [4, 8]
+        assert run.data.metrics["latents/bytes_per_image"] in (32, 64)
+        figures = {file.path for file in client.list_artifacts(run.info.run_id, "figures")}
+        assert "figures/autoencoder-validation.png" in figures
+        recipe = {file.path for file in client.list_artifacts(run.info.run_id)}
+        assert "recipe.yaml" in recipe
+    pages = {file.path for file in client.list_artifacts(sweep.info.run_id)}
+    assert {"report.md", "recommended.yaml", "figures"} <= pages
+
+
+@pytest.mark.integration
+def test_asha_stops_a_trial_in_the_middle_of_its_training(local_ray, photographs, tmp_path):
+    recipe = load_recipe(
+        RECIPE,
+        values(
+            photographs, tmp_path, "tracking.enabled=false", "tune.scheduler=asha", "tune.max_concurrent_trials=1",
+            "tune.space.autoencoder.training.learning_rate.grid=[1e-3,1e-9]", "autoencoder.training.steps=120",
+            "autoencoder.training.validate_every=20", "autoencoder.training.checkpoint_every=20",
+            "tune.asha.grace_steps=20", "tune.asha.reduction_factor=2",
+        ),
+    )  # fmt: skip
+    numbers = search(recipe)
+    assert (numbers["trials"], numbers["finished"]) == (2, 1)
+    stopped = next(r for r in results(tmp_path).values() if r["state"] == "stopped early")
+    assert stopped["settings"] == {"autoencoder.training.learning_rate": 1e-9}
+    assert 20 <= stopped["metrics"]["autoencoder/step"] < 120
+    folder = tmp_path / f"autoencoder-{stopped['stages']['autoencoder']}"
+    assert not (folder / "result.json").exists()
+    again = search(recipe)
+    assert again == numbers and not (folder / "result.json").exists()
+
+
+@pytest.mark.integration
+def test_optuna_draws_on_from_the_recorded_trials(local_ray, photographs, tmp_path):
+    def run(count: int) -> list[float]:
+        search(
+            load_recipe(
+                RECIPE,
+                values(
+                    photographs, tmp_path, "tracking.enabled=false", "tune.algorithm=optuna",
+                    f"tune.num_samples={count}", "tune.space.autoencoder.kl_weight.loguniform=[1e-6,1e-3]",
+                    "tune.objectives=[{metric: autoencoder/mse}, {metric: autoencoder/kl}]",
+                ),
+            )
+        )  # fmt: skip
+        return [r["settings"]["autoencoder.kl_weight"] for r in results(tmp_path).values()]
+
+    first = run(1)
+    second = run(2)
+    assert len(first) == 1 and len(second) == 2 and set(first) < set(second)
+    assert all(1e-6 <= weight <= 1e-3 for weight in second)

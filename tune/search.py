@@ -1,0 +1,278 @@
+"""`fae tune`: a sweep of recipes by Ray Tune, each trial a walk through the chain's stages.
+
+A stage that several trials share runs once: its folder is named by what decides it, and a claim (claims.py) lets one trial
+at a time work there. Trials report every validation of their autoencoder, so ASHA stops one in the middle of its training;
+trials.py says what they leave. The same command restores a sweep whose driver was killed.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import sys
+import tempfile
+from collections.abc import Mapping
+from typing import Any
+
+from ray.tune import Callback
+from ray.tune.integration.ray_train import TuneReportCallback
+
+from fae_core.errors import UserError
+from pipelines import storage
+from pipelines.chain import run_stage, training_resources
+from pipelines.command import run_module
+from pipelines.config import Recipe, RecipeError
+from pipelines.ray_session import for_workers, quiet_logs, start_ray
+from pipelines.stages import needed_stages, plan_stages, training_of
+from pipelines.tracking import Tracker, resolve_uri
+from tune.algorithms import optuna_search, scheduler
+from tune.claims import claimed
+from tune.report import write_sweep_report
+from tune.spaces import Settings, label, planned_settings
+from tune.sweep_tracking import log_stage, star_trials, sweep_tracker, trial_tracker
+from tune.trials import FINISHED, STEP, STOPPED, Trial, begin, plan_trial, recorded, sweep_folder
+
+SETTINGS = "settings"
+
+
+class SearchError(UserError, RuntimeError):
+    """Trials failed; the message holds their first errors. The same command tries them again."""
+
+
+def search(recipe: Recipe) -> dict[str, Any]:
+    """Run the sweep's missing trials and write its report; returns that report's numbers.
+
+    Raises RecipeError before anything runs, SearchError after the other trials have ended.
+    """
+    made = _with_places(recipe)
+    folder, settings = sweep_folder(made), planned_settings(recipe)
+    plan_trial(made, {})
+    storage.write_bytes(storage.join(folder, "recipe.yaml"), recipe.to_yaml().encode())
+    start_ray()
+    made = with_shared_decoder(made)
+    trials = {trial.uri: trial for trial in (plan_trial(made, values) for values in settings)}
+    tracker = sweep_tracker(made)
+    todo = [trial for trial in trials.values() if trial.result() is None]
+    suggested = made.tune.num_samples if made.tune.algorithm == "optuna" else 0
+    _say(f"{folder}: {len(trials)} trials, {len(trials) - len(todo)} of them finished already")
+    if todo or suggested:
+        _run(made, list(trials.values()), folder)
+    return _report(recipe, made, tracker)
+
+
+def with_shared_decoder(recipe: Recipe) -> Recipe:
+    """The recipe with its pixel decoder trained and named, where no trial can change or finetune it.
+
+    Its first stage knows no autoencoder, so one serves all trials, those of other seeds included.
+    """
+    varied = {key for point in recipe.tune.points for key in point} | recipe.tune.space.keys()
+    sections = ("pixel_decoder", "data", "backbone", "image_size")
+    if (
+        recipe.chain.finetune
+        or recipe.pixel_decoder.checkpoint
+        or any(key.split(".")[0] in sections for key in varied)
+        or "samples" not in {stage.name for stage in plan_trial(recipe, {}).stages}
+    ):
+        return recipe
+    planned = plan_stages(plan_trial(recipe, {}).recipe)
+    (stage,) = needed_stages(planned, {"pixel-decoder"})
+    _say(f"pixel decoder of all trials: {stage.uri}")
+    run_stage(stage)
+    made = recipe.model_copy(deep=True)
+    made.pixel_decoder.checkpoint = storage.join(stage.uri, "pixel_decoder.safetensors")
+    return made
+
+
+def run_trial(config: dict[str, Any], values: dict[str, Any]) -> None:
+    """What Ray Tune calls in a process of its own: the stages that are missing, each under its claim.
+
+    A trial that is recorded already only reports again what it reported then; ASHA is told so after a restart.
+    """
+    from ray import tune
+
+    quiet_logs()
+    recipe = Recipe.model_validate(values)
+    trial = plan_trial(recipe, settings_of(config))
+    found = trial.result()
+    if found:
+        for report in trial.reports():
+            tune.report(report)
+        tune.report(found["metrics"])
+        return
+    tracker = trial_tracker(recipe, trial)
+    tracker.log_file(begin(trial), "recipe.yaml")
+    ran: dict[str, float] = {}
+    for stage in trial.stages:
+        if stage.result() is None:
+            with claimed(stage.uri):
+                if stage.result() is None:
+                    callbacks = [_ReportValidation()] if stage.name == "autoencoder" else []
+                    ran[stage.name] = run_stage(stage, callbacks)["seconds"]
+        if stage.name == "autoencoder" and stage.name not in ran:
+            for report in trial.reports():
+                tune.report(report)
+        log_stage(tracker, stage)
+    metrics = trial.metrics()
+    trial.record(FINISHED, metrics, ran)
+    tracker.set_tags({"fae.state": FINISHED})
+    tracker.finish()
+    tune.report(metrics)
+
+
+def settings_of(config: Mapping[str, Any]) -> Settings:
+    """The settings in a Tune trial's config: as planned here, or as Optuna suggested them."""
+    return dict(json.loads(config[SETTINGS])) if SETTINGS in config else dict(config)
+
+
+def concurrent_trials(recipe: Recipe, trial: Trial, cluster: Mapping[str, float]) -> int:
+    """tune.max_concurrent_trials, or how many of the trial's most demanding stage the cluster's CPUs and GPUs hold."""
+    if recipe.tune.max_concurrent_trials:
+        return recipe.tune.max_concurrent_trials
+    fits = [
+        cluster.get(name, 0.0) / value
+        for stage in trial.stages
+        if training_of(stage)
+        for name, value in training_resources([stage]).items()
+        if value
+    ]
+    return max(1, math.floor(min(fits, default=1.0)))
+
+
+class _ReportValidation(TuneReportCallback):
+    """Passes what the autoencoder's training reports on to Tune, named as the chain names it."""
+
+    def after_report(
+        self, run_context: Any, metrics: list[dict[str, Any]], checkpoint: Any
+    ) -> None:
+        first = {f"autoencoder/{name}": value for name, value in metrics[0].items()}
+        if len(first) > 1:
+            self._training_actor_item_queue.put(first)
+
+
+class _Recorder(Callback):
+    """In the driver: says how trials go, and records those that the scheduler stopped."""
+
+    def __init__(self, recipe: Recipe) -> None:
+        self.recipe = recipe
+        self.errors: list[str] = []
+
+    def on_trial_start(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+        _say(f"trial {label(settings_of(trial.config))}: started")
+
+    def on_trial_result(
+        self, iteration: int, trials: list[Any], trial: Any, result: dict[str, Any], **info: Any
+    ) -> None:
+        if STEP in result:
+            metric = f"autoencoder/{self.recipe.tune.asha.metric}"
+            shown = f"{metric} {result.get(metric, math.nan):.4g}"
+            _say(f"trial {label(settings_of(trial.config))}: step {result[STEP]}  {shown}")
+
+    def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+        made = plan_trial(self.recipe, settings_of(trial.config))
+        found = made.result()
+        if found is None:
+            reported = {
+                name: float(value)
+                for name, value in trial.last_result.items()
+                if name.startswith("autoencoder/")
+            }
+            made.record(STOPPED, {**made.metrics(), **reported}, {})
+            tracker = trial_tracker(self.recipe, made)
+            for report in made.reports():
+                step = int(report[STEP])
+                tracker.log_metrics({k: v for k, v in report.items() if k != STEP}, step)
+            tracker.set_tags({"fae.state": STOPPED})
+            tracker.finish()
+        state = found["state"] if found else STOPPED
+        _say(f"trial {label(settings_of(trial.config))}: {state}")
+
+    def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+        error = trial.get_pickled_error() or trial.get_error()
+        cause = getattr(error, "cause", None) or error
+        last = str(cause).strip().splitlines()[-1:] or [""]
+        self.errors.append(f"{label(settings_of(trial.config))}: {type(cause).__name__}: {last[0]}")
+        _say(f"trial {self.errors[-1]}")
+
+
+def _run(recipe: Recipe, trials: list[Trial], folder: str) -> None:
+    import ray
+    from ray import tune
+
+    # A stopped trial lacks what later stages report; Tune would take that for a mistake.
+    os.environ["TUNE_DISABLE_STRICT_METRIC_CHECKING"] = "1"
+    # Its newer printer announces itself at every verbosity; the recorder below says what there is to say.
+    os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")
+    judge = scheduler(recipe)
+    todo = [trial for trial in trials if trial.result() is None]
+    if judge is not None:
+        # Those that have ended come first: the scheduler judges the others by them.
+        todo = sorted(trials, key=lambda trial: trial.result() is None)
+    limit = concurrent_trials(recipe, plan_trial(recipe, {}), ray.cluster_resources())
+    _say(f"{limit} at a time")
+    recorder = _Recorder(recipe)
+    options: dict[str, Any] = {"scheduler": judge, "max_concurrent_trials": limit}
+    space: dict[str, Any] = {}
+    if recipe.tune.algorithm == "optuna":
+        searcher, missing = optuna_search(recipe, todo, folder)
+        if not missing:
+            return
+        options |= {"search_alg": searcher, "num_samples": missing}
+    else:
+        space[SETTINGS] = tune.grid_search([json.dumps(trial.settings) for trial in todo])
+    trainable = tune.with_parameters(run_trial, values=recipe.model_dump(mode="json"))
+    with tempfile.TemporaryDirectory() as scratch:
+        tuner = tune.Tuner(
+            # A trial itself only waits; its stages ask for what they need.
+            tune.with_resources(trainable, {"CPU": 0.01}),
+            param_space=space,
+            tune_config=tune.TuneConfig(**options),
+            run_config=tune.RunConfig(
+                name="tune", storage_path=scratch, callbacks=[recorder], verbose=0
+            ),
+        )
+        tuner.fit()
+    if recorder.errors:
+        raise SearchError(
+            f"{len(recorder.errors)} trials failed, the others are recorded:\n  "
+            + "\n  ".join(recorder.errors)
+            + "\nThe same command tries them again."
+        )
+
+
+def report(recipe: Recipe) -> dict[str, Any]:
+    """Write the sweep's page again from its records, as it stands now; returns its numbers."""
+    made = _with_places(recipe)
+    if not recorded(sweep_folder(made)):
+        raise RecipeError(f"{sweep_folder(made)} holds no trials yet: `fae tune` makes them.")
+    return _report(recipe, made, sweep_tracker(made))
+
+
+def _report(recipe: Recipe, made: Recipe, tracker: Tracker) -> dict[str, Any]:
+    numbers = write_sweep_report(recipe, made, tracker)
+    star_trials(made, recorded(sweep_folder(made)), numbers["best_trials"])
+    tracker.finish()
+    return numbers
+
+
+def _with_places(recipe: Recipe) -> Recipe:
+    """The recipe with absolute places: Ray's processes work in other folders."""
+    made = for_workers(recipe)
+    made.tracking.uri = resolve_uri(recipe.tracking)
+    return made
+
+
+def _say(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
+
+
+def main() -> int:
+    """`python -m tune.search RECIPE key=value ...`; the exit status."""
+    return run_module("tune.search", search)
+
+
+if __name__ == "__main__":
+    # Under its own name, so that Ray ships functions and classes by reference.
+    from tune.search import main as _main
+
+    sys.exit(_main())

@@ -1,0 +1,80 @@
+"""A sweep in MLflow: one run for it, and nested in that one for each trial, with recipe, curves, pictures and fingerprints."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from typing import Any
+
+from pipelines import storage
+from pipelines.chain_report import stage_pictures
+from pipelines.config import Recipe
+from pipelines.history import read_history
+from pipelines.stages import Stage, training_of
+from pipelines.tracking import Tracker, flatten, resolve_uri
+from tune.spaces import label
+from tune.trials import BEGUN, Trial, sweep_folder
+
+
+def sweep_tracker(recipe: Recipe) -> Tracker:
+    """The sweep's MLflow run, in which its trials are nested."""
+    params = flatten(recipe.tune.model_dump(mode="json", exclude_none=True))
+    return Tracker(
+        recipe.tracking,
+        resolve_uri(recipe.tracking),
+        sweep_folder(recipe),
+        params,
+        name=f"sweep {recipe.tune.name}",
+        tags={"fae.kind": "sweep"},
+    )
+
+
+def trial_tracker(recipe: Recipe, trial: Trial) -> Tracker:
+    """The trial's MLflow run: its whole recipe as parameters, its settings in its name."""
+    return Tracker(
+        recipe.tracking,
+        resolve_uri(recipe.tracking),
+        trial.uri,
+        flatten(trial.recipe.model_dump(mode="json", exclude={"tune"})),
+        name=label(trial.settings),
+        parent=sweep_folder(recipe),
+        tags={
+            "fae.kind": "trial",
+            "fae.state": "running",
+            "fae.data": str(trial.stages[0].parts.get("source", "")),
+        },
+    )
+
+
+def log_stage(tracker: Tracker, stage: Stage) -> None:
+    """Curves by step, numbers, pictures and fingerprint of a finished stage into the trial's run."""
+    result = stage.result()
+    assert result is not None
+    last = 0
+    if training_of(stage):
+        by_step: dict[int, dict[str, float]] = {}
+        for name, series in read_history(stage.uri).items():
+            for step, value in series:
+                by_step.setdefault(step, {})[f"{stage.name}/{name}"] = value
+        for step in sorted(by_step):
+            tracker.log_metrics(by_step[step], step)
+            last = step
+    named = {f"{stage.name}/{name}": value for name, value in result["metrics"].items()}
+    tracker.log_metrics(named, last)
+    for name, png in stage_pictures(stage).items():
+        tracker.log_figure(png, f"{stage.name}-{name}")
+    tracker.set_tags({f"fae.{stage.name}": result["fingerprint"]})
+
+
+def star_trials(
+    recipe: Recipe, records: Mapping[str, Mapping[str, Any]], best: Collection[str]
+) -> None:
+    """Put a star before the names of the ended trials `best`, by key, and of no other."""
+    uri, folder = resolve_uri(recipe.tracking), sweep_folder(recipe)
+    for key, record in records.items():
+        if record["state"] == BEGUN:
+            continue
+        address = storage.join(folder, "trials", key)
+        tracker = Tracker(recipe.tracking, uri, address, {}, parent=folder)
+        tracker.rename(("★ " if key in best else "") + label(record["settings"]))
+        tracker.set_tags({"fae.best": str(key in best).lower()})
+        tracker.finish()
