@@ -28,7 +28,7 @@ from pipelines.storage import StorageError
 from tests.fault_proxy import FaultProxy
 from tests.tiny import SHARD_SIZE, TINY, noisy_jpegs, save_autoencoder, wait_for
 
-pytestmark = pytest.mark.integration
+pytestmark = [pytest.mark.integration, pytest.mark.faults]
 ROOT = Path(__file__).parents[2]
 NUM_IMAGES = 96
 

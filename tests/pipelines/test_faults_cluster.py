@@ -21,7 +21,7 @@ from pipelines.config import load_recipe
 from pipelines.precompute import precompute
 from tests.tiny import TINY, noisy_jpegs, save_autoencoder, wait_for
 
-pytestmark = pytest.mark.integration
+pytestmark = [pytest.mark.integration, pytest.mark.faults]
 ROOT = Path(__file__).parents[2]
 NUM_IMAGES = 400
 

@@ -150,6 +150,7 @@ def test_a_killed_run_ends_with_the_same_parameters_bit_for_bit(
         assert np.array_equal(value, actual[name]), name
 
 
+@pytest.mark.faults
 @pytest.mark.integration
 def test_a_killed_worker_is_replaced_by_the_same_command_and_changes_no_bit(
     photographs, uninterrupted, tmp_path
