@@ -105,10 +105,11 @@ def fingerprint_of(parts: Mapping[str, str]) -> str:
     return hashlib.sha256(json.dumps(dict(sorted(parts.items()))).encode()).hexdigest()
 
 
-def source_digest(records: pa.Table) -> str:
+def source_digest(records: pa.Table | Sequence[ImageRecord]) -> str:
     """SHA-256 over key, uri, label and caption of every record in order."""
     digest = hashlib.sha256()
-    for batch in records.to_batches(max_chunksize=8192):
+    table = records if isinstance(records, pa.Table) else records_table(records)
+    for batch in table.to_batches(max_chunksize=8192):
         for row in zip(*(column.to_pylist() for column in batch.columns), strict=True):
             digest.update(json.dumps(row).encode())
     return digest.hexdigest()

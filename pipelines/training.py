@@ -474,7 +474,8 @@ def fit(
     """Run `worker(config)` on the workers that `training` asks for under Ray Train.
 
     Where one fails, all begin again at the newest checkpoint, up to `training.max_failures` times. `callbacks` are Ray
-    Train's, which hear of every validation and checkpoint. Raises NonFiniteError and TrainingError at once.
+    Train's, which hear of every validation and checkpoint. Raises NonFiniteError, TrainingError and every other
+    UserError at once.
     """
     import ray
     from ray.train import FailureConfig, RunConfig, ScalingConfig, TrainingFailedError
@@ -513,7 +514,7 @@ def fit(
         except TrainingFailedError as error:
             for failure in getattr(error, "worker_failures", {}).values():
                 for cause in (failure, getattr(failure, "cause", None)):
-                    if isinstance(cause, NonFiniteError | TrainingError):
+                    if isinstance(cause, UserError):
                         raise type(cause)(str(cause)) from None
             if failures == training.max_failures:
                 raise
