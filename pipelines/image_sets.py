@@ -81,7 +81,11 @@ class ImageSet:
             ]
         parts = [self.records[start : start + size] for start in starts]
         return [
-            {"records": [[r.key, r.uri] for r in part], "column": self.image_column}
+            {
+                "records": [[r.key, r.uri] for r in part],
+                "source": self.uri,
+                "column": self.image_column,
+            }
             for part in parts
         ]
 
@@ -138,7 +142,7 @@ def read_crops(
         images = np.frombuffer(content, np.uint8).reshape(count, side, side, 3)
         return images, list(range(count)), []
     records = [ImageRecord(key, uri) for key, uri in piece["records"]]
-    blobs = read_records(records, recipe.data.model_copy(update={"image_column": piece["column"]}))
+    blobs = read_records(records, _data_of(piece["source"], piece["column"], recipe))
     return decode_records(records, blobs, recipe.image_size, recipe.data.max_pixels)
 
 
@@ -261,8 +265,14 @@ def _samples_manifest(uri: str) -> dict[str, Any] | None:
     return None
 
 
+def _data_of(uri: str, image_column: str, recipe: Recipe) -> DataSection:
+    """How records of the set at `uri` are read: from there alone, not from the recipe's own data."""
+    changes = {"path": uri, "format": "auto", "image_column": image_column}
+    return recipe.data.model_copy(update=changes)
+
+
 def _check_sample_size(uri: str, record: ImageRecord, recipe: Recipe) -> None:
-    (blob,) = read_records([record], recipe.data.model_copy(update={"image_column": "image"}))
+    (blob,) = read_records([record], _data_of(uri, "image", recipe))
     if isinstance(blob, Exception):
         raise blob
     with Image.open(io.BytesIO(blob)) as image:
