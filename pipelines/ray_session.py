@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import logging
 import os
+import socket
 from pathlib import Path
 from typing import Any
 
@@ -37,12 +38,31 @@ def start_ray(**local: Any) -> None:
         # Without an address Ray would join any cluster that happens to run on this machine. Ray Train asks the
         # dashboard's state API about its controller, and complains every second without it.
         local = {"address": "local", "include_dashboard": True, **local}
+        forget_dead_cluster()
     ray.init(
         ignore_reinit_error=True,
         logging_level=logging.WARNING,
         runtime_env={"env_vars": {key: os.environ[key] for key in QUIET}},
         **local,
     )
+
+
+def forget_dead_cluster() -> None:
+    """Remove Ray's note of this machine's cluster where nothing listens at its address any more.
+
+    `ray start` writes it and a killed head leaves it. Workers of a local cluster read it too, to find the state API,
+    and Ray Train's own threads then fail with tracebacks about a cluster that is long gone.
+    """
+    from ray._private import utils
+
+    address = utils.read_ray_address()
+    if not address:
+        return
+    host, _, port = address.rpartition(":")
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), timeout=2).close()
+    except (OSError, ValueError):
+        Path(utils.get_ray_address_file(None)).unlink(missing_ok=True)
 
 
 def plain_error(error: Exception) -> Exception:
