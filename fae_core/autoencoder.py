@@ -14,7 +14,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from fae_core.layers import Block, init_linear, rope_table, sincos_position_table, split_heads
+from fae_core.layers import (
+    Block,
+    RMSNorm,
+    init_linear,
+    rope_table,
+    sincos_position_table,
+    split_heads,
+)
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "gelu": F.gelu,
@@ -90,7 +97,7 @@ class FeatureEncoder(nn.Module):
         self.kind = kind
         self.num_heads = num_heads
         self.activation = ACTIVATIONS[activation]
-        self.norm = nn.RMSNorm(feature_dim, eps=1e-6) if pre_norm else nn.Identity()
+        self.norm = RMSNorm(feature_dim, eps=1e-6) if pre_norm else nn.Identity()
         width = feature_dim
         if kind == "attention":
             width = num_heads * head_dim

@@ -19,6 +19,7 @@ from torch.utils.checkpoint import checkpoint as recompute
 
 from fae_core.generators.latent_model import LatentModel
 from fae_core.layers import (
+    RMSNorm,
     SwiGLU,
     apply_rope,
     init_linear,
@@ -100,7 +101,7 @@ def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
 def make_norm(kind: str, width: int) -> nn.Module:
     """RMSNorm with a gain (LightningDiT) or LayerNorm without parameters (DiT, SiT)."""
     if kind == "rmsnorm":
-        return nn.RMSNorm(width, eps=1e-6)
+        return RMSNorm(width, eps=1e-6)
     return nn.LayerNorm(width, eps=1e-6, elementwise_affine=False)
 
 
@@ -117,8 +118,8 @@ class DiTBlock(nn.Module):
         head_dim = width // config.num_heads
         self.norm_attention = make_norm(config.norm, width)
         self.qkv = nn.Linear(width, 3 * width)
-        self.norm_q = nn.RMSNorm(head_dim, eps=1e-6) if config.qk_norm else nn.Identity()
-        self.norm_k = nn.RMSNorm(head_dim, eps=1e-6) if config.qk_norm else nn.Identity()
+        self.norm_q = RMSNorm(head_dim, eps=1e-6) if config.qk_norm else nn.Identity()
+        self.norm_k = RMSNorm(head_dim, eps=1e-6) if config.qk_norm else nn.Identity()
         self.output = nn.Linear(width, width)
         self.norm_mlp = make_norm(config.norm, width)
         if config.mlp == "swiglu":

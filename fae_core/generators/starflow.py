@@ -18,7 +18,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint as recompute
 
 from fae_core.generators.latent_model import LatentModel
-from fae_core.layers import apply_rope, init_linear, rope_table, split_heads
+from fae_core.layers import RMSNorm, apply_rope, init_linear, rope_table, split_heads
 
 HEAD_DIM = 64
 SOFTPLUS_ONE = math.log(math.e - 1.0)
@@ -114,7 +114,7 @@ class FlowBlock(nn.Module):
         self.input = nn.Linear(channels, width)
         self.prefix = nn.Linear(config.num_classes + 1, width) if conditional else None
         self.layers = nn.ModuleList(CausalLayer(width) for _ in range(depth))
-        self.norm = nn.RMSNorm(width, eps=1e-6)
+        self.norm = RMSNorm(width, eps=1e-6)
         self.output = nn.Linear(width, 2 * channels)
         cos, sin = rope_table(HEAD_DIM, config.grid)
         if conditional:  # the class shares the first position
