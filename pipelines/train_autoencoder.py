@@ -88,6 +88,17 @@ def autoencoder_config(recipe: Recipe, backbone: Backbone | BackboneSpec) -> Aut
     )
 
 
+def autoencoder_loss(
+    recipe: Recipe, backbone: Backbone, model: nn.Module, batch: Batch
+) -> dict[str, Tensor]:
+    """The loss terms of one micro-batch of images; `model` may be wrapped for data parallelism."""
+    images = random_flips(recipe.seed, batch) if recipe.autoencoder.flip else batch["images"]
+    latent_shape = (backbone.grid[0] * backbone.grid[1], recipe.autoencoder.latent_dim)
+    noise = sample_noise(recipe.seed, "posterior", batch, latent_shape)
+    terms: dict[str, Tensor] = model(backbone(images), noise)
+    return terms
+
+
 def _worker(config: dict[str, Any]) -> None:
     import ray.train
     import ray.train.torch
@@ -118,13 +129,9 @@ def _worker(config: dict[str, Any]) -> None:
     torch.manual_seed(recipe.seed)
     model = FeatureAutoencoder(autoencoder_config(recipe, backbone))
     model.set_feature_stats(*stats)
-    latent_shape = (backbone.grid[0] * backbone.grid[1], recipe.autoencoder.latent_dim)
 
     def loss(wrapped: nn.Module, batch: Batch) -> dict[str, Tensor]:
-        images = random_flips(recipe.seed, batch) if recipe.autoencoder.flip else batch["images"]
-        noise = sample_noise(recipe.seed, "posterior", batch, latent_shape)
-        terms: dict[str, Tensor] = wrapped(backbone(images), noise)
-        return terms
+        return autoencoder_loss(recipe, backbone, wrapped, batch)
 
     held_out = None
     if validation and is_first:

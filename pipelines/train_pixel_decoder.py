@@ -93,6 +93,16 @@ def pixel_decoder_config(recipe: Recipe, backbone: Backbone | BackboneSpec) -> P
     )
 
 
+def make_adversary(recipe: Recipe, backbone: Backbone) -> Discriminator | None:
+    """The recipe's discriminator, untrained; None where its weight is 0."""
+    losses = recipe.pixel_decoder.losses
+    if not losses.adversarial_weight:
+        return None
+    depth = len(backbone.model.blocks)
+    taps = [depth * (i + 1) // 4 - 1 for i in range(4)]
+    return Discriminator(losses.discriminator, backbone.dim, backbone.grid, taps)
+
+
 class Objective:
     """The losses of one worker: what the model hears, then what the adversary hears about the same images."""
 
@@ -218,7 +228,7 @@ def _worker(config: dict[str, Any]) -> None:
 
     torch.manual_seed(recipe.seed)
     model = _starting_model(recipe, backbone, mean, std)
-    adversary = _adversary(recipe, backbone)
+    adversary = make_adversary(recipe, backbone)
     # Statistics per channel give the features' root mean square without looking at them again.
     rms = float((mean.square() + std.square()).mean().sqrt())
     noise_std = noise_scale(section.noise_sigma, rms, section.noise_reference_rms)
@@ -258,15 +268,6 @@ def _starting_model(recipe: Recipe, backbone: Backbone, mean: Tensor, std: Tenso
         raise RecipeError(f"{uri} is {loaded.module.config}; the recipe wants {config}.")
     decoder: PixelDecoder = loaded.module.train()
     return decoder
-
-
-def _adversary(recipe: Recipe, backbone: Backbone) -> Discriminator | None:
-    losses = recipe.pixel_decoder.losses
-    if not losses.adversarial_weight:
-        return None
-    depth = len(backbone.model.blocks)
-    taps = [depth * (i + 1) // 4 - 1 for i in range(4)]
-    return Discriminator(losses.discriminator, backbone.dim, backbone.grid, taps)
 
 
 class _HeldOut:

@@ -129,6 +129,7 @@ class TrainedNetwork:
             [group for group in groups if group["params"]],
             lr=learning_rate,
             betas=training.betas,
+            fused=self.parameters[0].is_cuda or None,  # None: torch's own choice
         )
 
     def prepare(self, relative_rate: float) -> None:
@@ -268,7 +269,7 @@ def train_step(
     for network in state.networks.values():
         network.prepare(relative_rate)
     totals: dict[str, Tensor] = {}
-    suspects: list[str] = []
+    finite: list[Tensor] = []
     adversary_steps = False
     for index, batch in enumerate(batches):
         last = index == len(batches) - 1
@@ -288,8 +289,8 @@ def train_step(
                     (judged["adversary_loss"] * scale).backward()
                     terms = {**terms, **judged}
                     adversary_steps = True
-        if not all(bool(torch.isfinite(v)) for k, v in terms.items() if k.endswith("loss")):
-            suspects += batch.keys
+        losses = [value.detach() for name, value in terms.items() if name.endswith("loss")]
+        finite.append(torch.stack(losses).isfinite().all())
         for name, value in terms.items():
             total = totals.get(name, torch.zeros((), device=value.device))
             totals[name] = total + value.detach() * scale
@@ -299,8 +300,11 @@ def train_step(
         if name != "adversary" or adversary_steps
     ]
     norms = [network.clip_gradients() for network in stepping]
-    if suspects or not all(bool(torch.isfinite(norm)) for norm in norms):
-        keys = suspects or [key for batch in batches for key in batch.keys]
+    # The step's one wait for the device: until here nothing has been asked of a result.
+    sound = torch.stack([*finite, *(norm.isfinite() for norm in norms)]).tolist()
+    if not all(sound):
+        suspects = [batch for batch, good in zip(batches, sound, strict=False) if not good]
+        keys = [key for batch in suspects or batches for key in batch.keys]
         more = f" and {len(keys) - MAX_KEYS_IN_ERROR} more" if len(keys) > MAX_KEYS_IN_ERROR else ""
         raise NonFiniteError(
             f"Step {state.step}: loss {float(totals['loss'])}, gradient norm {float(norms[0])}. The images of this "
