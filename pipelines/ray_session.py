@@ -5,8 +5,10 @@ Every command calls `start_ray` first. A local cluster is this process's own and
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
+import random
 import socket
 from pathlib import Path
 from typing import Any
@@ -21,6 +23,8 @@ QUIET = {
     "RAY_TRAIN_ENABLE_PRINT_PATCH": "0",  # else every print of a worker appears twice
 }
 
+GCS_PORT = "RAY_GCS_SERVER_PORT"
+
 
 def start_ray(**local: Any) -> None:
     """Attach to RAY_ADDRESS, else start a local cluster (`local` goes to ray.init); nothing if connected already."""
@@ -32,37 +36,35 @@ def start_ray(**local: Any) -> None:
     if ray.is_initialized():
         return
     quiet_logs()
+    for_tasks = {key: os.environ[key] for key in QUIET}
     if os.environ.get("RAY_ADDRESS"):
         local = {}
     else:
         # Without an address Ray would join any cluster that happens to run on this machine. Ray Train asks the
         # dashboard's state API about its controller, and complains every second without it.
         local = {"address": "local", "include_dashboard": True, **local}
-        forget_dead_cluster()
-    ray.init(
-        ignore_reinit_error=True,
-        logging_level=logging.WARNING,
-        runtime_env={"env_vars": {key: os.environ[key] for key in QUIET}},
-        **local,
-    )
-
-
-def forget_dead_cluster() -> None:
-    """Remove Ray's note of this machine's cluster where nothing listens at its address any more.
-
-    `ray start` writes it and a killed head leaves it. Workers of a local cluster read it too, to find the state API,
-    and Ray Train's own threads then fail with tracebacks about a cluster that is long gone.
-    """
-    from ray._private import utils
-
-    address = utils.read_ray_address()
-    if not address:
-        return
-    host, _, port = address.rpartition(":")
+        # Ray Train's own actors look for that API on this machine, and give up where they find a second cluster or
+        # what a killed one left behind, unless they are told where theirs is. So its port is chosen here.
+        port = os.environ[GCS_PORT] = str(free_port())
+        for_tasks["RAY_API_SERVER_ADDRESS"] = f"127.0.0.1:{port}"
     try:
-        socket.create_connection((host.strip("[]"), int(port)), timeout=2).close()
-    except (OSError, ValueError):
-        Path(utils.get_ray_address_file(None)).unlink(missing_ok=True)
+        ray.init(
+            ignore_reinit_error=True,
+            logging_level=logging.WARNING,
+            runtime_env={"env_vars": for_tasks},
+            **local,
+        )
+    finally:
+        os.environ.pop(GCS_PORT, None)
+
+
+def free_port() -> int:
+    """A free port below the range that the kernel hands out by itself, so that nobody takes it before Ray does."""
+    for port in random.sample(range(20_000, 32_000), 100):
+        with socket.socket() as candidate, contextlib.suppress(OSError):
+            candidate.bind(("", port))
+            return port
+    raise OSError("A hundred ports between 20000 and 32000 were all taken.")
 
 
 def plain_error(error: Exception) -> Exception:

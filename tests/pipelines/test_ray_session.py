@@ -1,34 +1,48 @@
-"""pipelines/ray_session.py: what a killed cluster leaves behind does not reach the next one."""
+"""pipelines/ray_session.py: a local cluster knows its own address, whatever else runs or ran on the machine."""
 
-import socket
+import os
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
 
 import pytest
 
-from pipelines.ray_session import forget_dead_cluster
+SCRIPT = """
+import os
+import ray
+from pipelines.ray_session import start_ray
+
+start_ray(num_cpus=1)
+
+@ray.remote
+def state_of(actor_id):
+    # What Ray Train's actors do: no address given.
+    from ray.util.state import get_actor
+    return get_actor(actor_id, timeout=30).state
+
+@ray.remote(num_cpus=0)
+class Actor:
+    def ping(self):
+        return True
+
+actor = Actor.remote()
+ray.get(actor.ping.remote())
+print("state", ray.get(state_of.remote(actor._actor_id.hex())))
+"""
 
 
-@pytest.fixture
-def note(tmp_path, monkeypatch):
-    """Ray's note of this machine's cluster, in a folder of the test's own."""
-    from ray._private import utils
-
-    path = tmp_path / "ray_current_cluster"
-    monkeypatch.setattr(utils, "get_ray_address_file", lambda temp_dir: str(path))
-    return path
-
-
-def test_the_note_of_a_dead_cluster_is_removed(note):
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    note.write_text(f"127.0.0.1:{port}")
-    forget_dead_cluster()
-    assert not note.exists()
-    forget_dead_cluster()  # nothing to forget
-
-
-def test_the_note_of_a_living_cluster_stays(note):
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        note.write_text(f"127.0.0.1:{server.getsockname()[1]}")
-        forget_dead_cluster()
-    assert note.exists()
+@pytest.mark.integration
+def test_workers_find_their_own_cluster_beside_the_note_of_a_dead_one():
+    """Ray notes a machine's cluster in a file of its temporary folder, and a killed head leaves it there."""
+    with (
+        tempfile.TemporaryDirectory() as folder
+    ):  # pytest's own is too long a path for Ray's sockets
+        note = Path(folder, "ray", "ray_current_cluster")
+        note.parent.mkdir()
+        note.write_text("127.0.0.1:9")
+        environment = {**os.environ, "RAY_TMPDIR": folder}
+        environment.pop("RAY_ADDRESS", None)
+        command = [sys.executable, "-c", SCRIPT]
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
+    assert "state ALIVE" in done.stdout, done.stdout + done.stderr
