@@ -128,6 +128,7 @@ def trained(request, local_ray, store, tmp_path_factory) -> tuple[str, Path]:
 
 
 @pytest.mark.integration
+@pytest.mark.parametrize("trained", ["dit"], indirect=True)
 def test_a_killed_generator_ends_with_the_same_parameters_bit_for_bit(trained, store, tmp_path):
     kind, path = trained
     values = overrides(store, tmp_path, kind)
@@ -140,7 +141,9 @@ def test_a_killed_generator_ends_with_the_same_parameters_bit_for_bit(trained, s
 
 
 @pytest.mark.integration
-@pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
+@pytest.mark.parametrize(
+    ("trained", "parallel"), [("dit", "ddp"), ("starflow", "fsdp")], indirect=["trained"]
+)
 def test_two_workers_train_the_same_generator_as_one(trained, store, tmp_path, parallel):
     kind, path = trained
     two = (

@@ -83,17 +83,21 @@ def photographs(tmp_path_factory) -> Path:
     return folder
 
 
-def command(photographs: Path, storage_folder: Path, *overrides: str) -> list[str]:
+def settings(photographs: Path, storage_folder: Path, *overrides: str) -> list[str]:
     return [
-        sys.executable, "-m", "pipelines.train_autoencoder", "photos-dinov2s", "run=test",
-        f"storage={storage_folder}", f"data.path={photographs}", "data.validation_fraction=0.2",
-        "backbone.name=vit_tiny_patch16_224", "backbone.weights=random", "image_size=224",
+        "run=test", f"storage={storage_folder}", f"data.path={photographs}", "data.validation_fraction=0.2",
+        "backbone.name=vit_tiny_patch16_224", "backbone.weights=random", "backbone.image_size=112", "image_size=112",
         "autoencoder.latent_dim=8", "autoencoder.encoder.num_heads=3", "autoencoder.encoder.head_dim=32",
         "autoencoder.decoder.num_heads=3", "autoencoder.decoder.depth=1", "autoencoder.training.steps=8",
         "autoencoder.training.batch_size=8", "autoencoder.training.accumulation=2", "autoencoder.training.warmup_steps=2",
         "autoencoder.statistics_images=8", "autoencoder.training.log_every=1", "autoencoder.training.checkpoint_every=2",
         "autoencoder.training.validate_every=4", "autoencoder.training.ema_decay=0.9", "autoencoder.training.precision=fp32", "tracking.enabled=false", *overrides,
     ]  # fmt: skip
+
+
+def command(photographs: Path, storage_folder: Path) -> list[str]:
+    module = [sys.executable, "-m", "pipelines.train_autoencoder", "photos-dinov2s"]
+    return [*module, *settings(photographs, storage_folder)]
 
 
 def start(arguments: list[str]) -> subprocess.Popen:
@@ -122,10 +126,20 @@ def weights(folder: Path) -> dict[str, np.ndarray]:
 
 
 @pytest.fixture(scope="module")
-def uninterrupted(photographs, tmp_path_factory) -> Path:
+def local_ray():
+    import ray
+
+    from pipelines.ray_session import start_ray
+
+    start_ray(num_cpus=2)
+    yield
+    ray.shutdown()
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(photographs, local_ray, tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("uninterrupted")
-    output = finish(command(photographs, folder))
-    assert "step 8/8" in output and "data_wait_share" in output
+    train_autoencoder(load_recipe("photos-dinov2s", settings(photographs, folder)))
     return folder
 
 
@@ -143,7 +157,7 @@ def test_a_killed_run_ends_with_the_same_parameters_bit_for_bit(
     process.communicate()
     assert not (tmp_path / "test" / "result.json").exists()
     output = finish(command(photographs, tmp_path))
-    assert "resumed at step" in output
+    assert "resumed at step" in output and "step 8/8" in output and "data_wait_share" in output
     expected, actual = weights(uninterrupted), weights(tmp_path)
     assert expected.keys() == actual.keys()
     for name, value in expected.items():
@@ -190,14 +204,8 @@ def test_the_run_folder_tells_what_was_done(uninterrupted):
 
 @pytest.mark.integration
 def test_two_workers_match_one(photographs, uninterrupted, tmp_path):
-    finish(
-        command(
-            photographs,
-            tmp_path,
-            "autoencoder.training.num_workers=2",
-            "autoencoder.training.cpus_per_worker=0.5",
-        )
-    )
+    two = ("autoencoder.training.num_workers=2", "autoencoder.training.cpus_per_worker=0.5")
+    train_autoencoder(load_recipe("photos-dinov2s", settings(photographs, tmp_path, *two)))
     expected, actual = weights(uninterrupted), weights(tmp_path)
     for name, value in expected.items():
         np.testing.assert_allclose(actual[name], value, rtol=1e-3, atol=2e-4, err_msg=name)
