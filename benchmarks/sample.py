@@ -1,0 +1,103 @@
+"""Images a second of sampling, decoders included, and how much of the time is the network itself.
+
+    python -m benchmarks.sample [--networks dit starflow] [--images 8] [--steps 250] [--device cuda] [KEY=VALUE ...]
+
+The diffusion transformer walks the ODE with the paper's three-part guidance (batch doubled only where the scale is not
+1); the flow inverts itself with cached keys and values, guided in its deep block. "Network alone" is the diffusion transformer
+called as often, at the same batch sizes, on tensors that are already there, and the flow's forward pass (which sees all
+tokens at once: its inverse cannot). Weights are random: the time is the same. Overrides are the recipe's.
+"""
+
+from __future__ import annotations
+
+import argparse
+
+import torch
+
+from benchmarks.environment import describe
+from benchmarks.train import LATENT_SHAPE, seconds
+from fae_core.autoencoder import FeatureAutoencoder
+from fae_core.generators.dit import DiT
+from fae_core.generators.starflow import StarFlow
+from fae_core.pixel_decoder import PixelDecoder
+from fae_core.samplers import guidance_scale, timestep_grid
+from pipelines.config import Recipe, load_recipe
+from pipelines.drawing import Draw, Painter, image_noise, intervals
+from pipelines.models import backbone_spec
+from pipelines.train_autoencoder import autoencoder_config
+from pipelines.train_generator import build_generator
+from pipelines.train_pixel_decoder import pixel_decoder_config
+
+SMALL = ("generator.size=S", "pixel_decoder.size=S", "sample.guidance=paper")
+"""What two CPU cores can do; overridden by the command line."""
+
+
+def network_alone(
+    model: DiT | StarFlow, recipe: Recipe, x: torch.Tensor, labels: torch.Tensor
+) -> None:
+    """As many evaluations as a sample takes, without a sampler around them."""
+    precision = torch.autocast(
+        x.device.type, torch.bfloat16, enabled=recipe.sample.precision == "bf16"
+    )
+    with torch.inference_mode(), precision:
+        if isinstance(model, StarFlow):
+            model(x, labels)
+            return
+        both, both_labels = torch.cat([x, x]), torch.cat([labels, labels])
+        guidance = intervals(recipe.sample)
+        for t in timestep_grid(recipe.sample.num_steps, recipe.sample.shift)[:-1]:
+            if guidance_scale(t, guidance) == 1.0:
+                model(x, torch.full((len(x),), t, device=x.device), labels)
+            else:
+                model(both, torch.full((len(both),), t, device=x.device), both_labels)
+
+
+def measure(name: str, recipe: Recipe, images: int, device: torch.device) -> list[str]:
+    """One row of the table."""
+    torch.manual_seed(0)
+    spec = backbone_spec(recipe)
+    section = recipe.generator.model_copy(update={"kind": name})
+    model = build_generator(section, LATENT_SHAPE).to(device).eval()
+    autoencoder = FeatureAutoencoder(autoencoder_config(recipe, spec)).to(device).eval()
+    decoder = PixelDecoder(pixel_decoder_config(recipe, spec)).to(device).eval()
+    painter = Painter(autoencoder, decoder, {})
+    draw = Draw(model, recipe.sample, recipe.seed, device)
+    noise = image_noise(recipe.seed, range(images), LATENT_SHAPE)
+    labels = torch.arange(images) % section.num_classes
+    there = noise.to(device), labels.to(device)
+
+    with torch.inference_mode():
+        latents = draw(noise, labels, list(range(images)))
+        painter(latents)
+        drawing = seconds(lambda: draw(noise, labels, list(range(images))), device, 1)
+        painting = seconds(lambda: painter(latents), device, 3)
+    alone = seconds(lambda: network_alone(model, recipe, *there), device, 1)
+    total = drawing + painting
+    return [name, str(images), f"{images / total:.3f}", f"{painting / total:.3f}", f"{alone / drawing:.3f}"]  # fmt: skip
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--networks", nargs="+", choices=("dit", "starflow"), default=["dit", "starflow"]
+    )
+    parser.add_argument("--images", type=int, default=8)
+    parser.add_argument("--steps", type=int, default=250)
+    parser.add_argument("--recipe", default="photos-dinov2s")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    arguments, overrides = parser.parse_known_args()
+    settings = [*SMALL, f"sample.num_steps={arguments.steps}", *overrides]
+    recipe = load_recipe(arguments.recipe, settings)
+    device = torch.device(arguments.device)
+    rows = [measure(name, recipe, arguments.images, device) for name in arguments.networks]
+    print(f"\n{describe()}\n{arguments.recipe} {' '.join(settings)}\n")
+    print("| network | images | images/s | decoders' share | network alone / sampler |")
+    print("|---|---|---|---|---|")
+    for row in rows:
+        print(f"| {' | '.join(row)} |")
+
+
+if __name__ == "__main__":
+    main()
