@@ -56,6 +56,9 @@ def start_ray(**local: Any) -> None:
         )
     finally:
         os.environ.pop(GCS_PORT, None)
+    # It warns every half minute of each process that has imported torch.
+    detectors = ray.data.DataContext.get_current().issue_detectors_config
+    detectors.high_memory_detector_config.detection_time_interval_s = -1
 
 
 def free_port() -> int:
