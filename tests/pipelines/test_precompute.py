@@ -26,7 +26,7 @@ from fae_core.autoencoder import FeatureAutoencoder
 from fae_core.backbone import load_backbone
 from fae_core.checkpoint import CheckpointError
 from pipelines import latent_store
-from pipelines.config import Recipe, RecipeError, load_recipe
+from pipelines.config import DataSection, Recipe, RecipeError, load_recipe
 from pipelines.images import SourceError
 from pipelines.latent_reader import LatentStore
 from pipelines.latent_store import StoreMismatch
@@ -163,7 +163,7 @@ def test_stored_latents_are_what_the_bare_model_gives(photographs, autoencoder, 
 
     recipe = recipe_for(photographs, autoencoder, uninterrupted)
     records = latent_store.open_plan(str(uninterrupted)).shard(3)
-    images, _, _ = decode_records(records, read_records(records, recipe.data), 256, 10**8)
+    images, _, _ = decode_records(records, read_records(records, recipe.data), 256, recipe.data)
     expected = Encoder.of(recipe).encode(images, recipe.precompute.batch_size)["mean"]
     shard = LatentStore.open(str(uninterrupted)).read_shard(3)
     assert shard["key"] == [r.key for r in records]
@@ -203,6 +203,7 @@ def test_decoding_is_not_fused_into_the_actors(
     [
         (["precompute.columns=[mean,logvar]"], "columns: mean there, mean,logvar now"),
         (["precompute.precision=fp32"], "precision: bf16 there, fp32 now"),
+        (["data.decoder=fast"], "crop: adm-center-crop-1 there, adm-center-crop-1-fast-1 now"),
         (["precompute.shard_size=4"], "shard size: 8 there, 4 now"),
     ],
 )
@@ -281,6 +282,21 @@ def write_awkward_images(folder: Path) -> tuple[set[str], dict[str, str]]:
            "bomb.png": "data.max_pixels"}  # fmt: skip
     good = {path.name for path in folder.iterdir()} - bad.keys()
     return good, bad
+
+
+def test_awkward_images_end_the_same_with_either_decoder(tmp_path):
+    from pipelines.images import decode_records, list_images, read_records
+
+    good, bad = write_awkward_images(tmp_path / "images")
+    ends = {}
+    for decoder in ("exact", "fast"):
+        data = DataSection(path=str(tmp_path / "images"), decoder=decoder)
+        records = list_images(data)
+        ends[decoder] = decode_records(records, read_records(records, data), 256, data)
+    (exact, kept, errors), (fast, fast_kept, fast_errors) = ends["exact"], ends["fast"]
+    assert (fast_kept, fast_errors) == (kept, errors)
+    assert {records[i].key for i in kept} == good and {e["key"] for e in errors} == bad.keys()
+    assert np.abs(fast.astype(int) - exact).max() <= 2
 
 
 @pytest.mark.integration
