@@ -84,9 +84,7 @@ def turbo(data: bytes, fast: bool = False) -> Image.Image:
 
 def turbo_scaled(data: bytes, size: int) -> Image.Image:
     """RGB by simplejpeg in the smallest of libjpeg-turbo's eighths of which no side is under `size`."""
-    return Image.fromarray(
-        simplejpeg.decode_jpeg(data, min_height=size, min_width=size, min_factor=8)
-    )
+    return Image.fromarray(simplejpeg.decode_jpeg(data, min_height=size, min_width=size))
 
 
 def methods(size: int, halves: bool) -> dict[str, tuple[Callable[[bytes], Image.Image], Method]]:

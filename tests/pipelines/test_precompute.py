@@ -21,6 +21,7 @@ import pytest
 import torch
 from PIL import Image
 
+from benchmarks.memory import MEBI, Watch
 from fae_core import checkpoint
 from fae_core.autoencoder import FeatureAutoencoder
 from fae_core.backbone import load_backbone
@@ -30,6 +31,7 @@ from pipelines.config import DataSection, Recipe, RecipeError, load_recipe
 from pipelines.images import SourceError
 from pipelines.latent_reader import LatentStore
 from pipelines.latent_store import StoreMismatch
+from pipelines.memory_estimate import precompute_memory, total
 from pipelines.precompute import Encoder, Progress, TooManyErrors, build_dataset, precompute
 from pipelines.train_autoencoder import autoencoder_config
 
@@ -149,12 +151,32 @@ def test_precompute_says_what_it_needs(photographs, autoencoder, tmp_path):
 
 
 @pytest.fixture(scope="module")
-def uninterrupted(photographs, autoencoder, tmp_path_factory, ray_session) -> Path:
+def watched(photographs, autoencoder, tmp_path_factory, ray_session) -> tuple[Path, Watch]:
+    """A finished store, and what memory its making took."""
     output = tmp_path_factory.mktemp("uninterrupted") / "store"
-    manifest = precompute(recipe_for(photographs, autoencoder, output), show_progress=False)
+    with Watch() as watch:
+        manifest = precompute(recipe_for(photographs, autoencoder, output), show_progress=False)
     assert (manifest["planned"], manifest["stored"], manifest["errors"]) == (96, 96, 0)
     assert latent_store.verify(str(output)) == []
-    return output
+    return output, watch
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(watched) -> Path:
+    return watched[0]
+
+
+@pytest.mark.integration
+def test_memory_stays_within_what_a_dry_run_says_and_is_not_far_below_it(
+    photographs, autoencoder, watched
+):
+    output, watch = watched
+    processes = precompute_memory(recipe_for(photographs, autoencoder, output))
+    store = total(p for p in processes if p.name == "object store") / MEBI
+    rest = total(processes) / MEBI - store
+    print(watch.peak, store, rest)
+    assert watch.peak["all processes"] < rest < 2 * watch.peak["all processes"]
+    assert watch.peak["object store"] < store
 
 
 @pytest.mark.integration
