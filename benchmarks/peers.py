@@ -65,16 +65,14 @@ def loop(recipe: Recipe) -> tuple[int, float]:
     photographs = Photographs(recipe.data.path, recipe.image_size)
     loader = DataLoader(photographs, options.batch_size, num_workers=os.cpu_count() or 1)
     progress = Progress(len(loader), len(photographs), enabled=False)
-    names: list[str] = []
-    columns: list[np.ndarray] = []
-    for some, crops in loader:
-        columns.append(encoder.encode(crops.numpy(), options.batch_size)["mean"])
-        names += some
-        progress.add(len(some), 0, time.time())
-        if len(names) >= options.shard_size or progress.images == len(photographs):
+    parts: list[np.ndarray] = []
+    for names, crops in loader:
+        parts.append(encoder.encode(crops.numpy(), options.batch_size)["mean"])
+        progress.add(len(names), 0, time.time())
+        if sum(map(len, parts)) >= options.shard_size or progress.images == len(photographs):
             file = output / f"latents_{progress.images:08d}.safetensors"
-            save_file({"latents": torch.from_numpy(np.concatenate(columns))}, file)
-            names, columns = [], []
+            save_file({"latents": torch.from_numpy(np.concatenate(parts))}, file)
+            parts = []
     return progress.images, progress.close()["steady_images_per_second"]
 
 
