@@ -71,7 +71,7 @@ def loop(recipe: Recipe) -> tuple[int, float]:
         progress.add(len(names), 0, time.time())
         if sum(map(len, parts)) >= options.shard_size or progress.images == len(photographs):
             file = output / f"latents_{progress.images:08d}.safetensors"
-            save_file({"latents": torch.from_numpy(np.concatenate(parts))}, file)
+            save_file({"latents": torch.from_numpy(np.concatenate(parts)).contiguous()}, file)
             parts = []
     return progress.images, progress.close()["steady_images_per_second"]
 
