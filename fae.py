@@ -30,11 +30,18 @@ Overrides = Annotated[
 PrintConfig = Annotated[
     bool, typer.Option("--print-config", help="Print the merged recipe and stop.")
 ]
+DryRun = Annotated[
+    bool,
+    typer.Option("--dry-run", help="Print the memory that it will need, by process, and stop."),
+]
 
 
 @train_app.command("autoencoder")
 def train_autoencoder_command(
-    recipe: RecipeName, overrides: Overrides = None, print_config: PrintConfig = False
+    recipe: RecipeName,
+    overrides: Overrides = None,
+    print_config: PrintConfig = False,
+    dry_run: DryRun = False,
 ) -> None:
     """Train a FAE on the images of data.path; writes STORAGE/RUN/autoencoder.safetensors.
 
@@ -46,6 +53,11 @@ def train_autoencoder_command(
     if print_config:
         typer.echo(loaded.to_yaml(), nl=False)
         return
+    if dry_run:
+        from pipelines.memory_estimate import text, training_memory
+
+        typer.echo(text(training_memory(loaded, "autoencoder")))
+        return
     from pipelines.train_autoencoder import train_autoencoder
 
     result = train_autoencoder(loaded)
@@ -54,7 +66,10 @@ def train_autoencoder_command(
 
 @app.command()
 def precompute(
-    recipe: RecipeName, overrides: Overrides = None, print_config: PrintConfig = False
+    recipe: RecipeName,
+    overrides: Overrides = None,
+    print_config: PrintConfig = False,
+    dry_run: DryRun = False,
 ) -> None:
     """Encode every image of data.path into the latent store at output; the same command again resumes.
 
@@ -66,6 +81,11 @@ def precompute(
     if print_config:
         typer.echo(loaded.to_yaml(), nl=False)
         return
+    if dry_run:
+        from pipelines.memory_estimate import precompute_memory, text
+
+        typer.echo(text(precompute_memory(loaded)))
+        return
     from pipelines.precompute import precompute as run_precompute
 
     manifest = run_precompute(loaded)
@@ -74,7 +94,10 @@ def precompute(
 
 @train_app.command("pixel-decoder")
 def train_pixel_decoder_command(
-    recipe: RecipeName, overrides: Overrides = None, print_config: PrintConfig = False
+    recipe: RecipeName,
+    overrides: Overrides = None,
+    print_config: PrintConfig = False,
+    dry_run: DryRun = False,
 ) -> None:
     """Train a pixel decoder on the images of data.path; writes STORAGE/RUN/pixel_decoder.safetensors.
 
@@ -89,6 +112,11 @@ def train_pixel_decoder_command(
     if print_config:
         typer.echo(loaded.to_yaml(), nl=False)
         return
+    if dry_run:
+        from pipelines.memory_estimate import text, training_memory
+
+        typer.echo(text(training_memory(loaded, "pixel_decoder")))
+        return
     from pipelines.train_pixel_decoder import train_pixel_decoder
 
     result = train_pixel_decoder(loaded)
@@ -97,7 +125,10 @@ def train_pixel_decoder_command(
 
 @train_app.command("generator")
 def train_generator_command(
-    recipe: RecipeName, overrides: Overrides = None, print_config: PrintConfig = False
+    recipe: RecipeName,
+    overrides: Overrides = None,
+    print_config: PrintConfig = False,
+    dry_run: DryRun = False,
 ) -> None:
     """Train a diffusion transformer or STARFlow on the store `latents`; writes STORAGE/RUN/generator.safetensors.
 
@@ -108,6 +139,11 @@ def train_generator_command(
     loaded = load_recipe(recipe, overrides or [])
     if print_config:
         typer.echo(loaded.to_yaml(), nl=False)
+        return
+    if dry_run:
+        from pipelines.memory_estimate import text, training_memory
+
+        typer.echo(text(training_memory(loaded, "generator")))
         return
     from pipelines.train_generator import train_generator
 
@@ -120,6 +156,7 @@ def sample(
     recipe: RecipeName,
     overrides: Overrides = None,
     print_config: PrintConfig = False,
+    dry_run: DryRun = False,
     grid: Annotated[
         str | None, typer.Option(help="Write one PNG for a look, classes in rows, and stop.")
     ] = None,
@@ -136,6 +173,11 @@ def sample(
     loaded = load_recipe(recipe, overrides or [])
     if print_config:
         typer.echo(loaded.to_yaml(), nl=False)
+        return
+    if dry_run:
+        from pipelines.memory_estimate import sample_memory, text
+
+        typer.echo(text(sample_memory(loaded)))
         return
     from pipelines.sample import draw_grid
     from pipelines.sample import sample as run_sample

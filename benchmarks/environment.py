@@ -37,8 +37,13 @@ def _processor() -> str:
     return next((line.partition(": ")[2] for line in lines if "model name" in line), "CPU")
 
 
-def write_photographs(folder: Path, count: int) -> None:
-    """`count` JPEGs of 500 x 375, ImageNet's usual size, cropped from scikit-image's photographs; the same each time."""
+def write_photographs(
+    folder: Path, count: int, size: tuple[int, int] = (500, 375), **options: int | str
+) -> None:
+    """`count` JPEGs cropped from scikit-image's photographs, the same each time; `options` go to Pillow's writer.
+
+    The default size is ImageNet's usual one; others are 4 : 3 too.
+    """
     import skimage.data
 
     folder.mkdir(parents=True, exist_ok=True)
@@ -50,5 +55,5 @@ def write_photographs(folder: Path, count: int) -> None:
         width = height * 4 // 3
         left = int(random.integers(0, picture.width - width + 1))
         top = int(random.integers(0, picture.height - height + 1))
-        crop = picture.crop((left, top, left + width, top + height)).resize((500, 375))
-        crop.save(folder / f"{index:06d}.jpg", quality=92)
+        crop = picture.crop((left, top, left + width, top + height)).resize(size)
+        crop.save(folder / f"{index:06d}.jpg", quality=92, **options)

@@ -1,4 +1,4 @@
-"""Does precompute's memory grow with the number of images? Peak object store and resident memory at two sizes.
+"""Does precompute's memory grow with the number of images, and does `--dry-run` say it? Peaks at two sizes, and the estimate.
 
     python -m benchmarks.memory [--images 1000 4000] [KEY=VALUE ...]
 
@@ -23,6 +23,7 @@ import psutil
 from benchmarks.environment import describe, write_photographs
 from benchmarks.precompute import save_untrained
 from pipelines.config import load_recipe
+from pipelines.memory_estimate import precompute_memory, total
 from pipelines.precompute import precompute
 from pipelines.ray_session import start_ray
 
@@ -79,7 +80,7 @@ class Watch:
 
 
 def measure(folder: str, images: int, overrides: list[str], results: Any) -> None:
-    """One run over the first `images` photographs; puts the peaks [MiB] and the rate into `results`."""
+    """One run over the first `images` photographs; puts peaks and estimates [MiB] and the rate into `results`."""
     work = Path(folder)
     places = [
         f"data.path={work / 'images'}",
@@ -88,13 +89,21 @@ def measure(folder: str, images: int, overrides: list[str], results: Any) -> Non
         f"output={work / f'store-{images}'}",
     ]
     recipe = load_recipe("photos-dinov2s", [*SMALL, *places, *overrides])
+    estimated = {p.name: total([p]) / MEBI for p in precompute_memory(recipe)}
     start_ray()
     started = time.perf_counter()
     with Watch() as watch:
         manifest = precompute(recipe, show_progress=False)
     seconds = time.perf_counter() - started
     assert manifest["stored"] == images
-    results.put({"images": images, **watch.peak, "images/s": images / seconds})
+    estimate = {
+        "object store": estimated["object store"],
+        "driver": estimated["driver"],
+        "all processes": sum(estimated.values()) - estimated["object store"],
+    }
+    results.put(
+        {"images": images, "estimate": estimate, **watch.peak, "images/s": images / seconds}
+    )
 
 
 def main() -> None:
@@ -123,10 +132,12 @@ def main() -> None:
             print(json.dumps(rows[-1]), flush=True)
     print(f"\n{describe()}\n")
     names = ("object store", "driver", "all processes")
-    print("| images | " + " | ".join(f"{name} [MiB]" for name in names) + " | images/s |")
+    print(
+        "| images | " + " | ".join(f"{name}, estimated [MiB]" for name in names) + " | images/s |"
+    )
     print("|---|---|---|---|---|")
     for row in rows:
-        cells = [f"{row[name]:.0f}" for name in names]
+        cells = [f"{row[name]:.0f}, {row['estimate'][name]:.0f}" for name in names]
         print(f"| {row['images']} | {' | '.join(cells)} | {row['images/s']:.1f} |")
 
 

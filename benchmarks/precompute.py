@@ -36,7 +36,7 @@ def decode(work: tuple[list[ImageRecord], Recipe]) -> np.ndarray:
     """The crops of some records; runs in a process of its own."""
     records, recipe = work
     blobs = read_records(records, recipe.data)
-    return decode_records(records, blobs, recipe.image_size, recipe.data.max_pixels)[0]
+    return decode_records(records, blobs, recipe.image_size, recipe.data)[0]
 
 
 def decode_only(recipe: Recipe) -> tuple[float, np.ndarray]:

@@ -41,9 +41,8 @@ def real_images(recipe: Recipe, path: str, limit: int) -> tuple[np.ndarray, np.n
     """Crops uint8 [n, S, S, 3] and labels [n] of the first `limit` images of a source."""
     data = recipe.data.model_copy(update={"path": path, "limit": limit})
     records = list_images(data)
-    images, kept, _ = decode_records(
-        records, read_records(records, data), recipe.image_size, data.max_pixels
-    )
+    blobs = read_records(records, data)
+    images, kept, _ = decode_records(records, blobs, recipe.image_size, data)
     return images, np.array([records[i].label for i in kept])
 
 

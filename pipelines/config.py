@@ -53,6 +53,9 @@ class DataSection(_Section):
     """Parquet and lists: text, if the column is there."""
     max_pixels: int = Field(100_000_000, gt=0)
     """An image that declares more pixels is an error of that image (decompression bombs)."""
+    decoder: Literal["exact", "fast"] = "exact"
+    """exact: ADM's centre crop to the pixel. fast: its filter in torch's 16-bit arithmetic; on photographs off by at most 2
+    of 255 levels, by 0.003 on average. Part of the fingerprint."""
     validation_fraction: float = Field(0.05, ge=0.0, lt=1.0)
     """Share of images held out from training, chosen by the hash of their key."""
     limit: int | None = Field(None, gt=0)

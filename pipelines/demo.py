@@ -206,9 +206,8 @@ def draw(recipe: Recipe, found: Numbers) -> bytes:
     assert recipe.output is not None
     records = _held_out(recipe)
     stored = _stored_latents(recipe.output, records)
-    images, _, _ = decode_records(
-        records, read_records(records, recipe.data), recipe.image_size, recipe.data.max_pixels
-    )
+    blobs = read_records(records, recipe.data)
+    images, _, _ = decode_records(records, blobs, recipe.image_size, recipe.data)
     encoder, artist = Encoder.of(recipe), Artist(recipe)
     tokens = torch.from_numpy(stored).float().flatten(2).transpose(1, 2)
     with torch.inference_mode():

@@ -35,6 +35,7 @@ from pipelines.image_sets import (
     read_statistics,
     write_statistics,
 )
+from pipelines.images import CROPS
 from pipelines.latent_store import versions
 from pipelines.ray_session import for_workers, start_ray
 
@@ -67,7 +68,8 @@ def evaluate(recipe: Recipe, show_progress: bool = True) -> dict[str, float]:
     extractor = Extractor(recipe, needs["images"].networks | needs["reference"].networks)
     fingerprints = extractor.fingerprints
     del extractor
-    made_with = {**fingerprints, "image_size": str(recipe.image_size)}
+    crop = CROPS[recipe.data.decoder]
+    made_with = {**fingerprints, "image_size": str(recipe.image_size), "crop": crop}
     for side in (images, reference):
         if side is not None:
             _check_made_with(side, made_with)

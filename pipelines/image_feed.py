@@ -61,7 +61,7 @@ class DecodeBatch:
     def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
         records = [ImageRecord(key, uri) for key, uri in json.loads(row["records"])]
         blobs = read_records(records, self.data)
-        images, kept, errors = decode_records(records, blobs, self.size, self.data.max_pixels)
+        images, kept, errors = decode_records(records, blobs, self.size, self.data)
         if not kept:  # a tensor of no images has no place in a block
             images = np.zeros((1, self.size, self.size, 3), np.uint8)
         notes = json.dumps({"kept": [int(index) for index in kept], "errors": errors})

@@ -142,8 +142,8 @@ def read_crops(
         images = np.frombuffer(content, np.uint8).reshape(count, side, side, 3)
         return images, list(range(count)), []
     records = [ImageRecord(key, uri) for key, uri in piece["records"]]
-    blobs = read_records(records, _data_of(piece["source"], piece["column"], recipe))
-    return decode_records(records, blobs, recipe.image_size, recipe.data.max_pixels)
+    data = _data_of(piece["source"], piece["column"], recipe)
+    return decode_records(records, read_records(records, data), recipe.image_size, data)
 
 
 def write_statistics(

@@ -37,6 +37,8 @@ Image.MAX_IMAGE_PIXELS = None
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff")
 WEBDATASET_IMAGES = (".jpg", ".jpeg", ".png", ".webp")
 COMPRESSED_TAR = (".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst")
+CROPS = {"exact": "adm-center-crop-1", "fast": "adm-center-crop-1-fast-1"}
+"""What a fingerprint says of the crop, by `data.decoder`."""
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")
 THREADS = s3.CONNECTIONS
 TAR_READ_AHEAD = 2**18
@@ -169,9 +171,12 @@ def read_records(records: Sequence[ImageRecord], data: DataSection) -> list[byte
 
 
 def decode_records(
-    records: Sequence[ImageRecord], blobs: Sequence[bytes | Exception], size: int, max_pixels: int
+    records: Sequence[ImageRecord],
+    blobs: Sequence[bytes | Exception],
+    size: int,
+    data: DataSection,
 ) -> tuple[np.ndarray, list[int], list[dict[str, str]]]:
-    """Crops uint8 [n, size, size, 3], their indices in `records`, and the others' errors.
+    """Crops uint8 [n, size, size, 3] by `data.decoder`, their indices in `records`, and the others' errors.
 
     An error is key, stage, message; the stage is `read` or `decode`. A message is the
     same on every machine and every run.
@@ -184,7 +189,7 @@ def decode_records(
             errors.append({"key": record.key, "stage": "read", "message": _message(blob)})
             continue
         try:
-            crops.append(decode_image(blob, size, max_pixels))
+            crops.append(decode_image(blob, size, data.max_pixels, data.decoder))
             kept.append(index)
         except ImageError as error:
             errors.append({"key": record.key, "stage": "decode", "message": _message(error)})
@@ -192,8 +197,8 @@ def decode_records(
     return images, kept, errors
 
 
-def decode_image(data: bytes, size: int, max_pixels: int) -> np.ndarray:
-    """ADM's centre crop uint8 [size, size, 3] of one encoded image. Raises ImageError.
+def decode_image(data: bytes, size: int, max_pixels: int, decoder: str = "exact") -> np.ndarray:
+    """ADM's centre crop uint8 [size, size, 3] of one encoded image, exact or fast. Raises ImageError.
 
     The declared size is held against `max_pixels` before a pixel is decoded. EXIF rotation is
     applied, an animation gives its first frame, transparency lies on white, 16-bit grey is
@@ -211,7 +216,7 @@ def decode_image(data: bytes, size: int, max_pixels: int) -> np.ndarray:
             image.load()
             rgb = _to_rgb(_upright(image))
         _check_aspect(*rgb.size, size, max_pixels)
-        return adm_center_crop(rgb, size)
+        return adm_center_crop(rgb, size) if decoder == "exact" else fast_center_crop(rgb, size)
     except ImageError:
         raise
     except UnidentifiedImageError:
@@ -228,11 +233,35 @@ def adm_center_crop(image: Image.Image, size: int) -> np.ndarray:
 
     Source: `center_crop_arr` in openai/guided-diffusion, image_datasets.py.
     """
+    image, resized = _halved(image, size)
+    return _center(np.asarray(image.resize(resized, Image.Resampling.BICUBIC)), size)
+
+
+def fast_center_crop(image: Image.Image, size: int) -> np.ndarray:
+    """ADM's centre crop uint8 [size, size, 3] of an RGB image with torch's antialiased bicubic filter instead of Pillow's.
+
+    Both filter uint8 in integers, torch with weights of 16 bits and wide instructions, Pillow with weights of 22 bits.
+    On photographs the results differ by at most 2 of 255 levels, on average by 0.003 (docs/benchmarks.md).
+    """
+    import torch  # here: planning, which imports this module too, needs no torch
+
+    image, (width, height) = _halved(image, size)
+    pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1)[None]
+    resized = torch.nn.functional.interpolate(
+        pixels, size=(height, width), mode="bicubic", antialias=True
+    )
+    return _center(resized[0].permute(1, 2, 0).numpy(), size)
+
+
+def _halved(image: Image.Image, size: int) -> tuple[Image.Image, tuple[int, int]]:
+    """The image halved while its short side is at least 2 * size, and the (width, height) to filter it to."""
     while min(image.size) >= 2 * size:
         image = image.resize((image.width // 2, image.height // 2), Image.Resampling.BOX)
     scale = size / min(image.size)
-    resized = (round(image.width * scale), round(image.height * scale))
-    pixels = np.asarray(image.resize(resized, Image.Resampling.BICUBIC))
+    return image, (round(image.width * scale), round(image.height * scale))
+
+
+def _center(pixels: np.ndarray, size: int) -> np.ndarray:
     top, left = (pixels.shape[0] - size) // 2, (pixels.shape[1] - size) // 2
     return np.ascontiguousarray(pixels[top : top + size, left : left + size])
 

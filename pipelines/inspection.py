@@ -167,7 +167,7 @@ def _photographs(store: LatentStore, keys: list[tuple[int, str]]) -> list[np.nda
     records = [next(r for r in plan.shard(index) if r.key == key) for index, key in keys]
     data = _data_section(store.uri)
     size = int(plan.parts["image size"])
-    images, kept, _ = decode_records(records, read_records(records, data), size, data.max_pixels)
+    images, kept, _ = decode_records(records, read_records(records, data), size, data)
     found = dict(zip(kept, images, strict=True))
     return [found.get(i) for i in range(len(records))]
 

@@ -29,15 +29,19 @@ class MemoryPlan:
     num_images: int
 
     @property
+    def kept(self) -> int:
+        """What the whole micro-batch keeps for the backward pass."""
+        return self.fixed + self.per_image * self.num_images
+
+    @property
     def total(self) -> int:
         """Everything together; temporary results inside a layer come on top."""
-        return sum(self.parts.values()) + self.fixed + self.per_image * self.num_images
+        return sum(self.parts.values()) + self.kept
 
     def text(self, device: torch.device) -> str:
         """A table for people; on a GPU with a warning where the plan is larger than its memory."""
         rows = [(name, f"{size / MEBI:,.0f}") for name, size in self.parts.items()]
-        kept = self.fixed + self.per_image * self.num_images
-        rows.append(("kept for the backward pass", f"{kept / MEBI:,.0f}"))
+        rows.append(("kept for the backward pass", f"{self.kept / MEBI:,.0f}"))
         rows.append(("together", f"{self.total / MEBI:,.0f}"))
         width = max(len(name) for name, _ in rows)
         lines = [

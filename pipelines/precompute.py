@@ -26,13 +26,11 @@ from fae_core.errors import UserError
 from pipelines import latent_store, metrics, storage
 from pipelines.command import run_module
 from pipelines.config import Recipe, RecipeError
-from pipelines.images import decode_records, plan_images, read_records
+from pipelines.images import CROPS, decode_records, plan_images, read_records
 from pipelines.latent_store import Plan, open_plan
 from pipelines.models import autoencoder_of, backbone_fingerprints, backbone_of
 from pipelines.progress import Progress
 from pipelines.ray_session import for_workers, plain_error, start_ray
-
-CROP = "adm-center-crop-1"
 
 
 class TooManyErrors(UserError, RuntimeError):
@@ -73,7 +71,7 @@ def fingerprint_parts(recipe: Recipe) -> dict[str, str]:
         "backbone weights": encoder.backbone.weights_sha256,
         "autoencoder weights": encoder.autoencoder_sha256,
         "image size": str(recipe.image_size),
-        "crop": CROP,
+        "crop": CROPS[recipe.data.decoder],
         "columns": ",".join(recipe.precompute.columns),
         "precision": recipe.precompute.precision,
     }
@@ -154,9 +152,7 @@ def decode_shard(row: dict[str, Any], recipe: Recipe) -> dict[str, Any]:
         blobs = read_records(records, recipe.data)
     metrics.count_bytes("read", sum(len(blob) for blob in blobs if isinstance(blob, bytes)))
     with metrics.stage("decode"):
-        images, ok, errors = decode_records(
-            records, blobs, recipe.image_size, recipe.data.max_pixels
-        )
+        images, ok, errors = decode_records(records, blobs, recipe.image_size, recipe.data)
     return {
         "shard": int(row["shard"]),
         "images": images,

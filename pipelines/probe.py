@@ -26,9 +26,8 @@ from fae_core.similarity_figures import MatchedPair, matching_figure, similarity
 from pipelines import storage
 from pipelines.command import run_module
 from pipelines.config import Recipe, RecipeError
-from pipelines.images import ImageRecord, decode_records, list_images, read_records
+from pipelines.images import CROPS, ImageRecord, decode_records, list_images, read_records
 from pipelines.latent_store import StoreMismatch, fingerprint_of, source_digest, versions
-from pipelines.precompute import CROP
 from pipelines.probe_features import KINDS, Networks, Pair, Probed, ProbeError, extract
 from pipelines.ray_session import for_workers
 from pipelines.runs import split_records
@@ -110,7 +109,7 @@ def probe_parts(
         "autoencoder weights": networks.encoder.autoencoder_sha256,
         "grid": str(networks.grid),
         "image size": str(recipe.image_size),
-        "crop": CROP,
+        "crop": CROPS[recipe.data.decoder],
         "source": source_digest(records),
         "seed": str(recipe.seed),
         **{f"probe.{name}": str(value) for name, value in settings.items()},
@@ -226,9 +225,8 @@ def draw(recipe: Recipe, networks: Networks, split: Split, output: str) -> None:
     maps: list[list[np.ndarray]] = []
     matched: list[MatchedPair] = []
     for pair in split.pairs[: options.figure_rows]:
-        images, ok, _ = decode_records(
-            pair, read_records(pair, recipe.data), recipe.image_size, recipe.data.max_pixels
-        )
+        blobs = read_records(pair, recipe.data)
+        images, ok, _ = decode_records(pair, blobs, recipe.image_size, recipe.data)
         if len(ok) < 2:
             continue
         tokens = networks.tokens(images)

@@ -168,7 +168,7 @@ def decode_batch(row: dict[str, Any], recipe: Recipe) -> dict[str, Any]:
     """{records, paired} -> {images uint8 [n,S,S,3], keys, pairs (positions in `images`), errors}, the last three JSON."""
     records = [ImageRecord(*values) for values in json.loads(str(row["records"]))]
     blobs = read_records(records, recipe.data)
-    images, ok, errors = decode_records(records, blobs, recipe.image_size, recipe.data.max_pixels)
+    images, ok, errors = decode_records(records, blobs, recipe.image_size, recipe.data)
     place = {index: position for position, index in enumerate(ok)}
     firsts = range(0, len(records), 2) if bool(row["paired"]) else ()
     pairs = [(place[i], place[i + 1]) for i in firsts if i in place and i + 1 in place]

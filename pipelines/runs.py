@@ -65,7 +65,10 @@ def claim_run(recipe: Recipe, run_uri: str, sections: Sequence[str]) -> None:
     except FileExistsError:
         container = OmegaConf.to_container(OmegaConf.create(storage.read_bytes(uri).decode()))
     assert isinstance(container, dict)
-    before = flatten({str(key): value for key, value in container.items()})
+    # A key that was not there yet when the run began had the value that is now its default.
+    before = flatten(Recipe().model_dump(mode="json")) | flatten(
+        {str(key): value for key, value in container.items()}
+    )
     now = flatten(recipe.model_dump(mode="json"))
     deciding = ("image_size", "seed", *sections)
     different = [

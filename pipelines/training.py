@@ -30,7 +30,7 @@ from pipelines import storage
 from pipelines.batches import Batch
 from pipelines.config import Recipe, TrainingSection
 from pipelines.history import History
-from pipelines.memory_plan import plan_memory
+from pipelines.memory_plan import MemoryPlan, plan_memory
 from pipelines.ray_session import quiet_logs
 from pipelines.sharding import is_sharded, shard, split_like, whole
 from pipelines.tracking import Tracker, flatten
@@ -419,7 +419,7 @@ def run_job(
     feed = job.feed(state.step, rank, world_size, device)
     if rank == 0 and not sharded and state.step < training.steps:
         first = next(feed)
-        _say_memory_plan(job, training, first)
+        _say(rank, memory_plan_of(job, training, first).text(device))
         feed = itertools.chain([first], feed)
     if training.compile:  # after the plan, whose small batches are not worth compiling for
         wrapped.compile()
@@ -577,8 +577,8 @@ def _validate(
     return metrics
 
 
-def _say_memory_plan(job: Job, training: TrainingSection, batch: Batch) -> None:
-    """Print what the run's last step, with everything on, holds in memory. Not of a sharded model."""
+def memory_plan_of(job: Job, training: TrainingSection, batch: Batch) -> MemoryPlan:
+    """What the run's last step, with everything on, holds in memory. Not of a sharded model."""
     adversary = job.adversary
 
     def forward(some: Batch) -> Any:
@@ -591,8 +591,7 @@ def _say_memory_plan(job: Job, training: TrainingSection, batch: Batch) -> None:
 
     trained = {"model": job.model} | ({"adversary": adversary.module} if adversary else {})
     has_average = training.ema_decay is not None
-    plan = plan_memory(trained, job.frozen, has_average, forward, batch)
-    _say(0, plan.text(batch.device))
+    return plan_memory(trained, job.frozen, has_average, forward, batch)
 
 
 def _say(rank: int, text: str) -> None:

@@ -30,6 +30,7 @@ from pipelines.images import (
     adm_center_crop,
     decode_image,
     decode_records,
+    fast_center_crop,
     list_images,
     read_records,
 )
@@ -92,30 +93,52 @@ def test_the_crop_is_adms_to_the_pixel(shape: tuple[int, int]) -> None:
     np.testing.assert_array_equal(crop, np.array(expected.crop((x, y, x + SIZE, y + SIZE))))
 
 
-# Pixels
+@pytest.mark.parametrize("size", [256, 128, 48])
+def test_the_fast_crop_is_within_its_stated_error_on_photographs(
+    photographs: Path, size: int
+) -> None:
+    errors = []
+    for path in sorted(photographs.iterdir())[::6]:
+        image = Image.open(path).convert("RGB")
+        fast, exact = fast_center_crop(image, size), adm_center_crop(image, size)
+        assert fast.shape == exact.shape and fast.dtype == np.uint8
+        errors.append(np.abs(fast.astype(int) - exact))
+    assert max(error.max() for error in errors) <= 2
+    assert np.mean([error.mean() for error in errors]) < 0.01
 
 
-def test_grey_becomes_three_equal_channels() -> None:
+def test_the_fast_crop_of_a_crop_is_itself() -> None:
+    pixels = noise(SIZE, SIZE)
+    np.testing.assert_array_equal(fast_center_crop(Image.fromarray(pixels), SIZE), pixels)
+
+
+# Pixels: of either decoder, which differ by their filter alone
+
+
+@pytest.fixture(params=["exact", "fast"])
+def decode(request: pytest.FixtureRequest) -> Callable[[bytes], np.ndarray]:
+    return lambda data: decode_image(data, SIZE, LIMIT, request.param)
+
+
+def test_grey_becomes_three_equal_channels(decode: Callable[[bytes], np.ndarray]) -> None:
     pixels = noise(SIZE, SIZE, 1)
-    np.testing.assert_array_equal(
-        decode_image(encode(pixels), SIZE, LIMIT), np.stack([pixels] * 3, -1)
-    )
+    np.testing.assert_array_equal(decode(encode(pixels)), np.stack([pixels] * 3, -1))
 
 
-def test_sixteen_bit_grey_is_scaled_not_clipped() -> None:
+def test_sixteen_bit_grey_is_scaled_not_clipped(decode: Callable[[bytes], np.ndarray]) -> None:
     values = np.linspace(0, 65535, SIZE * SIZE).astype(np.uint16).reshape(SIZE, SIZE)
-    crop = decode_image(encode(values), SIZE, LIMIT)
+    crop = decode(encode(values))
     np.testing.assert_array_equal(crop[..., 1], np.round(values / 257).astype(np.uint8))
 
 
-def test_cmyk_becomes_rgb() -> None:
+def test_cmyk_becomes_rgb(decode: Callable[[bytes], np.ndarray]) -> None:
     image = Image.new("CMYK", (SIZE, SIZE), (0, 255, 255, 0))
-    crop = decode_image(encode(image, "JPEG", quality=95), SIZE, LIMIT)
+    crop = decode(encode(image, "JPEG", quality=95))
     np.testing.assert_allclose(crop[4, 4].astype(int), (255, 0, 0), atol=3)
 
 
 @pytest.mark.parametrize("mode", ["RGBA", "LA", "P"])
-def test_transparency_lies_on_white(mode: str) -> None:
+def test_transparency_lies_on_white(mode: str, decode: Callable[[bytes], np.ndarray]) -> None:
     image = Image.new("RGBA", (SIZE, SIZE), (0, 0, 0, 0))
     options = {}
     if mode == "P":
@@ -124,34 +147,38 @@ def test_transparency_lies_on_white(mode: str) -> None:
         options["transparency"] = 0
     else:
         image = image.convert(mode)
-    crop = decode_image(encode(image, **options), SIZE, LIMIT)
+    crop = decode(encode(image, **options))
     assert (crop == 255).all()
 
 
 @pytest.mark.parametrize("kind", ["GIF", "WEBP"])
-def test_an_animation_gives_its_first_frame(kind: str) -> None:
+def test_an_animation_gives_its_first_frame(
+    kind: str, decode: Callable[[bytes], np.ndarray]
+) -> None:
     frames = [Image.new("RGB", (SIZE, SIZE), colour) for colour in ("red", "blue")]
     options = {"lossless": True} if kind == "WEBP" else {}
     data = encode(frames[0], kind, save_all=True, append_images=frames[1:], **options)
-    assert tuple(decode_image(data, SIZE, LIMIT)[3, 3]) == (255, 0, 0)
+    assert tuple(decode(data)[3, 3]) == (255, 0, 0)
 
 
-def test_exif_rotation_is_applied() -> None:
+def test_exif_rotation_is_applied(decode: Callable[[bytes], np.ndarray]) -> None:
     pixels = noise(SIZE, SIZE)
     exif = Image.Exif()
     exif[0x0112] = 6
-    crop = decode_image(encode(pixels, exif=exif), SIZE, LIMIT)
+    crop = decode(encode(pixels, exif=exif))
     np.testing.assert_array_equal(crop, np.rot90(pixels, -1))
 
 
-def test_a_phone_picture_of_several_frames_gives_its_first() -> None:
+def test_a_phone_picture_of_several_frames_gives_its_first(
+    decode: Callable[[bytes], np.ndarray],
+) -> None:
     first, second = (Image.new("RGB", (SIZE, SIZE), colour) for colour in ("red", "blue"))
-    crop = decode_image(encode(first, "MPO", save_all=True, append_images=[second]), SIZE, LIMIT)
+    crop = decode(encode(first, "MPO", save_all=True, append_images=[second]))
     np.testing.assert_allclose(crop[3, 3].astype(int), (255, 0, 0), atol=3)
 
 
-def test_one_pixel_fills_the_crop() -> None:
-    crop = decode_image(encode(Image.new("RGB", (1, 1), (1, 2, 3))), SIZE, LIMIT)
+def test_one_pixel_fills_the_crop(decode: Callable[[bytes], np.ndarray]) -> None:
+    crop = decode(encode(Image.new("RGB", (1, 1), (1, 2, 3))))
     assert (crop == (1, 2, 3)).all()
 
 
@@ -172,9 +199,11 @@ def bomb() -> bytes:
         (lambda: encode(Image.new("F", (9, 9)), "TIFF"), "32-bit float"),
     ],
 )
-def test_what_cannot_be_decoded_says_why(make: Callable[[], bytes], message: str) -> None:
+def test_what_cannot_be_decoded_says_why(
+    make: Callable[[], bytes], message: str, decode: Callable[[bytes], np.ndarray]
+) -> None:
     with pytest.raises(ImageError, match=message) as raised:
-        decode_image(make(), SIZE, LIMIT)
+        decode(make())
     assert " at 0x" not in str(raised.value)
 
 
@@ -186,18 +215,18 @@ def test_every_record_ends_as_a_crop_or_an_error(tmp_path: Path) -> None:
     data = DataSection(path=str(tmp_path))
     records = list_images(data)
     (tmp_path / "d.png").unlink()
-    images, kept, errors = decode_records(records, read_records(records, data), SIZE, LIMIT)
+    images, kept, errors = decode_records(records, read_records(records, data), SIZE, data)
     assert images.shape == (1, SIZE, SIZE, 3)
     assert images.dtype == np.uint8
     assert kept == [0]
     stages = [(error["key"], error["stage"]) for error in errors]
     assert stages == [("b.jpg", "decode"), ("c.jpg", "decode"), ("d.png", "read")]
-    again = decode_records(records, read_records(records, data), SIZE, LIMIT)[2]
+    again = decode_records(records, read_records(records, data), SIZE, data)[2]
     assert again == errors
 
 
 def test_no_good_image_gives_an_empty_batch() -> None:
-    images, kept, errors = decode_records([ImageRecord("k", "u")], [b""], SIZE, LIMIT)
+    images, kept, errors = decode_records([ImageRecord("k", "u")], [b""], SIZE, DataSection())
     assert (images.shape, kept, len(errors)) == ((0, SIZE, SIZE, 3), [], 1)
 
 

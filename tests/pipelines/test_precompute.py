@@ -21,15 +21,17 @@ import pytest
 import torch
 from PIL import Image
 
+from benchmarks.memory import MEBI, Watch
 from fae_core import checkpoint
 from fae_core.autoencoder import FeatureAutoencoder
 from fae_core.backbone import load_backbone
 from fae_core.checkpoint import CheckpointError
 from pipelines import latent_store
-from pipelines.config import Recipe, RecipeError, load_recipe
+from pipelines.config import DataSection, Recipe, RecipeError, load_recipe
 from pipelines.images import SourceError
 from pipelines.latent_reader import LatentStore
 from pipelines.latent_store import StoreMismatch
+from pipelines.memory_estimate import precompute_memory, total
 from pipelines.precompute import Encoder, Progress, TooManyErrors, build_dataset, precompute
 from pipelines.train_autoencoder import autoencoder_config
 
@@ -149,12 +151,32 @@ def test_precompute_says_what_it_needs(photographs, autoencoder, tmp_path):
 
 
 @pytest.fixture(scope="module")
-def uninterrupted(photographs, autoencoder, tmp_path_factory, ray_session) -> Path:
+def watched(photographs, autoencoder, tmp_path_factory, ray_session) -> tuple[Path, Watch]:
+    """A finished store, and what memory its making took."""
     output = tmp_path_factory.mktemp("uninterrupted") / "store"
-    manifest = precompute(recipe_for(photographs, autoencoder, output), show_progress=False)
+    with Watch() as watch:
+        manifest = precompute(recipe_for(photographs, autoencoder, output), show_progress=False)
     assert (manifest["planned"], manifest["stored"], manifest["errors"]) == (96, 96, 0)
     assert latent_store.verify(str(output)) == []
-    return output
+    return output, watch
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(watched) -> Path:
+    return watched[0]
+
+
+@pytest.mark.integration
+def test_memory_stays_within_what_a_dry_run_says_and_is_not_far_below_it(
+    photographs, autoencoder, watched
+):
+    output, watch = watched
+    processes = precompute_memory(recipe_for(photographs, autoencoder, output))
+    store = total(p for p in processes if p.name == "object store") / MEBI
+    rest = total(processes) / MEBI - store
+    print(watch.peak, store, rest)
+    assert watch.peak["all processes"] < rest < 2 * watch.peak["all processes"]
+    assert watch.peak["object store"] < store
 
 
 @pytest.mark.integration
@@ -163,7 +185,7 @@ def test_stored_latents_are_what_the_bare_model_gives(photographs, autoencoder, 
 
     recipe = recipe_for(photographs, autoencoder, uninterrupted)
     records = latent_store.open_plan(str(uninterrupted)).shard(3)
-    images, _, _ = decode_records(records, read_records(records, recipe.data), 256, 10**8)
+    images, _, _ = decode_records(records, read_records(records, recipe.data), 256, recipe.data)
     expected = Encoder.of(recipe).encode(images, recipe.precompute.batch_size)["mean"]
     shard = LatentStore.open(str(uninterrupted)).read_shard(3)
     assert shard["key"] == [r.key for r in records]
@@ -203,6 +225,7 @@ def test_decoding_is_not_fused_into_the_actors(
     [
         (["precompute.columns=[mean,logvar]"], "columns: mean there, mean,logvar now"),
         (["precompute.precision=fp32"], "precision: bf16 there, fp32 now"),
+        (["data.decoder=fast"], "crop: adm-center-crop-1 there, adm-center-crop-1-fast-1 now"),
         (["precompute.shard_size=4"], "shard size: 8 there, 4 now"),
     ],
 )
@@ -281,6 +304,21 @@ def write_awkward_images(folder: Path) -> tuple[set[str], dict[str, str]]:
            "bomb.png": "data.max_pixels"}  # fmt: skip
     good = {path.name for path in folder.iterdir()} - bad.keys()
     return good, bad
+
+
+def test_awkward_images_end_the_same_with_either_decoder(tmp_path):
+    from pipelines.images import decode_records, list_images, read_records
+
+    good, bad = write_awkward_images(tmp_path / "images")
+    ends = {}
+    for decoder in ("exact", "fast"):
+        data = DataSection(path=str(tmp_path / "images"), decoder=decoder)
+        records = list_images(data)
+        ends[decoder] = decode_records(records, read_records(records, data), 256, data)
+    (exact, kept, errors), (fast, fast_kept, fast_errors) = ends["exact"], ends["fast"]
+    assert (fast_kept, fast_errors) == (kept, errors)
+    assert {records[i].key for i in kept} == good and {e["key"] for e in errors} == bad.keys()
+    assert np.abs(fast.astype(int) - exact).max() <= 2
 
 
 @pytest.mark.integration
