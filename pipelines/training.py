@@ -85,6 +85,14 @@ class Job:
     frozen: Mapping[str, nn.Module] = field(default_factory=dict)
 
 
+@dataclass(frozen=True)
+class Part:
+    """A part of a training on the schedule of the whole: from the checkpoint at `start`, or from the beginning, to step `stop`."""
+
+    start: str | None
+    stop: int
+
+
 # One optimizer step ---------------------------------------------------------------------------------------------------
 
 
@@ -159,7 +167,9 @@ class TrainedNetwork:
             index: {name: split_like(value, ordered[index]) for name, value in values.items()}
             for index, values in state["optimizer"]["state"].items()
         }
-        self.optimizer.load_state_dict({**state["optimizer"], "state": moments})
+        # Rates and decays are the recipe's, not the checkpoint's: a part of a training may have others than the one before.
+        groups = self.optimizer.state_dict()["param_groups"]
+        self.optimizer.load_state_dict({"param_groups": groups, "state": moments})
 
 
 class TrainState:
@@ -358,12 +368,13 @@ def save_checkpoint(state: TrainState, run_uri: str, keep: int, write: bool = Tr
         storage.delete(uri)
 
 
-def resume(state: TrainState, run_uri: str) -> str:
+def resume(state: TrainState, run_uri: str, start: str | None = None) -> str:
     """Load the newest checkpoint that is whole into `state`; what happened, in words, empty where there is none.
 
-    Raises TrainingError where there are some and every one is damaged.
+    A run that has none yet begins with the checkpoint `start`, where it is given. Raises TrainingError where there are
+    some and every one is damaged.
     """
-    found = list_checkpoints(run_uri)
+    found = list_checkpoints(run_uri) or ([start] if start else [])
     said = ""
     for uri in reversed(found):
         try:
@@ -383,11 +394,16 @@ def resume(state: TrainState, run_uri: str) -> str:
 
 
 def run_job(
-    job: Job, training: TrainingSection, recipe: Recipe, run_uri: str, tracking_uri: str
+    job: Job,
+    training: TrainingSection,
+    recipe: Recipe,
+    run_uri: str,
+    tracking_uri: str,
+    part: Part | None = None,
 ) -> tuple[nn.Module, dict[str, float]]:
     """Train `job` to the last step inside a Ray Train worker; the trained model and the last validation's metrics (rank 0).
 
-    The model has the final weights (averaged ones where `training` has an EMA).
+    The model has the final weights (averaged ones where `training` has an EMA). `part` trains a part of it alone.
     """
     import ray.train
     import ray.train.torch
@@ -405,8 +421,9 @@ def run_job(
     if job.adversary:
         job.adversary.module.to(device)
     state = TrainState(model, training, job.adversary)
-    if said := resume(state, run_uri):
+    if said := resume(state, run_uri, part.start if part else None):
         _say(rank, said)
+    last_step = part.stop if part else training.steps
     wrapped = model if sharded else ray.train.torch.prepare_model(model)
     wrapped_adversary = (
         ray.train.torch.prepare_model(job.adversary.module) if job.adversary else None
@@ -417,14 +434,14 @@ def run_job(
     meter = _Meter(training, world_size, device)
     validation: dict[str, float] = {}
     feed = job.feed(state.step, rank, world_size, device)
-    if rank == 0 and not sharded and state.step < training.steps:
+    if rank == 0 and not sharded and state.step < last_step:
         first = next(feed)
         _say_memory_plan(job, training, first)
         feed = itertools.chain([first], feed)
     if training.compile:  # after the plan, whose small batches are not worth compiling for
         wrapped.compile()
     meter.restart()
-    while state.step < training.steps:
+    while state.step < last_step:
         with meter.waiting():
             batches = [next(feed) for _ in range(training.accumulation)]
         for batch in batches:
@@ -434,7 +451,7 @@ def run_job(
                 state, wrapped, job.loss, batches, training, wrapped_adversary, adversary_loss
             )
         )
-        step, last = state.step, state.step == training.steps
+        step, last = state.step, state.step == last_step
         if step % training.log_every == 0 or last:
             metrics = meter.flush() | {"bad_images": float(len(bad_images))}
             metrics["learning_rate"] = learning_rate(step - 1, training)

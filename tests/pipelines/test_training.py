@@ -135,6 +135,18 @@ def test_a_resumed_run_ends_at_the_same_bits(tmp_path, killed_at, ema):
     assert all(torch.equal(a, b) for a, b in zip(whole.ema, second.ema, strict=True))
 
 
+def test_a_part_of_a_training_goes_on_with_its_own_rates_and_the_weights_before():
+    before, now = section(), section(weight_decay=0.2, learning_rate=3e-3, betas=(0.8, 0.9))
+    first, second = new_state(before), new_state(now)
+    train_step(first, first.model, loss, batches_of(0, 1), before)
+    second.load_bytes(first.to_bytes())
+    assert torch.equal(parameters(first), parameters(second)) and second.step == 1
+    old, new = (s.networks["model"].optimizer.state_dict() for s in (first, second))
+    assert torch.equal(old["state"][0]["exp_avg"], new["state"][0]["exp_avg"])
+    kept = [(g["weight_decay"], tuple(g["betas"])) for g in new["param_groups"]]
+    assert kept == [(0.2, (0.8, 0.9)), (0.0, (0.8, 0.9))]
+
+
 def test_a_non_finite_loss_stops_before_the_step_and_names_the_images():
     training = section()
     state = new_state(training)
