@@ -8,12 +8,14 @@ import socket
 import subprocess
 import sys
 import threading
+import time
 from pathlib import Path
 
 import boto3
 import pytest
 
 from fae_core.errors import UserError
+from pipelines import ray_session
 from pipelines.bucket_check import RULE_ID, check_bucket, clock_skew, covering_rule
 from pipelines.cluster_check import Node, check_fit, check_nodes, matches
 from pipelines.config import TrackingSection, load_recipe
@@ -116,6 +118,22 @@ def test_other_versions_and_small_shm_are_found_on_the_node_that_has_them():
     found = {f.subject: f for f in check_nodes([cpu_node(), old, small])}
     assert found["versions"].level == "problem" and "c2 has torch 1.0" in found["versions"].message
     assert found["/dev/shm"].level == "warning" and "c3" in found["/dev/shm"].message
+
+
+@pytest.mark.parametrize("kind", ["closed", "silent"])
+def test_an_address_where_nothing_listens_is_an_error_at_once(monkeypatch, kind):
+    monkeypatch.setattr(ray_session, "CONNECT_SECONDS", 1.0)
+    monkeypatch.setenv("RAY_ADDRESS", "")
+    with socket.socket() as listener, socket.socket() as queued:
+        listener.bind(("127.0.0.1", 0))
+        port = listener.getsockname()[1]
+        if kind == "silent":  # with its queue full the kernel drops what knocks, as a firewall does
+            listener.listen(0)
+            queued.connect(("127.0.0.1", port))
+        started = time.monotonic()
+        with pytest.raises(UserError, match=f"tried to connect to port {port} of 127.0.0.1.*6379"):
+            doctor([], address=f"127.0.0.1:{port}")
+        assert time.monotonic() - started < 20, "importing Ray included"
 
 
 # A bucket -------------------------------------------------------------------------------------------------------------
