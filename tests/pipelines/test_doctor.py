@@ -207,6 +207,12 @@ def test_a_bucket_that_is_not_there_and_a_server_that_is_not_there_are_problems(
     assert "not-for-messages" not in found.message
 
 
+def test_a_bucket_is_asked_with_the_settings_of_every_other_command(client, monkeypatch):
+    monkeypatch.setenv("FAE_S3_ADDRESSING", "pat")
+    with pytest.raises(UserError, match="FAE_S3_ADDRESSING='pat'"):
+        list(check_bucket("s3://doctor/latents"))
+
+
 def test_the_clock_is_compared_with_the_servers_date():
     date = "Tue, 24 Nov 2026 08:00:00 GMT"
     server = 1795507200.0
