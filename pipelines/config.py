@@ -122,7 +122,7 @@ class TrainingSection(_Section):
     """Steps between checkpoints."""
     keep_checkpoints: int = Field(2, gt=0)
     max_failures: int = Field(3, ge=0)
-    """How often training goes on by itself from the newest checkpoint after workers were lost."""
+    """How often training goes on by itself from the newest checkpoint after workers or nodes were lost; errors end it at once."""
 
 
 class AutoencoderSection(_Section):

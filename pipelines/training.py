@@ -31,7 +31,7 @@ from pipelines.batches import Batch
 from pipelines.config import Recipe, TrainingSection
 from pipelines.history import History
 from pipelines.memory_plan import plan_memory
-from pipelines.ray_session import quiet_logs
+from pipelines.ray_session import plain_error, quiet_logs
 from pipelines.sharding import is_sharded, shard, split_like, whole
 from pipelines.tracking import Tracker, flatten
 
@@ -494,9 +494,8 @@ def fit(
 ) -> None:
     """Run `worker(config)` on the workers that `training` asks for under Ray Train.
 
-    Where one fails, all begin again at the newest checkpoint, up to `training.max_failures` times. `callbacks` are Ray
-    Train's, which hear of every validation and checkpoint. Raises NonFiniteError, TrainingError and every other
-    UserError at once.
+    Where one is lost, all begin again at the newest checkpoint, up to `training.max_failures` times. `callbacks` are Ray
+    Train's, which hear of every validation and checkpoint. Raises what `worker` itself raises, at once.
     """
     import ray
     from ray.train import FailureConfig, RunConfig, ScalingConfig, TrainingFailedError
@@ -520,7 +519,7 @@ def fit(
                 resources_per_worker={"CPU": training.cpus_per_worker}
                 | ({"GPU": 1} if training.use_gpu else {}),
             ),
-            # Ray's own restarts would repeat what is an error of the user, a NaN for example.
+            # Ray's own restarts would repeat what `worker` raises too, a NaN for example.
             run_config=RunConfig(
                 name=recipe.run,
                 storage_path=path,
@@ -533,18 +532,50 @@ def fit(
             trainer.fit()
             return
         except TrainingFailedError as error:
-            for failure in getattr(error, "worker_failures", {}).values():
-                for cause in (failure, getattr(failure, "cause", None)):
-                    if isinstance(cause, UserError):
-                        raise type(cause)(str(cause)) from None
+            own = raised_by_worker(error)
+            if isinstance(own, UserError):
+                raise own from None
+            if own is not None:
+                raise own from error
             if failures == training.max_failures:
                 raise
             reason = str(error).strip().splitlines()[-1]
             _say(
                 0,
-                f"workers failed ({reason}); all go on from the newest checkpoint "
+                f"workers were lost ({reason}); all go on from the newest checkpoint "
                 f"({failures + 1} of {training.max_failures} times)",
             )
+
+
+def raised_by_worker(error: Exception) -> Exception | None:
+    """What the training function itself raised, out of Ray Train's `error`; None where workers or their nodes were lost.
+
+    Ray Train makes no difference between them. One worker's end makes the others fail in their collectives, so an error
+    of those alone is a loss that was not noticed yet, and beside another error it is that one's echo.
+    """
+    from ray.exceptions import RayError, RayTaskError, UserCodeException
+    from ray.train.v2._internal.exceptions import RayTrainError
+
+    failures = list(getattr(error, "worker_failures", {}).values())
+    for failure in map(plain_error, failures):
+        if isinstance(failure, UserError):
+            return failure
+    for failure in failures:
+        cause = failure
+        while isinstance(cause, RayTaskError) and isinstance(cause.cause, Exception):
+            cause = cause.cause
+        wrapped = isinstance(cause, RayTaskError | UserCodeException)
+        if isinstance(cause, RayError | RayTrainError) and not wrapped:
+            return None
+    return next((failure for failure in failures if not _is_echo(failure)), None)
+
+
+def _is_echo(failure: Exception) -> bool:
+    if isinstance(failure, torch.distributed.DistError):
+        return True
+    return isinstance(failure, RuntimeError) and any(
+        word in str(failure) for word in ("gloo", "NCCL")
+    )
 
 
 def prepare_worker(device: torch.device) -> None:
