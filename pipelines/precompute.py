@@ -26,11 +26,12 @@ from fae_core.errors import UserError
 from pipelines import latent_store, metrics, storage
 from pipelines.command import run_module
 from pipelines.config import Recipe, RecipeError
-from pipelines.images import decode_records, plan_images, read_records
+from pipelines.images import decode_records, read_records
 from pipelines.latent_store import Plan, open_plan
 from pipelines.models import autoencoder_of, backbone_fingerprints, backbone_of
 from pipelines.progress import Progress
 from pipelines.ray_session import for_workers, plain_error, start_ray
+from pipelines.sources import plan_images
 
 CROP = "adm-center-crop-1"
 

@@ -27,10 +27,11 @@ from fae_core.metrics.probes import (
 )
 from pipelines.config import Recipe
 from pipelines.feature_statistics import features_of
-from pipelines.images import ImageRecord, decode_records, read_records
+from pipelines.images import decode_records, read_records
 from pipelines.precompute import Encoder
 from pipelines.progress import Progress
 from pipelines.ray_session import start_ray
+from pipelines.sources import ImageRecord
 
 KINDS = ("true", "reconstructed", "latent")
 Pair = tuple[ImageRecord, ImageRecord]

@@ -31,9 +31,9 @@ from pipelines.feature_statistics import (
     read_statistics,
 )
 from pipelines.image_feed import decoded, image_feed
-from pipelines.images import ImageRecord
 from pipelines.models import backbone_fingerprints, backbone_of
 from pipelines.ray_session import for_workers, start_ray
+from pipelines.sources import ImageRecord
 from pipelines.tracking import resolve_uri
 from pipelines.training import Job, Part, fit, prepare_worker, run_job
 

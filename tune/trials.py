@@ -18,7 +18,7 @@ from fae_core.errors import UserError
 from pipelines import runs, storage
 from pipelines.config import DataSection, Recipe, RecipeError
 from pipelines.history import read_history
-from pipelines.images import ImageRecord, list_images
+from pipelines.sources import ImageRecord, list_images
 from pipelines.stages import STAGES, Stage, fingerprint, needed_stages, plan_stages
 from tune.spaces import Settings, apply
 

@@ -23,16 +23,8 @@ from PIL import Image
 
 from pipelines import storage
 from pipelines.config import DataSection
-from pipelines.images import (
-    ImageError,
-    ImageRecord,
-    SourceError,
-    adm_center_crop,
-    decode_image,
-    decode_records,
-    list_images,
-    read_records,
-)
+from pipelines.images import ImageError, adm_center_crop, decode_image, decode_records, read_records
+from pipelines.sources import ImageRecord, SourceError, list_images
 
 SIZE = 32
 LIMIT = 1_000_000

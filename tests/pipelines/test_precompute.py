@@ -27,10 +27,10 @@ from fae_core.backbone import load_backbone
 from fae_core.checkpoint import CheckpointError
 from pipelines import latent_store
 from pipelines.config import Recipe, RecipeError, load_recipe
-from pipelines.images import SourceError
 from pipelines.latent_reader import LatentStore
 from pipelines.latent_store import StoreMismatch
 from pipelines.precompute import Encoder, Progress, TooManyErrors, build_dataset, precompute
+from pipelines.sources import SourceError
 from pipelines.train_autoencoder import autoencoder_config
 
 ROOT = Path(__file__).parents[2]
@@ -309,8 +309,8 @@ def test_a_file_that_vanishes_after_planning_is_an_error_of_that_image(
     images, output = tmp_path / "images", tmp_path / "store"
     shutil.copytree(photographs, images)
     recipe = recipe_for(images, autoencoder, output, "precompute.max_error_rate=0.02")
-    from pipelines.images import list_images
     from pipelines.precompute import fingerprint_parts
+    from pipelines.sources import list_images
 
     latent_store.ensure_plan(str(output), list_images(recipe.data), 8, fingerprint_parts(recipe))
     (images / "coffee 03.jpg").unlink()

@@ -19,7 +19,8 @@ import pytest
 
 from pipelines import latent_store, s3, storage
 from pipelines.config import DataSection
-from pipelines.images import ImageRecord, list_images, read_records
+from pipelines.images import read_records
+from pipelines.sources import ImageRecord, list_images
 from tests.fault_proxy import FaultProxy
 
 SECRET = "marker-secret-of-s3"
