@@ -20,7 +20,7 @@ import pyarrow.parquet as pq
 
 from pipelines import latent_store, storage
 from pipelines.config import DataSection
-from pipelines.images import plan_images
+from pipelines.sources import plan_images
 
 
 def measure(source: str) -> dict[str, float]:

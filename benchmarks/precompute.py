@@ -23,10 +23,11 @@ from benchmarks.environment import describe, write_photographs
 from fae_core import checkpoint
 from fae_core.autoencoder import FeatureAutoencoder
 from pipelines.config import Recipe, load_recipe
-from pipelines.images import ImageRecord, decode_records, list_images, read_records
+from pipelines.images import decode_records, read_records
 from pipelines.models import backbone_fingerprints, backbone_of
 from pipelines.precompute import Encoder, precompute
 from pipelines.ray_session import start_ray
+from pipelines.sources import ImageRecord, list_images
 from pipelines.train_autoencoder import autoencoder_config
 
 MODEL_IMAGES = 192

@@ -29,9 +29,10 @@ from fae_core.figures import picture_grid
 from fae_core.metrics.frechet import frechet_of_features
 from fae_core.pixel_decoder import to_uint8
 from pipelines.config import Recipe, load_recipe
-from pipelines.images import decode_records, list_images, read_records
+from pipelines.images import decode_records, read_records
 from pipelines.models import backbone_of, load_checkpoint
 from pipelines.sample import read_samples
+from pipelines.sources import list_images
 
 BATCH = 128
 NEIGHBOURS = 4

@@ -31,10 +31,10 @@ from fae_core.pixel_decoder import PixelDecoder
 from pipelines import latent_store
 from pipelines.batches import Batch
 from pipelines.config import Recipe, TrainingSection, load_recipe
-from pipelines.images import ImageRecord
 from pipelines.latent_feed import latent_feed
 from pipelines.latent_reader import LatentStore
 from pipelines.models import backbone_of
+from pipelines.sources import ImageRecord
 from pipelines.train_autoencoder import autoencoder_config, autoencoder_loss
 from pipelines.train_generator import build_generator, generator_loss
 from pipelines.train_pixel_decoder import Objective, make_adversary, pixel_decoder_config

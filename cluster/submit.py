@@ -24,6 +24,7 @@ from cluster.working_tree import LIMIT, WorkingTree, working_tree
 
 DEFAULT_ADDRESS = "http://127.0.0.1:8265"
 POLL_SECONDS = 1.0
+ANSWER_SECONDS = 10.0
 
 
 @dataclass(frozen=True)
@@ -121,12 +122,15 @@ def connect(address: str | None = None) -> Any:
     from ray.job_submission import JobSubmissionClient
 
     try:
+        # Any answer will do. Ray's client, which asks next, has no limit of time.
+        requests.get(f"{address.rstrip('/')}/api/version", timeout=ANSWER_SECONDS)
         return JobSubmissionClient(address)
     except AuthenticationError as error:
         raise SubmitError(_explain_refusal(address, str(error))) from None
-    except (ConnectionError, requests.exceptions.RequestException):
+    except (ConnectionError, requests.exceptions.RequestException) as error:
+        tried = f" within {ANSWER_SECONDS:g} s" if isinstance(error, requests.Timeout) else ""
         raise SubmitError(
-            f"No job server answers at {address}. Is the head's dashboard up (ray start --head, port 8265), and "
+            f"No job server answers at {address}{tried}. Are host and port right? Is the head's dashboard up (ray start --head, port 8265), and "
             "does a port-forward to it still run (kubectl port-forward service/NAME-head-svc 8265)?"
         ) from None
     except RuntimeError as error:

@@ -1,22 +1,20 @@
 """Is an s3:// prefix good for a latent store? Each thing that the store relies on is done once, for real, and removed.
 
-Part of `fae doctor`. The requests are bare, without storage.py's patience: a check says at once what does not work.
+Part of `fae doctor`. Client and settings are those of every other command (s3.py), but the requests are bare, without its
+patience: a check says at once what does not work.
 """
 
 from __future__ import annotations
 
-import os
 import time
 import uuid
 from collections.abc import Callable, Iterator
 from email.utils import parsedate_to_datetime
 from typing import Any
 
-import boto3
-from botocore.config import Config
 from botocore.exceptions import BotoCoreError, ClientError
 
-from pipelines import storage
+from pipelines import s3, storage
 from pipelines.finding import Finding
 
 RULE_ID = "fae-abort-incomplete-uploads"
@@ -32,7 +30,7 @@ def check_bucket(uri: str, fix: bool = False) -> Iterator[Finding]:
     if not bucket:
         yield Finding("problem", "bucket", f"{uri}: no bucket. Expected s3://BUCKET/PREFIX.")
         return
-    client = _client()
+    client = s3.client()
     folder = f"{prefix}/" if prefix else ""
     probe = f"{folder}.fae-doctor-{uuid.uuid4().hex}"
     try:
@@ -73,18 +71,6 @@ def covering_rule(rules: list[dict[str, Any]], folder: str) -> dict[str, Any] | 
         if aborts and rule.get("Status") == "Enabled" and folder.startswith(prefix):
             return rule
     return None
-
-
-def _client() -> Any:
-    endpoint = os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL") or None
-    config = Config(
-        retries={"mode": "standard", "total_max_attempts": 2},
-        s3={"addressing_style": "path" if endpoint else "auto"},
-        connect_timeout=5,
-        read_timeout=20,
-    )
-    region = os.environ.get("AWS_DEFAULT_REGION") or os.environ.get("AWS_REGION")
-    return boto3.Session().client("s3", endpoint_url=endpoint, region_name=region, config=config)
 
 
 def _clock(answer: dict[str, Any]) -> Iterator[Finding]:

@@ -125,7 +125,7 @@ class TrainingSection(_Section):
     """Steps between checkpoints."""
     keep_checkpoints: int = Field(2, gt=0)
     max_failures: int = Field(3, ge=0)
-    """How often training goes on by itself from the newest checkpoint after workers were lost."""
+    """How often training goes on by itself from the newest checkpoint after workers or nodes were lost; errors end it at once."""
 
 
 class AutoencoderSection(_Section):
@@ -469,6 +469,23 @@ class AshaSection(_Section):
     """One in so many goes on at each rung, and the next rung is so many times as far."""
 
 
+class PbtSection(_Section):
+    """Population based training of the autoencoder (arXiv 1711.09846): the sweep's settings are its members' first ones.
+
+    After each round of steps the worst members go on from the best ones' weights, with their settings changed a little.
+    """
+
+    metric: str = "mse"
+    """Of the autoencoder's validation at the end of a round."""
+    mode: Literal["min", "max"] = "min"
+    round_steps: int = Field(1000, gt=0)
+    """Steps of a round; all members wait for the last one before the next."""
+    quantile: float = Field(0.25, gt=0.0, le=0.5)
+    """Share of the members that is replaced after a round, and that of those they are replaced by."""
+    resample_probability: float = Field(0.25, ge=0.0, le=1.0)
+    """A setting is drawn anew with it, else moved: to a neighbour in a list, by a factor of 0.8 or 1.2 in an interval."""
+
+
 class TuneSection(_Section):
     """A sweep: what `fae tune` varies, how, and what it looks for. Ours; the paper gives the results of its ablations alone."""
 
@@ -481,9 +498,10 @@ class TuneSection(_Section):
     algorithm: Literal["grid", "random", "optuna"] = "grid"
     """grid: all combinations. random, optuna: num_samples settings, drawn or suggested from the trials before."""
     num_samples: int = Field(10, gt=0)
-    scheduler: Literal["none", "asha"] = "none"
-    """asha: stop trials whose autoencoder falls behind the others' at the same step."""
+    scheduler: Literal["none", "asha", "pbt"] = "none"
+    """asha: stop trials whose autoencoder falls behind the others' at the same step. pbt: train them as one population."""
     asha: AshaSection = AshaSection()
+    pbt: PbtSection = PbtSection()
     objectives: list[ObjectiveSection] = Field(
         [ObjectiveSection(metric="autoencoder/mse")], min_length=1
     )

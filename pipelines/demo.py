@@ -22,12 +22,13 @@ from fae_core.figures import picture_grid, reconstruction_rows
 from fae_core.pixel_decoder import to_uint8
 from pipelines import latent_store
 from pipelines.config import Recipe, load_recipe
-from pipelines.images import ImageRecord, decode_records, list_images, read_records
+from pipelines.images import decode_records, read_records
 from pipelines.latent_reader import LatentStore
 from pipelines.precompute import Encoder, precompute
 from pipelines.ray_session import start_ray
 from pipelines.runs import split_records
 from pipelines.sample import Artist
+from pipelines.sources import ImageRecord, list_images
 from pipelines.train_autoencoder import TrainResult, train_autoencoder
 from pipelines.train_generator import train_generator
 from pipelines.train_pixel_decoder import train_pixel_decoder

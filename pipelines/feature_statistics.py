@@ -16,7 +16,7 @@ from fae_core.linear_baseline import Covariance, LinearBaseline
 from pipelines import storage
 from pipelines.config import Recipe
 from pipelines.image_feed import decoded
-from pipelines.images import ImageRecord
+from pipelines.sources import ImageRecord
 from pipelines.training import TrainingError
 
 EVALUATION_BATCH = 32

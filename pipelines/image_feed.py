@@ -13,7 +13,8 @@ import torch
 from pipelines.batches import Batch, to_device
 from pipelines.config import DataSection, TrainingSection
 from pipelines.epoch_order import EpochOrder
-from pipelines.images import ImageRecord, decode_records, read_records
+from pipelines.images import decode_records, read_records
+from pipelines.sources import ImageRecord
 from pipelines.training import DECODE_CPUS, Feed, TrainingError
 
 WINDOW_BATCHES = 256

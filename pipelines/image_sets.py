@@ -26,15 +26,9 @@ from fae_core.errors import UserError
 from fae_core.metrics.frechet import Gaussian
 from pipelines import storage
 from pipelines.config import DataSection, Recipe
-from pipelines.images import (
-    IMAGE_SUFFIXES,
-    ImageRecord,
-    SourceError,
-    decode_records,
-    list_images,
-    read_records,
-)
+from pipelines.images import decode_records, read_records
 from pipelines.sample import FORMAT as SAMPLES_FORMAT
+from pipelines.sources import IMAGE_SUFFIXES, ImageRecord, SourceError, list_images
 
 STATISTICS_FORMAT = "fae-statistics-1"
 ARRAYS = {

@@ -32,7 +32,7 @@ import pyarrow.parquet as pq
 from fae_core.errors import UserError
 from fae_core.latent_stats import ChannelStats
 from pipelines import storage
-from pipelines.images import RECORDS, ImageRecord, records_of, records_table
+from pipelines.sources import RECORDS, ImageRecord, records_of, records_table
 
 FORMAT = "fae-latents-1"
 PLAN = "plan.parquet"

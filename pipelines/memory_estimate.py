@@ -25,12 +25,12 @@ from fae_core.generators.dit import DiT
 from fae_core.pixel_decoder import PixelDecoder
 from pipelines.batches import PREFETCH_BATCHES, Batch
 from pipelines.config import Recipe, TrainingSection
-from pipelines.images import plan_images
 from pipelines.latent_reader import LatentStore
 from pipelines.memory_plan import MEBI
 from pipelines.models import backbone_of, backbone_spec
 from pipelines.precompute import Encoder
 from pipelines.sample import Artist
+from pipelines.sources import plan_images
 from pipelines.train_autoencoder import (
     MAX_VALIDATION_IMAGES,
     autoencoder_config,

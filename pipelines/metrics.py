@@ -2,11 +2,13 @@
 
 One record a shard and stage, so the cost does not grow with images. Ray adds `ray_` before a name and `_total` after a
 counter's, and the labels of node and worker. `fae_stage_seconds` of stage `encode` is the time that an actor's device works:
-its rate is the busy share. Its count for `decode` less `fae_shards` is the shards that were done again.
+its rate is the busy share. Its count for `decode` less `fae_shards` is the shards that were done again. Requests to S3 that
+were tried again are counted in every process of Ray's, whatever it does there; those that Arrow repeats by itself are not seen.
 """
 
 from __future__ import annotations
 
+import sys
 import time
 from collections import Counter as Tally
 from collections.abc import Iterator, Sequence
@@ -19,6 +21,7 @@ METRICS: dict[str, tuple[str, str, tuple[str, ...]]] = {
     "fae_shards": ("counter", "Shards stored", ()),
     "fae_image_errors": ("counter", "Images that could not be read, decoded or encoded", ("stage",)),
     "fae_bytes": ("counter", "Bytes read from the source (encoded images) and latents written", ("direction",)),
+    "fae_s3_retries": ("counter", "Requests to S3 that were tried again", ("operation", "cause")),
     "fae_stage_seconds": ("histogram", "Seconds of one shard in a stage", ("stage",)),
 }  # fmt: skip
 """Kind, description and labels of every metric."""
@@ -46,6 +49,14 @@ def count_shard(rows: int, errors: Sequence[dict[str, str]]) -> None:
         _metric("fae_images").inc(rows)
     for cause, number in Tally(error["stage"] for error in errors).items():
         _metric("fae_image_errors").inc(number, tags={"stage": cause})
+
+
+def count_retry(operation: str, cause: str) -> None:
+    """One request to S3 that is tried again; nothing in a process that is not connected to Ray."""
+    # Reading S3 needs no Ray, and must not import it for this.
+    ray = sys.modules.get("ray")
+    if ray is not None and ray.is_initialized():
+        _metric("fae_s3_retries").inc(tags={"operation": operation, "cause": cause})
 
 
 @cache

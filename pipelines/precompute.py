@@ -26,11 +26,12 @@ from fae_core.errors import UserError
 from pipelines import latent_store, metrics, storage
 from pipelines.command import run_module
 from pipelines.config import Recipe, RecipeError
-from pipelines.images import CROPS, decode_records, plan_images, read_records
+from pipelines.images import CROPS, decode_records, read_records
 from pipelines.latent_store import Plan, open_plan
 from pipelines.models import autoencoder_of, backbone_fingerprints, backbone_of
 from pipelines.progress import Progress
 from pipelines.ray_session import for_workers, plain_error, start_ray
+from pipelines.sources import plan_images
 
 
 class TooManyErrors(UserError, RuntimeError):
@@ -214,6 +215,20 @@ class Encoder:
             torch.device(device),
         )
 
+    @classmethod
+    def for_actor(cls, recipe: Recipe, gpus: float, weights: dict[str, str]) -> Encoder:
+        """`of` on an actor's GPU or CPU; raises CheckpointError too where its weights are not those of `weights`."""
+        if not gpus:
+            torch.set_num_threads(recipe.precompute.threads_per_actor or os.cpu_count() or 1)
+        made = cls.of(recipe, "cuda" if gpus else "cpu")
+        found = (made.backbone.weights_sha256, made.autoencoder_sha256)
+        if found != (weights["backbone weights"], weights["autoencoder weights"]):
+            raise CheckpointError(
+                "The weights on this node are not the ones that the job was planned with; "
+                "they changed, or the path means another file here."
+            )
+        return made
+
     def micro_batches(self, images: np.ndarray, size: int) -> Iterator[Tensor]:
         """Device tensors [b,S,S,3] of `images`; on a GPU the next copy runs while the caller computes."""
         pieces = (images[i : i + size] for i in range(0, len(images), size))
@@ -270,17 +285,8 @@ class EncodeShards:
     """The actor: one accelerator (or the CPU) each, model loaded once."""
 
     def __init__(self, recipe: Recipe, weights: dict[str, str]) -> None:
-        on_gpu = recipe.precompute.gpus_per_actor > 0
-        if not on_gpu:
-            torch.set_num_threads(recipe.precompute.threads_per_actor or os.cpu_count() or 1)
         self.recipe = recipe
-        self.encoder = Encoder.of(recipe, "cuda" if on_gpu else "cpu")
-        found = (self.encoder.backbone.weights_sha256, self.encoder.autoencoder_sha256)
-        if found != (weights["backbone weights"], weights["autoencoder weights"]):
-            raise CheckpointError(
-                "The weights on this node are not the ones that the job was planned with; "
-                "they changed, or the path means another file here."
-            )
+        self.encoder = Encoder.for_actor(recipe, recipe.precompute.gpus_per_actor, weights)
 
     def __call__(self, batch: dict[str, np.ndarray]) -> dict[str, Any]:
         images, ok = np.asarray(batch["images"][0]), np.asarray(batch["ok"][0], dtype=np.int64)

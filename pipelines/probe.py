@@ -26,11 +26,12 @@ from fae_core.similarity_figures import MatchedPair, matching_figure, similarity
 from pipelines import storage
 from pipelines.command import run_module
 from pipelines.config import Recipe, RecipeError
-from pipelines.images import CROPS, ImageRecord, decode_records, list_images, read_records
+from pipelines.images import CROPS, decode_records, read_records
 from pipelines.latent_store import StoreMismatch, fingerprint_of, source_digest, versions
 from pipelines.probe_features import KINDS, Networks, Pair, Probed, ProbeError, extract
 from pipelines.ray_session import for_workers
 from pipelines.runs import split_records
+from pipelines.sources import ImageRecord, list_images
 
 OPERATIONAL = ("output", "num_actors", "gpus_per_actor", "cpus_per_actor", "max_error_rate")
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -27,10 +26,11 @@ from fae_core.metrics.probes import (
 )
 from pipelines.config import Recipe
 from pipelines.feature_statistics import features_of
-from pipelines.images import ImageRecord, decode_records, read_records
+from pipelines.images import decode_records, read_records
 from pipelines.precompute import Encoder
 from pipelines.progress import Progress
 from pipelines.ray_session import start_ray
+from pipelines.sources import ImageRecord
 
 KINDS = ("true", "reconstructed", "latent")
 Pair = tuple[ImageRecord, ImageRecord]
@@ -94,9 +94,9 @@ class Networks:
     encoder: Encoder
 
     @classmethod
-    def of(cls, recipe: Recipe, device: str = "cpu") -> Networks:
-        """Load what the recipe names. Raises CheckpointError when the two do not belong together."""
-        encoder = Encoder.of(recipe, device)
+    def of(cls, recipe: Recipe, encoder: Encoder | None = None) -> Networks:
+        """Those of `encoder`, or load what the recipe names. Raises CheckpointError when the two do not belong together."""
+        encoder = encoder or Encoder.of(recipe)
         return cls(dataclasses.replace(encoder, precision=recipe.probe.precision))
 
     @property
@@ -184,18 +184,9 @@ class ProbeImages:
     """The actor: one accelerator (or the CPU) each, networks loaded once."""
 
     def __init__(self, recipe: Recipe, weights: dict[str, str]) -> None:
-        on_gpu = recipe.probe.gpus_per_actor > 0
-        if not on_gpu:
-            torch.set_num_threads(recipe.precompute.threads_per_actor or os.cpu_count() or 1)
         self.recipe = recipe
-        self.networks = Networks.of(recipe, "cuda" if on_gpu else "cpu")
-        encoder = self.networks.encoder
-        found = (encoder.backbone.weights_sha256, encoder.autoencoder_sha256)
-        if found != (weights["backbone weights"], weights["autoencoder weights"]):
-            raise ProbeError(
-                "The weights on this node are not those that the probe began with; "
-                "they changed, or the path means another file here."
-            )
+        encoder = Encoder.for_actor(recipe, recipe.probe.gpus_per_actor, weights)
+        self.networks = Networks.of(recipe, encoder)
 
     def __call__(self, batch: dict[str, np.ndarray]) -> dict[str, Any]:
         images = np.asarray(batch["images"][0])

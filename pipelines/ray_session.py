@@ -22,12 +22,15 @@ QUIET = {
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
     "RAY_TRAIN_ENABLE_PRINT_PATCH": "0",  # else every print of a worker appears twice
 }
-
+CONNECT_SECONDS = 5.0
 GCS_PORT = "RAY_GCS_SERVER_PORT"
 
 
 def start_ray(**local: Any) -> None:
-    """Attach to RAY_ADDRESS, else start a local cluster (`local` goes to ray.init); nothing if connected already."""
+    """Attach to RAY_ADDRESS, else start a local cluster (`local` goes to ray.init); nothing if connected already.
+
+    Raises UserError where nothing listens at RAY_ADDRESS.
+    """
     for key, value in QUIET.items():
         os.environ.setdefault(key, value)
     import ray
@@ -37,7 +40,8 @@ def start_ray(**local: Any) -> None:
         return
     quiet_logs()
     for_tasks = {key: os.environ[key] for key in QUIET}
-    if os.environ.get("RAY_ADDRESS"):
+    if address := os.environ.get("RAY_ADDRESS"):
+        _refuse_silence(address)
         local = {}
     else:
         # Without an address Ray would join any cluster that happens to run on this machine. Ray Train asks the
@@ -80,6 +84,21 @@ def plain_error(error: Exception) -> Exception:
             return type(cause)(str(cause))
         cause = getattr(cause, "cause", None) or cause.__cause__
     return error
+
+
+def _refuse_silence(address: str) -> None:
+    """Raises UserError where no server listens at HOST:PORT or ray://HOST:PORT; Ray itself would try for minutes."""
+    host, _, port = address.rpartition("://")[2].rpartition(":")
+    if not host or not port.isdigit():
+        return  # `auto` and whatever else Ray alone understands
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), CONNECT_SECONDS).close()
+    except (OSError, OverflowError) as error:
+        raise UserError(
+            f"No Ray at {address}: tried to connect to port {port} of {host} for at most {CONNECT_SECONDS:g} s ({error}). "
+            "Check the address (--address or RAY_ADDRESS) and that the head runs: its own port is 6379 unless `ray start "
+            "--port` said another, and ray:// has 10001. From outside a cluster use fae submit, which speaks to port 8265."
+        ) from None
 
 
 def quiet_logs() -> None:

@@ -21,7 +21,7 @@ from torch import nn
 from fae_core import checkpoint
 from pipelines import storage
 from pipelines.config import Recipe, RecipeError
-from pipelines.images import ImageRecord, plan_images
+from pipelines.sources import ImageRecord, plan_images
 from pipelines.tracking import flatten
 from pipelines.training import TrainingError
 

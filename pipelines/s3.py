@@ -32,6 +32,7 @@ from botocore.exceptions import ConnectionError as BotoConnectionError
 from pyarrow import fs
 
 from fae_core.errors import UserError
+from pipelines import metrics
 
 PATIENCE = 180.0
 CONNECTIONS = 32
@@ -92,8 +93,10 @@ def arrow_filesystem() -> fs.S3FileSystem:
     return _arrow(Settings.from_environment())
 
 
-def patiently(operation: Callable[[], T]) -> T:
-    """What `operation` returns; tried again after growing pauses while its error is one that passes.
+def patiently(operation: str, request: Callable[[], T]) -> T:
+    """What `request` returns; tried again after growing pauses while its error is one that passes.
+
+    Each time is counted under the name `operation` (metrics.py), where this is a process of Ray's.
 
     That is 429, 5xx, a timeout and a connection that fails or breaks; never 403 or 404. boto3's own retries count attempts
     from a quota that all threads share, which a short outage under many reads uses up; and they end before the body.
@@ -103,12 +106,13 @@ def patiently(operation: Callable[[], T]) -> T:
     attempt, said = 0, False
     while True:
         try:
-            return operation()
+            return request()
         except (ClientError, BotoCoreError) as error:
             pause = random.uniform(0.5, 1.0) * min(FIRST_PAUSE * 2**attempt, LONGEST_PAUSE)
             waited = time.monotonic() - started
             if not passes(error) or waited + pause > settings.patience:
                 raise
+            metrics.count_retry(operation, code_of(error) or type(error).__name__)
             if waited > SAID_AFTER and not said:
                 logging.getLogger(__name__).warning(
                     "S3 at %s: %s; trying for %.0f s in all (FAE_S3_PATIENCE).",

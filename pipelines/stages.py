@@ -20,11 +20,11 @@ from fae_core.autoencoder import FeatureAutoencoder
 from fae_core.pixel_decoder import PixelDecoder
 from pipelines import storage
 from pipelines.config import ChainSection, Recipe, RecipeError, StageName, TrainingSection
-from pipelines.images import ImageRecord, list_images
 from pipelines.latent_store import source_digest
 from pipelines.models import backbone_spec, load_checkpoint
 from pipelines.ray_session import for_workers
 from pipelines.runs import OPERATIONAL_KEYS
+from pipelines.sources import ImageRecord, list_images
 from pipelines.tracking import flatten, resolve_uri
 from pipelines.train_autoencoder import autoencoder_config
 from pipelines.train_generator import build_generator

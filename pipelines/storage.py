@@ -73,7 +73,7 @@ def read_bytes(uri: str) -> bytes:
     try:
         if is_s3(uri):
             bucket, key = _bucket_key(uri)
-            return s3.patiently(lambda: _get(bucket, key))
+            return s3.patiently("read", lambda: _get(bucket, key))
         return Path(_local(uri)).read_bytes()
     except (ClientError, BotoCoreError, OSError) as error:
         raise storage_error("read", uri, error) from None
@@ -102,7 +102,7 @@ def write_bytes(uri: str, data: bytes) -> str:
     try:
         if is_s3(uri):
             bucket, key = _bucket_key(uri)
-            return s3.patiently(lambda: _put(bucket, key, data))
+            return s3.patiently("write", lambda: _put(bucket, key, data))
         path = _local(uri)
         temporary = _write_temporary(path, data)
         try:
@@ -141,7 +141,7 @@ def delete(uri: str) -> None:
     try:
         if is_s3(uri):
             bucket, key = _bucket_key(uri)
-            s3.patiently(lambda: s3.client().delete_object(Bucket=bucket, Key=key))
+            s3.patiently("delete", lambda: s3.client().delete_object(Bucket=bucket, Key=key))
         else:
             Path(_local(uri)).unlink(missing_ok=True)
     except (ClientError, BotoCoreError, OSError) as error:
@@ -286,7 +286,7 @@ def _first_page(bucket: str, prefix: str) -> dict[str, Any]:
         page: dict[str, Any] = s3.client().list_objects_v2(Bucket=bucket, Prefix=prefix, MaxKeys=1)
         return page
 
-    return s3.patiently(ask)
+    return s3.patiently("list", ask)
 
 
 def _pages(bucket: str, prefix: str, recursive: bool) -> Iterator[dict[str, Any]]:
@@ -294,7 +294,7 @@ def _pages(bucket: str, prefix: str, recursive: bool) -> Iterator[dict[str, Any]
     if not recursive:
         asked["Delimiter"] = "/"
     while True:
-        page = s3.patiently(lambda: s3.client().list_objects_v2(**asked))
+        page = s3.patiently("list", lambda: s3.client().list_objects_v2(**asked))
         yield page
         if not page.get("IsTruncated"):
             return
@@ -319,7 +319,7 @@ def _put_once(uri: str, bucket: str, key: str, data: bytes) -> str:
         return _put(bucket, key, data, IfNoneMatch="*")
 
     try:
-        return s3.patiently(attempt)
+        return s3.patiently("write", attempt)
     except ClientError as error:
         # 409 is S3's answer to the loser of two conditional writes that overlap.
         if s3.code_of(error) not in _THERE_ALREADY:

@@ -31,11 +31,11 @@ from pipelines.feature_statistics import (
     read_statistics,
 )
 from pipelines.image_feed import decoded, image_feed
-from pipelines.images import ImageRecord
 from pipelines.models import backbone_fingerprints, backbone_of
 from pipelines.ray_session import for_workers, start_ray
+from pipelines.sources import ImageRecord
 from pipelines.tracking import resolve_uri
-from pipelines.training import Job, fit, prepare_worker, run_job
+from pipelines.training import Job, Part, fit, prepare_worker, run_job
 
 MAX_VALIDATION_IMAGES = 1024
 FIGURE_ROWS = 4
@@ -52,9 +52,12 @@ class TrainResult:
     metrics: dict[str, float]
 
 
-def train_autoencoder(recipe: Recipe, callbacks: Sequence[Any] = ()) -> TrainResult:
+def train_autoencoder(
+    recipe: Recipe, callbacks: Sequence[Any] = (), part: Part | None = None
+) -> TrainResult:
     """Train, resume or, where the run is finished, return at once; `callbacks` are Ray Train's.
 
+    `part` trains a part of the steps alone, as a run of its own.
     Raises RecipeError for a run of this name with another recipe, SourceError for an unusable source, NonFiniteError.
     """
     run_uri = runs.run_folder(recipe)
@@ -63,7 +66,7 @@ def train_autoencoder(recipe: Recipe, callbacks: Sequence[Any] = ()) -> TrainRes
         runs.plan(recipe, run_uri)
         start_ray()
         values = for_workers(recipe).model_dump(mode="json")
-        config = {"recipe": values, "tracking_uri": resolve_uri(recipe.tracking)}
+        config = {"recipe": values, "tracking_uri": resolve_uri(recipe.tracking), "part": part}
         fit(_worker, config, recipe, recipe.autoencoder.training, callbacks)
     metrics = runs.result(run_uri) or {}
     return TrainResult(storage.join(run_uri, "autoencoder.safetensors"), metrics)
@@ -138,7 +141,9 @@ def _worker(config: dict[str, Any]) -> None:
         held_out = _HeldOut(validation, recipe, backbone, device, read_baseline(run_uri))
     feed = image_feed(training, recipe.data, recipe.image_size, recipe.seed, section.training)
     job = Job(model, feed, loss, held_out, frozen={"backbone": backbone})
-    trained, metrics = run_job(job, section.training, recipe, run_uri, config["tracking_uri"])
+    trained, metrics = run_job(
+        job, section.training, recipe, run_uri, config["tracking_uri"], config["part"]
+    )
     if is_first:
         fingerprints = backbone_fingerprints(recipe, backbone)
         runs.finish(run_uri, "autoencoder", trained, fingerprints, metrics)

@@ -40,7 +40,6 @@ from pipelines.feature_statistics import (
     read_statistics,
 )
 from pipelines.image_feed import decoded, image_feed
-from pipelines.images import ImageRecord
 from pipelines.models import (
     autoencoder_of,
     backbone_fingerprints,
@@ -49,6 +48,7 @@ from pipelines.models import (
     load_checkpoint,
 )
 from pipelines.ray_session import for_workers, start_ray
+from pipelines.sources import ImageRecord
 from pipelines.tracking import resolve_uri
 from pipelines.train_autoencoder import TrainResult
 from pipelines.training import Adversary, Job, fit, prepare_worker, run_job

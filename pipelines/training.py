@@ -31,7 +31,7 @@ from pipelines.batches import Batch
 from pipelines.config import Recipe, TrainingSection
 from pipelines.history import History
 from pipelines.memory_plan import MemoryPlan, plan_memory
-from pipelines.ray_session import quiet_logs
+from pipelines.ray_session import plain_error, quiet_logs
 from pipelines.sharding import is_sharded, shard, split_like, whole
 from pipelines.tracking import Tracker, flatten
 
@@ -83,6 +83,14 @@ class Job:
     validate: Validation | None = None
     adversary: Adversary | None = None
     frozen: Mapping[str, nn.Module] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Part:
+    """A part of a training on the schedule of the whole: from the checkpoint at `start`, or from the beginning, to step `stop`."""
+
+    start: str | None
+    stop: int
 
 
 # One optimizer step ---------------------------------------------------------------------------------------------------
@@ -159,7 +167,9 @@ class TrainedNetwork:
             index: {name: split_like(value, ordered[index]) for name, value in values.items()}
             for index, values in state["optimizer"]["state"].items()
         }
-        self.optimizer.load_state_dict({**state["optimizer"], "state": moments})
+        # Rates and decays are the recipe's, not the checkpoint's: a part of a training may have others than the one before.
+        groups = self.optimizer.state_dict()["param_groups"]
+        self.optimizer.load_state_dict({"param_groups": groups, "state": moments})
 
 
 class TrainState:
@@ -358,12 +368,13 @@ def save_checkpoint(state: TrainState, run_uri: str, keep: int, write: bool = Tr
         storage.delete(uri)
 
 
-def resume(state: TrainState, run_uri: str) -> str:
+def resume(state: TrainState, run_uri: str, start: str | None = None) -> str:
     """Load the newest checkpoint that is whole into `state`; what happened, in words, empty where there is none.
 
-    Raises TrainingError where there are some and every one is damaged.
+    A run that has none yet begins with the checkpoint `start`, where it is given. Raises TrainingError where there are
+    some and every one is damaged.
     """
-    found = list_checkpoints(run_uri)
+    found = list_checkpoints(run_uri) or ([start] if start else [])
     said = ""
     for uri in reversed(found):
         try:
@@ -383,11 +394,16 @@ def resume(state: TrainState, run_uri: str) -> str:
 
 
 def run_job(
-    job: Job, training: TrainingSection, recipe: Recipe, run_uri: str, tracking_uri: str
+    job: Job,
+    training: TrainingSection,
+    recipe: Recipe,
+    run_uri: str,
+    tracking_uri: str,
+    part: Part | None = None,
 ) -> tuple[nn.Module, dict[str, float]]:
     """Train `job` to the last step inside a Ray Train worker; the trained model and the last validation's metrics (rank 0).
 
-    The model has the final weights (averaged ones where `training` has an EMA).
+    The model has the final weights (averaged ones where `training` has an EMA). `part` trains a part of it alone.
     """
     import ray.train
     import ray.train.torch
@@ -405,8 +421,9 @@ def run_job(
     if job.adversary:
         job.adversary.module.to(device)
     state = TrainState(model, training, job.adversary)
-    if said := resume(state, run_uri):
+    if said := resume(state, run_uri, part.start if part else None):
         _say(rank, said)
+    last_step = part.stop if part else training.steps
     wrapped = model if sharded else ray.train.torch.prepare_model(model)
     wrapped_adversary = (
         ray.train.torch.prepare_model(job.adversary.module) if job.adversary else None
@@ -417,14 +434,14 @@ def run_job(
     meter = _Meter(training, world_size, device)
     validation: dict[str, float] = {}
     feed = job.feed(state.step, rank, world_size, device)
-    if rank == 0 and not sharded and state.step < training.steps:
+    if rank == 0 and not sharded and state.step < last_step:
         first = next(feed)
         _say(rank, memory_plan_of(job, training, first).text(device))
         feed = itertools.chain([first], feed)
     if training.compile:  # after the plan, whose small batches are not worth compiling for
         wrapped.compile()
     meter.restart()
-    while state.step < training.steps:
+    while state.step < last_step:
         with meter.waiting():
             batches = [next(feed) for _ in range(training.accumulation)]
         for batch in batches:
@@ -434,7 +451,7 @@ def run_job(
                 state, wrapped, job.loss, batches, training, wrapped_adversary, adversary_loss
             )
         )
-        step, last = state.step, state.step == training.steps
+        step, last = state.step, state.step == last_step
         if step % training.log_every == 0 or last:
             metrics = meter.flush() | {"bad_images": float(len(bad_images))}
             metrics["learning_rate"] = learning_rate(step - 1, training)
@@ -477,9 +494,8 @@ def fit(
 ) -> None:
     """Run `worker(config)` on the workers that `training` asks for under Ray Train.
 
-    Where one fails, all begin again at the newest checkpoint, up to `training.max_failures` times. `callbacks` are Ray
-    Train's, which hear of every validation and checkpoint. Raises NonFiniteError, TrainingError and every other
-    UserError at once.
+    Where one is lost, all begin again at the newest checkpoint, up to `training.max_failures` times. `callbacks` are Ray
+    Train's, which hear of every validation and checkpoint. Raises what `worker` itself raises, at once.
     """
     import ray
     from ray.train import FailureConfig, RunConfig, ScalingConfig, TrainingFailedError
@@ -503,7 +519,7 @@ def fit(
                 resources_per_worker={"CPU": training.cpus_per_worker}
                 | ({"GPU": 1} if training.use_gpu else {}),
             ),
-            # Ray's own restarts would repeat what is an error of the user, a NaN for example.
+            # Ray's own restarts would repeat what `worker` raises too, a NaN for example.
             run_config=RunConfig(
                 name=recipe.run,
                 storage_path=path,
@@ -516,18 +532,50 @@ def fit(
             trainer.fit()
             return
         except TrainingFailedError as error:
-            for failure in getattr(error, "worker_failures", {}).values():
-                for cause in (failure, getattr(failure, "cause", None)):
-                    if isinstance(cause, UserError):
-                        raise type(cause)(str(cause)) from None
+            own = raised_by_worker(error)
+            if isinstance(own, UserError):
+                raise own from None
+            if own is not None:
+                raise own from error
             if failures == training.max_failures:
                 raise
             reason = str(error).strip().splitlines()[-1]
             _say(
                 0,
-                f"workers failed ({reason}); all go on from the newest checkpoint "
+                f"workers were lost ({reason}); all go on from the newest checkpoint "
                 f"({failures + 1} of {training.max_failures} times)",
             )
+
+
+def raised_by_worker(error: Exception) -> Exception | None:
+    """What the training function itself raised, out of Ray Train's `error`; None where workers or their nodes were lost.
+
+    Ray Train makes no difference between them. One worker's end makes the others fail in their collectives, so an error
+    of those alone is a loss that was not noticed yet, and beside another error it is that one's echo.
+    """
+    from ray.exceptions import RayError, RayTaskError, UserCodeException
+    from ray.train.v2._internal.exceptions import RayTrainError
+
+    failures = list(getattr(error, "worker_failures", {}).values())
+    for failure in map(plain_error, failures):
+        if isinstance(failure, UserError):
+            return failure
+    for failure in failures:
+        cause = failure
+        while isinstance(cause, RayTaskError) and isinstance(cause.cause, Exception):
+            cause = cause.cause
+        wrapped = isinstance(cause, RayTaskError | UserCodeException)
+        if isinstance(cause, RayError | RayTrainError) and not wrapped:
+            return None
+    return next((failure for failure in failures if not _is_echo(failure)), None)
+
+
+def _is_echo(failure: Exception) -> bool:
+    if isinstance(failure, torch.distributed.DistError):
+        return True
+    return isinstance(failure, RuntimeError) and any(
+        word in str(failure) for word in ("gloo", "NCCL")
+    )
 
 
 def prepare_worker(device: torch.device) -> None:

@@ -57,8 +57,8 @@ def photographs(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def write_store():
     """Writes a store of 20 rows in shards of 8, latents [2, 3, 3], labels 0 … 4; row i's mean is near i, mirrored i + 100."""
     from pipelines import latent_store
-    from pipelines.images import ImageRecord
     from pipelines.latent_reader import LatentStore
+    from pipelines.sources import ImageRecord
 
     shape = (2, 3, 3)
     every_column = ("mean", "logvar", "mean_flip", "logvar_flip")

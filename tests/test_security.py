@@ -27,9 +27,10 @@ from fae_core.checkpoint import CheckpointError
 from fae_core.errors import UserError
 from pipelines import latent_store, storage
 from pipelines.config import DataSection, RecipeError, load_recipe
-from pipelines.images import ImageError, ImageRecord, SourceError, list_images, read_records
+from pipelines.images import ImageError, read_records
 from pipelines.latent_reader import LatentStore
 from pipelines.secrets import redact
+from pipelines.sources import ImageRecord, SourceError, list_images
 
 ROOT = Path(__file__).parents[1]
 

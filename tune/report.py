@@ -122,7 +122,8 @@ def importance(rows: Sequence[Row], metric: str) -> dict[str, float]:
     Trials are grouped by the setting's value, numbers of more than four values by quartile; the variance of the group
     means, weighted by size, over the whole variance. Effects of settings together are not told apart.
     """
-    keys = sorted({key for row in rows for key in row.settings})
+    # A trained network that a setting names is a result: each trial has its own.
+    keys = sorted({k for row in rows for k in row.settings if not k.endswith(".checkpoint")})
     values = np.array([row.metrics[metric] for row in rows])
     total = float(values.var()) if len(values) else 0.0
     shares: dict[str, float] = {}
@@ -159,13 +160,15 @@ def _page(
         numbers = ", ".join(
             f"{o.metric} {_mean([r.metrics[o.metric] for r in group])}" for o in objectives
         )
+        trained = any(key.endswith(".checkpoint") for key in best)
         seeds = f"mean of {len(group)} trials" if len(group) > 1 else "one trial"
         lines += [
             f"**{label(best) or 'the recipe as it is'}**: {numbers} ({seeds}).",
             "",
             f"It has the best {objectives[0].metric}; `recommended.yaml` is the whole recipe:",
             "",
-            "    fae train autoencoder recommended.yaml run=best",
+            # Training again with a population's last settings would not lead to its network.
+            *([] if trained else ["    fae train autoencoder recommended.yaml run=best"]),
             "    fae run recommended.yaml",
             "",
         ]

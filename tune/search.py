@@ -12,13 +12,12 @@ import math
 import os
 import sys
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from ray.tune import Callback
 from ray.tune.integration.ray_train import TuneReportCallback
 
-from fae_core.errors import UserError
 from pipelines import storage
 from pipelines.chain import run_stage, training_resources
 from pipelines.command import run_module
@@ -28,16 +27,25 @@ from pipelines.stages import needed_stages, plan_stages, training_of
 from pipelines.tracking import Tracker, resolve_uri
 from tune.algorithms import optuna_search, scheduler
 from tune.claims import claimed
+from tune.population import check_population, train_population
 from tune.report import write_sweep_report
 from tune.spaces import Settings, label, planned_settings
 from tune.sweep_tracking import log_stage, star_trials, sweep_tracker, trial_tracker
-from tune.trials import FINISHED, STEP, STOPPED, Trial, begin, plan_trial, recorded, sweep_folder
+from tune.trials import (
+    FINISHED,
+    STEP,
+    STOPPED,
+    SearchError,
+    Trial,
+    begin,
+    failure_of,
+    plan_trial,
+    recorded,
+    say,
+    sweep_folder,
+)
 
 SETTINGS = "settings"
-
-
-class SearchError(UserError, RuntimeError):
-    """Trials failed; the message holds their first errors. The same command tries them again."""
 
 
 def search(recipe: Recipe) -> dict[str, Any]:
@@ -48,14 +56,20 @@ def search(recipe: Recipe) -> dict[str, Any]:
     made = _with_places(recipe)
     folder, settings = sweep_folder(made), planned_settings(recipe)
     plan_trial(made, {})
+    if made.tune.scheduler == "pbt":
+        check_population(made, settings)
     storage.write_bytes(storage.join(folder, "recipe.yaml"), recipe.to_yaml().encode())
     start_ray()
-    made = with_shared_decoder(made)
-    trials = {trial.uri: trial for trial in (plan_trial(made, values) for values in settings)}
+    _quiet_tune()
     tracker = sweep_tracker(made)
+    made = with_shared_decoder(made)
+    if made.tune.scheduler == "pbt":
+        made = with_trained_population(made, settings)
+        settings = made.tune.points
+    trials = {trial.uri: trial for trial in (plan_trial(made, values) for values in settings)}
     todo = [trial for trial in trials.values() if trial.result() is None]
     suggested = made.tune.num_samples if made.tune.algorithm == "optuna" else 0
-    _say(f"{folder}: {len(trials)} trials, {len(trials) - len(todo)} of them finished already")
+    say(f"{folder}: {len(trials)} trials, {len(trials) - len(todo)} of them finished already")
     if todo or suggested:
         _run(made, list(trials.values()), folder)
     return _report(recipe, made, tracker)
@@ -77,10 +91,21 @@ def with_shared_decoder(recipe: Recipe) -> Recipe:
         return recipe
     planned = plan_stages(plan_trial(recipe, {}).recipe)
     (stage,) = needed_stages(planned, {"pixel-decoder"})
-    _say(f"pixel decoder of all trials: {stage.uri}")
+    say(f"pixel decoder of all trials: {stage.uri}")
     run_stage(stage)
     made = recipe.model_copy(deep=True)
     made.pixel_decoder.checkpoint = storage.join(stage.uri, "pixel_decoder.safetensors")
+    return made
+
+
+def with_trained_population(recipe: Recipe, settings: Sequence[Settings]) -> Recipe:
+    """The recipe of the sweep that goes on with what population based training has made: a trial for each network."""
+    import ray
+
+    at_once = concurrent_trials(recipe, plan_trial(recipe, {}), ray.cluster_resources())
+    made = recipe.model_copy(deep=True)
+    made.tune.points = train_population(recipe, settings, at_once)
+    made.tune.space, made.tune.algorithm, made.tune.scheduler = {}, "grid", "none"
     return made
 
 
@@ -158,7 +183,7 @@ class _Recorder(Callback):
         self.errors: list[str] = []
 
     def on_trial_start(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
-        _say(f"trial {label(settings_of(trial.config))}: started")
+        say(f"trial {label(settings_of(trial.config))}: started")
 
     def on_trial_result(
         self, iteration: int, trials: list[Any], trial: Any, result: dict[str, Any], **info: Any
@@ -166,7 +191,7 @@ class _Recorder(Callback):
         if STEP in result:
             metric = f"autoencoder/{self.recipe.tune.asha.metric}"
             shown = f"{metric} {result.get(metric, math.nan):.4g}"
-            _say(f"trial {label(settings_of(trial.config))}: step {result[STEP]}  {shown}")
+            say(f"trial {label(settings_of(trial.config))}: step {result[STEP]}  {shown}")
 
     def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         made = plan_trial(self.recipe, settings_of(trial.config))
@@ -185,31 +210,24 @@ class _Recorder(Callback):
             tracker.set_tags({"fae.state": STOPPED})
             tracker.finish()
         state = found["state"] if found else STOPPED
-        _say(f"trial {label(settings_of(trial.config))}: {state}")
+        say(f"trial {label(settings_of(trial.config))}: {state}")
 
     def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
-        error = trial.get_pickled_error() or trial.get_error()
-        cause = getattr(error, "cause", None) or error
-        last = str(cause).strip().splitlines()[-1:] or [""]
-        self.errors.append(f"{label(settings_of(trial.config))}: {type(cause).__name__}: {last[0]}")
-        _say(f"trial {self.errors[-1]}")
+        self.errors.append(f"{label(settings_of(trial.config))}: {failure_of(trial)}")
+        say(f"trial {self.errors[-1]}")
 
 
 def _run(recipe: Recipe, trials: list[Trial], folder: str) -> None:
     import ray
     from ray import tune
 
-    # A stopped trial lacks what later stages report; Tune would take that for a mistake.
-    os.environ["TUNE_DISABLE_STRICT_METRIC_CHECKING"] = "1"
-    # Its newer printer announces itself at every verbosity; the recorder below says what there is to say.
-    os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")
     judge = scheduler(recipe)
     todo = [trial for trial in trials if trial.result() is None]
     if judge is not None:
         # Those that have ended come first: the scheduler judges the others by them.
         todo = sorted(trials, key=lambda trial: trial.result() is None)
     limit = concurrent_trials(recipe, plan_trial(recipe, {}), ray.cluster_resources())
-    _say(f"{limit} at a time")
+    say(f"{limit} at a time")
     recorder = _Recorder(recipe)
     options: dict[str, Any] = {"scheduler": judge, "max_concurrent_trials": limit}
     space: dict[str, Any] = {}
@@ -240,6 +258,13 @@ def _run(recipe: Recipe, trials: list[Trial], folder: str) -> None:
         )
 
 
+def _quiet_tune() -> None:
+    # A stopped trial lacks what later stages report; Tune would take that for a mistake.
+    os.environ["TUNE_DISABLE_STRICT_METRIC_CHECKING"] = "1"
+    # Its newer printer announces itself at every verbosity; our listeners say what there is to say.
+    os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")
+
+
 def report(recipe: Recipe) -> dict[str, Any]:
     """Write the sweep's page again from its records, as it stands now; returns its numbers."""
     made = _with_places(recipe)
@@ -260,10 +285,6 @@ def _with_places(recipe: Recipe) -> Recipe:
     made = for_workers(recipe)
     made.tracking.uri = resolve_uri(recipe.tracking)
     return made
-
-
-def _say(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)
 
 
 def main() -> int:

@@ -40,7 +40,7 @@ def trial_tracker(recipe: Recipe, trial: Trial) -> Tracker:
         tags={
             "fae.kind": "trial",
             "fae.state": "running",
-            "fae.data": str(trial.stages[0].parts.get("source", "")),
+            "fae.data": str(trial.stages[0].parts.get("source", "")) if trial.stages else "",
         },
     )
 

@@ -9,19 +9,25 @@ from __future__ import annotations
 
 import functools
 import json
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from pipelines import storage
+from fae_core.errors import UserError
+from pipelines import runs, storage
 from pipelines.config import DataSection, Recipe, RecipeError
 from pipelines.history import read_history
-from pipelines.images import ImageRecord, list_images
+from pipelines.sources import ImageRecord, list_images
 from pipelines.stages import STAGES, Stage, fingerprint, needed_stages, plan_stages
 from tune.spaces import Settings, apply
 
 STEP = "autoencoder/step"
 FINISHED, STOPPED, BEGUN = "finished", "stopped early", "begun"
+
+
+class SearchError(UserError, RuntimeError):
+    """Trials failed; the message holds their first errors. The same command tries them again."""
 
 
 @dataclass(frozen=True)
@@ -38,12 +44,19 @@ class Trial:
         return _read(self.uri)
 
     def metrics(self) -> dict[str, float]:
-        """STAGE/NAME: value of all its stages that have finished."""
-        found = ((stage.name, stage.result() or {"metrics": {}}) for stage in self.stages)
+        """STAGE/NAME: value of all its stages that have finished, and of the training of a network that its settings name."""
+        found: dict[str, Mapping[str, float]] = {
+            stage.name: (stage.result() or {"metrics": {}})["metrics"] for stage in self.stages
+        }
+        for key, uri in self.settings.items():
+            section, _, last = key.rpartition(".")
+            if last == "checkpoint":
+                trained = runs.result(str(uri).rpartition("/")[0])
+                found[section.replace("_", "-")] = trained or {}
         return {
             f"{name}/{metric}": value
-            for name, result in found
-            for metric, value in result["metrics"].items()
+            for name, values in found.items()
+            for metric, value in values.items()
         }
 
     def reports(self) -> list[dict[str, float]]:
@@ -92,7 +105,7 @@ def plan_trial(recipe: Recipe, settings: Settings) -> Trial:
     planned = plan_stages(made, _listed(made.data.model_dump_json()))
     # A report is for one chain; the sweep has its own.
     stages = [stage for stage in needed_stages(planned, wanted) if stage.name != "report"]
-    key = fingerprint({stage.name: stage.key for stage in stages})
+    key = fingerprint({stage.name: stage.key for stage in stages} or settings)
     return Trial(settings, made, stages, storage.join(sweep_folder(recipe), "trials", key))
 
 
@@ -117,6 +130,19 @@ def recorded(folder: str) -> dict[str, dict[str, Any]]:
             settings = json.loads(storage.read_bytes(file.uri))
             found[key] = {"state": BEGUN, "settings": settings, "metrics": {}}
     return dict(sorted(found.items()))
+
+
+def failure_of(trial: Any) -> str:
+    """Kind and last line of the error that ended a trial of Ray Tune."""
+    error = trial.get_pickled_error() or trial.get_error()
+    cause = getattr(error, "cause", None) or error
+    last = str(cause).strip().splitlines()[-1:] or [""]
+    return f"{type(cause).__name__}: {last[0]}"
+
+
+def say(text: str) -> None:
+    """One line of a sweep's progress."""
+    print(text, file=sys.stderr, flush=True)
 
 
 def _stage_of(metric: str) -> str:

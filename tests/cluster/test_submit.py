@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import socket
+import time
 import zipfile
 from pathlib import Path
 
@@ -9,11 +11,12 @@ import pytest
 import yaml
 from typer.testing import CliRunner
 
+from cluster import submit
 from cluster.command import MODULES, Command
 from cluster.environment import job_environment
 from cluster.errors import SubmitError
 from cluster.kuberay import ray_job
-from cluster.submit import prepare
+from cluster.submit import connect, prepare
 from cluster.working_tree import working_tree
 from fae import app
 from fae_core.errors import UserError
@@ -208,6 +211,22 @@ def test_a_dry_run_says_what_would_be_sent(monkeypatch):
     ):
         assert word in result.output
     assert "marker" not in result.output
+
+
+@pytest.mark.parametrize("answers", [False, True])
+def test_an_address_without_a_job_server_is_an_error_at_once(monkeypatch, answers):
+    monkeypatch.setattr(submit, "ANSWER_SECONDS", 1.0)
+    monkeypatch.setenv("RAY_API_SERVER_ADDRESS", "")
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        address = f"http://127.0.0.1:{listener.getsockname()[1]}"
+        if answers:  # it takes the connection, and never says a word
+            listener.listen()
+        said = f"No job server answers at {address}{' within 1 s' if answers else ''}\\. Are host and port right"
+        started = time.monotonic()
+        with pytest.raises(SubmitError, match=said):
+            connect(address)
+        assert time.monotonic() - started < 30, "importing Ray included"
 
 
 def test_kuberay_gets_the_command_its_settings_and_no_secret(monkeypatch):

@@ -8,12 +8,14 @@ import socket
 import subprocess
 import sys
 import threading
+import time
 from pathlib import Path
 
 import boto3
 import pytest
 
 from fae_core.errors import UserError
+from pipelines import ray_session
 from pipelines.bucket_check import RULE_ID, check_bucket, clock_skew, covering_rule
 from pipelines.cluster_check import Node, check_fit, check_nodes, matches
 from pipelines.config import TrackingSection, load_recipe
@@ -118,6 +120,22 @@ def test_other_versions_and_small_shm_are_found_on_the_node_that_has_them():
     assert found["/dev/shm"].level == "warning" and "c3" in found["/dev/shm"].message
 
 
+@pytest.mark.parametrize("kind", ["closed", "silent"])
+def test_an_address_where_nothing_listens_is_an_error_at_once(monkeypatch, kind):
+    monkeypatch.setattr(ray_session, "CONNECT_SECONDS", 1.0)
+    monkeypatch.setenv("RAY_ADDRESS", "")
+    with socket.socket() as listener, socket.socket() as queued:
+        listener.bind(("127.0.0.1", 0))
+        port = listener.getsockname()[1]
+        if kind == "silent":  # with its queue full the kernel drops what knocks, as a firewall does
+            listener.listen(0)
+            queued.connect(("127.0.0.1", port))
+        started = time.monotonic()
+        with pytest.raises(UserError, match=f"tried to connect to port {port} of 127.0.0.1.*6379"):
+            doctor([], address=f"127.0.0.1:{port}")
+        assert time.monotonic() - started < 20, "importing Ray included"
+
+
 # A bucket -------------------------------------------------------------------------------------------------------------
 
 
@@ -187,6 +205,12 @@ def test_a_bucket_that_is_not_there_and_a_server_that_is_not_there_are_problems(
     (found,) = check_bucket("s3://doctor/x")
     assert found.level == "problem" and "Check AWS_ENDPOINT_URL" in found.message
     assert "not-for-messages" not in found.message
+
+
+def test_a_bucket_is_asked_with_the_settings_of_every_other_command(client, monkeypatch):
+    monkeypatch.setenv("FAE_S3_ADDRESSING", "pat")
+    with pytest.raises(UserError, match="FAE_S3_ADDRESSING='pat'"):
+        list(check_bucket("s3://doctor/latents"))
 
 
 def test_the_clock_is_compared_with_the_servers_date():

@@ -50,7 +50,7 @@ def decoders(tmp_path_factory) -> dict[str, str]:
 @pytest.fixture(scope="module")
 def store(decoders, tmp_path_factory) -> Path:
     """Latents of two classes with different means, made by the autoencoder of `decoders`."""
-    from pipelines.images import ImageRecord
+    from pipelines.sources import ImageRecord
 
     folder = tmp_path_factory.mktemp("latents")
     records = [ImageRecord(f"{i:03d}", f"/x/{i}", label=i % 2) for i in range(NUM_ROWS)]

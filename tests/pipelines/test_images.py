@@ -25,15 +25,13 @@ from pipelines import storage
 from pipelines.config import DataSection
 from pipelines.images import (
     ImageError,
-    ImageRecord,
-    SourceError,
     adm_center_crop,
     decode_image,
     decode_records,
     fast_center_crop,
-    list_images,
     read_records,
 )
+from pipelines.sources import ImageRecord, SourceError, list_images
 
 SIZE = 32
 LIMIT = 1_000_000

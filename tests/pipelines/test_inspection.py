@@ -13,7 +13,7 @@ from fae_core import checkpoint
 from fae_core.autoencoder import AutoencoderConfig, FeatureAutoencoder
 from pipelines import latent_store
 from pipelines.config import DataSection
-from pipelines.images import list_images
+from pipelines.sources import list_images
 
 PARTS = {"backbone": "b", "image size": "64"}
 

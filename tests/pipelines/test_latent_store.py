@@ -13,9 +13,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pipelines import latent_store, storage
-from pipelines.images import ImageRecord
 from pipelines.latent_reader import NO_LABEL, LatentStore
 from pipelines.latent_store import StoreError, StoreMismatch
+from pipelines.sources import ImageRecord
 
 SHAPE = (3, 4, 4)
 PARTS = {"backbone": "b", "autoencoder weights": "w", "columns": "mean"}

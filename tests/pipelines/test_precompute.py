@@ -28,11 +28,11 @@ from fae_core.backbone import load_backbone
 from fae_core.checkpoint import CheckpointError
 from pipelines import latent_store
 from pipelines.config import DataSection, Recipe, RecipeError, load_recipe
-from pipelines.images import SourceError
 from pipelines.latent_reader import LatentStore
 from pipelines.latent_store import StoreMismatch
 from pipelines.memory_estimate import precompute_memory, total
 from pipelines.precompute import Encoder, Progress, TooManyErrors, build_dataset, precompute
+from pipelines.sources import SourceError
 from pipelines.train_autoencoder import autoencoder_config
 
 ROOT = Path(__file__).parents[2]
@@ -307,7 +307,8 @@ def write_awkward_images(folder: Path) -> tuple[set[str], dict[str, str]]:
 
 
 def test_awkward_images_end_the_same_with_either_decoder(tmp_path):
-    from pipelines.images import decode_records, list_images, read_records
+    from pipelines.images import decode_records, read_records
+    from pipelines.sources import list_images
 
     good, bad = write_awkward_images(tmp_path / "images")
     ends = {}
@@ -347,8 +348,8 @@ def test_a_file_that_vanishes_after_planning_is_an_error_of_that_image(
     images, output = tmp_path / "images", tmp_path / "store"
     shutil.copytree(photographs, images)
     recipe = recipe_for(images, autoencoder, output, "precompute.max_error_rate=0.02")
-    from pipelines.images import list_images
     from pipelines.precompute import fingerprint_parts
+    from pipelines.sources import list_images
 
     latent_store.ensure_plan(str(output), list_images(recipe.data), 8, fingerprint_parts(recipe))
     (images / "coffee 03.jpg").unlink()

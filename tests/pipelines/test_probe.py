@@ -17,7 +17,6 @@ from fae_core import checkpoint
 from fae_core.autoencoder import AutoencoderConfig, FeatureAutoencoder
 from fae_core.backbone import load_backbone
 from pipelines.config import Recipe, load_recipe
-from pipelines.images import ImageRecord, list_images
 from pipelines.latent_store import StoreMismatch
 from pipelines.probe import Split, image_pairs, probe, score, split_images, summary
 from pipelines.probe_features import (
@@ -28,6 +27,7 @@ from pipelines.probe_features import (
     batches_of,
     decode_batch,
 )
+from pipelines.sources import ImageRecord, list_images
 
 TINY = [
     "backbone.name=vit_tiny_patch16_224",
@@ -196,7 +196,9 @@ def test_a_batch_gives_pooled_vectors_of_its_sound_images_and_matches_of_whole_p
     )
     _, nothing = run(broken)
     assert [nothing[kind][0].shape for kind in KINDS] == [(0, 192), (0, 192), (0, 4)]
-    with pytest.raises(ProbeError, match="not those that the probe began with"):
+    with pytest.raises(
+        checkpoint.CheckpointError, match="not the ones that the job was planned with"
+    ):
         ProbeImages(recipe, {**weights, "autoencoder weights": "another"})
 
 

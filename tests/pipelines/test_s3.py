@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import io
 import random
+import re
+import socket
 import tarfile
 import time
+import urllib.error
+import urllib.request
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 
@@ -15,7 +19,8 @@ import pytest
 
 from pipelines import latent_store, s3, storage
 from pipelines.config import DataSection
-from pipelines.images import ImageRecord, list_images, read_records
+from pipelines.images import read_records
+from pipelines.sources import ImageRecord, list_images
 from tests.fault_proxy import FaultProxy
 
 SECRET = "marker-secret-of-s3"
@@ -125,6 +130,40 @@ def test_a_long_wait_is_said(
     proxy.inject("503", 4)
     assert storage.exists("s3://faults/read.bin")
     assert f"S3 at {proxy.url}: " in caplog.text and "trying for 20 s" in caplog.text
+
+
+@pytest.mark.integration
+def test_requests_that_are_tried_again_are_counted_where_prometheus_looks(
+    proxy: FaultProxy,
+) -> None:
+    import ray
+
+    from pipelines.ray_session import start_ray
+
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    proxy.inject("503", 1)
+    assert OPERATIONS["read"](), "without Ray nobody counts"
+    often = {"metrics_report_interval_ms": 500}
+    start_ray(num_cpus=1, _metrics_export_port=port, _system_config=often)
+    try:
+        proxy.inject("503", 2, lambda method, path: method == "GET")
+        assert OPERATIONS["read"]()
+        deadline = time.monotonic() + 120
+        found = None
+        while found is None:
+            assert time.monotonic() < deadline, "no such metric came"
+            time.sleep(0.5)
+            try:
+                text = urllib.request.urlopen(f"http://127.0.0.1:{port}", timeout=5).read().decode()
+            except urllib.error.URLError:
+                continue
+            found = re.search(r"^ray_fae_s3_retries_total{(.*)} (.*)$", text, re.M)
+        assert float(found[2]) == 2.0
+        assert 'operation="read"' in found[1] and re.search(r'cause="(503|SlowDown)"', found[1])
+    finally:
+        ray.shutdown()
 
 
 def test_many_threads_outlast_a_fault_that_would_use_up_a_shared_quota(proxy: FaultProxy) -> None:

@@ -16,8 +16,8 @@ from PIL import Image
 from fae_core import checkpoint
 from pipelines import storage
 from pipelines.config import RecipeError, load_recipe
-from pipelines.images import ImageRecord
 from pipelines.runs import claim_run, split_records
+from pipelines.sources import ImageRecord
 from pipelines.train_autoencoder import train_autoencoder
 from pipelines.training import TrainingError
 

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from pipelines.batches import Batch, random_flips, sample_noise
-from pipelines.config import TrainingSection
+from pipelines.config import TrainingSection, load_recipe
 from pipelines.epoch_order import EpochOrder
 from pipelines.image_feed import step_parts
 from pipelines.training import (
@@ -15,8 +15,10 @@ from pipelines.training import (
     TrainingError,
     TrainState,
     ema_decay,
+    fit,
     learning_rate,
     list_checkpoints,
+    raised_by_worker,
     save_checkpoint,
     train_step,
 )
@@ -135,6 +137,18 @@ def test_a_resumed_run_ends_at_the_same_bits(tmp_path, killed_at, ema):
     assert all(torch.equal(a, b) for a, b in zip(whole.ema, second.ema, strict=True))
 
 
+def test_a_part_of_a_training_goes_on_with_its_own_rates_and_the_weights_before():
+    before, now = section(), section(weight_decay=0.2, learning_rate=3e-3, betas=(0.8, 0.9))
+    first, second = new_state(before), new_state(now)
+    train_step(first, first.model, loss, batches_of(0, 1), before)
+    second.load_bytes(first.to_bytes())
+    assert torch.equal(parameters(first), parameters(second)) and second.step == 1
+    old, new = (s.networks["model"].optimizer.state_dict() for s in (first, second))
+    assert torch.equal(old["state"][0]["exp_avg"], new["state"][0]["exp_avg"])
+    kept = [(g["weight_decay"], tuple(g["betas"])) for g in new["param_groups"]]
+    assert kept == [(0.2, (0.8, 0.9)), (0.0, (0.8, 0.9))]
+
+
 def test_a_non_finite_loss_stops_before_the_step_and_names_the_images():
     training = section()
     state = new_state(training)
@@ -182,3 +196,49 @@ def test_the_same_sample_gets_the_same_image_on_any_rank():
 def test_a_batch_that_does_not_divide_is_refused_with_the_numbers():
     with pytest.raises(TrainingError, match=r"batch_size=8 .* 3 x 1"):
         step_parts(EpochOrder(50, seed=1), section(), 0, 0, 3)
+
+
+def test_a_lost_worker_is_told_from_an_error_of_the_training_function():
+    from ray.exceptions import ActorDiedError, OutOfMemoryError, RayTaskError
+    from ray.train import WorkerGroupError
+    from ray.train.v2._internal.exceptions import WorkerHealthCheckFailedError
+
+    bug, nan = ValueError("a bug"), NonFiniteError("a NaN")
+    echo = RuntimeError(
+        "[/pytorch/third_party/gloo/gloo/transport/tcp/pair.cc] Connection closed by peer"
+    )
+    broken = torch.distributed.DistBackendError("NCCL error")
+    decoder = RayTaskError("decode", "Traceback", bug).as_instanceof_cause()
+    starved = RayTaskError("decode", "Traceback", OutOfMemoryError("killed"))
+    unwell = WorkerHealthCheckFailedError("no answer", ActorDiedError())
+
+    def raised(*failures: Exception) -> Exception | None:
+        return raised_by_worker(WorkerGroupError("", dict(enumerate(failures))))
+
+    assert raised(bug) is raised(echo, bug) is raised(bug, broken) is bug
+    assert isinstance(raised(decoder), ValueError)
+    assert isinstance(raised(ActorDiedError(), nan), NonFiniteError)
+    for lost in (ActorDiedError(), OutOfMemoryError("killed"), starved, unwell):
+        assert raised(lost) is raised(echo, lost) is raised(bug, lost) is None
+    assert raised(echo) is raised(broken, echo) is raised() is None
+
+
+@pytest.mark.integration
+def test_an_error_of_the_training_function_ends_the_run_at_once(tmp_path):
+    import ray
+
+    from pipelines.ray_session import start_ray
+
+    def worker(config):
+        with open(config["log"], "a") as log:
+            log.write("ran\n")
+        raise ValueError("a bug in the training function")
+
+    start_ray(num_cpus=2)
+    try:
+        recipe = load_recipe("photos-dinov2s", [f"storage={tmp_path}", "run=bug"])
+        with pytest.raises(ValueError, match="a bug in the training function"):
+            fit(worker, {"log": str(tmp_path / "log")}, recipe, section(max_failures=3))
+    finally:
+        ray.shutdown()
+    assert (tmp_path / "log").read_text() == "ran\n"
