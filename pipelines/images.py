@@ -116,7 +116,7 @@ def list_images(data: DataSection) -> list[ImageRecord]:
 def records_table(records: Iterable[ImageRecord]) -> pa.Table:
     """`records` as columns; an iterator is taken in as it goes, never held whole as objects."""
     batches = []
-    for some in _batched(records, ROWS_AT_ONCE):
+    for some in batched(records, ROWS_AT_ONCE):
         try:
             columns = [[getattr(record, name) for record in some] for name in RECORDS.names]
             batches.append(pa.record_batch(columns, schema=RECORDS))
@@ -130,6 +130,13 @@ def records_table(records: Iterable[ImageRecord]) -> pa.Table:
 def records_of(table: pa.Table) -> list[ImageRecord]:
     """The rows of a table with the columns RECORDS."""
     return [ImageRecord(**row) for row in table.select(RECORDS.names).cast(RECORDS).to_pylist()]
+
+
+def batched(items: Iterable[T], size: int) -> Iterator[list[T]]:
+    """`items` in lists of `size`, the last one shorter."""
+    iterator = iter(items)
+    while some := list(itertools.islice(iterator, size)):
+        yield some
 
 
 def read_records(records: Sequence[ImageRecord], data: DataSection) -> list[bytes | Exception]:
@@ -273,12 +280,6 @@ def _message(error: Exception) -> str:
     return re.sub(r"<([\w.]+)[^<>]* at 0x[0-9a-fA-F]+>", r"<\1>", text)
 
 
-def _batched(items: Iterable[T], size: int) -> Iterator[list[T]]:
-    iterator = iter(items)
-    while some := list(itertools.islice(iterator, size)):
-        yield some
-
-
 def _source_filter(data: DataSection) -> Callable[[str], bool]:
     """Whether an address of a plan belongs to the source."""
     if data.path is None or data.format == "list":
@@ -400,7 +401,7 @@ def _listing(path: str) -> pa.ChunkedArray:
         if not any(part.startswith(".") for part in _relative(uri, path).split("/"))
     )
     chunks = []
-    for some in _batched(visible, ROWS_AT_ONCE):
+    for some in batched(visible, ROWS_AT_ONCE):
         _check_text(*some)
         chunks.append(pa.array(some, pa.large_string()))
     table = pa.table({"uri": pa.chunked_array(chunks, pa.large_string())})
@@ -520,7 +521,7 @@ def _plan_tar(uris: Sequence[str], data: DataSection) -> Iterator[ImageRecord]:
         return list(_tar_records(uri, _relative(uri, str(data.path)), data))
 
     with ThreadPoolExecutor(THREADS) as pool:
-        for some in _batched(tars, THREADS):
+        for some in batched(tars, THREADS):
             for records in pool.map(plan, some):
                 yield from records
 
