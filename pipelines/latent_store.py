@@ -459,7 +459,7 @@ def commit(uri: str, plan: Plan, run: Mapping[str, Any], each: Each = map) -> di
     assert manifest["planned"] == manifest["stored"] + manifest["errors"]
     whole = manifest | {"run": {**run, "versions": versions()}}
     try:
-        storage.write_once(storage.join(uri, "manifest.json"), _encode_manifest(whole))
+        storage.write_once(storage.join(uri, "manifest.json"), encode_manifest(whole))
         return whole
     except FileExistsError:
         existing = read_manifest(uri) or {}
@@ -472,7 +472,7 @@ def commit(uri: str, plan: Plan, run: Mapping[str, Any], each: Each = map) -> di
         return existing
 
 
-def _encode_manifest(manifest: Mapping[str, Any]) -> bytes:
+def encode_manifest(manifest: Mapping[str, Any]) -> bytes:
     """JSON with one line a shard: json's indentation of a million entries takes ten times as long and as much memory."""
     head = json.dumps({**manifest, "shards": []}, indent=1, ensure_ascii=False)
     lines = ",\n  ".join(json.dumps(entry, ensure_ascii=False) for entry in manifest["shards"])
