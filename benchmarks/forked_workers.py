@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import importlib
 import json
 import os
 import runpy
@@ -20,6 +21,12 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+IMPORTED = (
+    "ray.data._internal.execution.operators.actor_pool_map_operator",
+    "ray._private.workers.setup_worker",
+    "benchmarks.sleeping",
+    "pipelines.precompute",
+)
 # What Ray starts in place of Python: a worker's command line goes to the server, everything else to the real one.
 _STAND_IN = """#!{python} -IS
 import json, os, socket, sys
@@ -60,13 +67,8 @@ def forked_workers() -> Iterator[None]:
 
 def serve(address: str) -> None:
     """Fork a worker for every command line that arrives at the socket `address`."""
-    import ray.data
-    import ray.data._internal.execution.operators.actor_pool_map_operator
-    from ray._private.workers import setup_worker  # noqa: F401
-
-    import benchmarks.sleeping
-    import pipelines.precompute  # noqa: F401
-
+    for module in IMPORTED:
+        importlib.import_module(module)
     # A collection would write to every object's header, and so copy every page.
     gc.collect()
     gc.freeze()

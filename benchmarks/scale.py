@@ -119,7 +119,9 @@ def processor_seconds() -> dict[str, float]:
     return used
 
 
-def saturation(actors: list[float], costs: list[float], service: float) -> tuple[float, float, float]:
+def saturation(
+    actors: list[float], costs: list[float], service: float
+) -> tuple[float, float, float]:
     """(a, b, number of actors at which a + b x actors seconds a shard fill one core, `service` seconds being a shard's)."""
     per_actor, constant = np.polyfit(actors, costs, 1) if len(actors) > 1 else (0.0, costs[0])
     if per_actor <= 0:  # it does not grow
@@ -202,7 +204,9 @@ def print_million(num_shards: int) -> None:
         print(f"| {name} | {seconds:.2f} | {seconds / shards * 1e6:.1f} | {memory:.0f} |")
 
 
-def print_simulation(rows: list[dict[str, float]], seconds: float, gpu_rate: float, size: int) -> None:
+def print_simulation(
+    rows: list[dict[str, float]], seconds: float, gpu_rate: float, size: int
+) -> None:
     """The table of `simulate`, the fit, and where each process would be full."""
     print(f"\nshards of {seconds:g} s; one lane has {precompute.ACTORS_PER_LANE} actors at most\n")
     names = " | ".join(f"{name} [ms a shard]" for name in COSTS)
@@ -211,10 +215,15 @@ def print_simulation(rows: list[dict[str, float]], seconds: float, gpu_rate: flo
     cores = psutil.cpu_count() or 1
     for row in rows:
         costs = " | ".join(f"{1000 * row[name]:.2f}" for name in COSTS)
-        efficiency, busy = row["rate"] * seconds / row["actors"], row["rate"] * row["machine"] / cores
+        efficiency, busy = (
+            row["rate"] * seconds / row["actors"],
+            row["rate"] * row["machine"] / cores,
+        )
         print(f"| {row['actors']} | {lanes_of(row)} | {row['rate']:.2f} | {efficiency:.3f} | {costs} | {busy:.2f} | {row['wall']:.0f} |")  # fmt: skip
     service = size / gpu_rate
-    print(f"\nA GPU of {gpu_rate:g} images/s and shards of {size}: {service:.2f} s a shard. Full at so many GPUs:\n")
+    print(
+        f"\nA GPU of {gpu_rate:g} images/s and shards of {size}: {service:.2f} s a shard. Full at so many GPUs:\n"
+    )
     print("| process | ms a shard | GPUs |\n|---|---|---|")
     single = [row for row in rows if lanes_of(row) == 1]
     several = [row for row in rows if lanes_of(row) > 1]
@@ -239,10 +248,21 @@ def main() -> None:
     parser.add_argument("--actors", type=int, nargs="*", default=[16, 64, 256])
     parser.add_argument("--seconds", type=float, default=10.0, help="service time of a shard")
     parser.add_argument("--rounds", type=int, default=4, help="shards an actor")
-    parser.add_argument("--lane", type=int, help="actors of a lane, instead of the pipeline's number")
-    parser.add_argument("--shards", type=int, default=1_000_000, help="0: without the plan and commit of so many")
-    parser.add_argument("--gpu-rate", type=float, default=340.0, help="images/s of a GPU in the answer (docs/cluster.md)")
-    parser.add_argument("--shard-size", type=int, default=512, help="images of a shard in the answer")
+    parser.add_argument(
+        "--lane", type=int, help="actors of a lane, instead of the pipeline's number"
+    )
+    parser.add_argument(
+        "--shards", type=int, default=1_000_000, help="0: without the plan and commit of so many"
+    )
+    parser.add_argument(
+        "--gpu-rate",
+        type=float,
+        default=340.0,
+        help="images/s of a GPU in the answer (docs/cluster.md)",
+    )
+    parser.add_argument(
+        "--shard-size", type=int, default=512, help="images of a shard in the answer"
+    )
     arguments = parser.parse_args()
     print(describe())
     if arguments.shards:

@@ -17,7 +17,6 @@ import resource
 import tempfile
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -126,7 +125,9 @@ def start_up(num_rows: int, results: Any) -> None:
         # The batch that straddles two epochs needs both orders at once.
         order.batch(num_rows // BATCH, BATCH, 0, 1)
     assert len(store) == num_rows
-    results.put((num_rows, size / 1e6, opened - started, ordered - opened, before, memory, peak_rss()))
+    results.put(
+        (num_rows, size / 1e6, opened - started, ordered - opened, before, memory, peak_rss())
+    )
 
 
 def write_manifest(folder: str, num_rows: int) -> int:
@@ -156,7 +157,9 @@ def peak_rss() -> float:
 
 def print_large(sizes: list[int]) -> None:
     """The table of `start_up`, a process each."""
-    print("\n| rows | manifest [MB] | open [s] | order [s] | memory before [MiB] | peak, open | peak, two orders |")
+    print(
+        "\n| rows | manifest [MB] | open [s] | order [s] | memory before [MiB] | peak, open | peak, two orders |"
+    )
     print("|---|---|---|---|---|---|---|")
     context = multiprocessing.get_context("spawn")
     for size in sizes:

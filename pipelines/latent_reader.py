@@ -8,8 +8,10 @@ more than its workers' share; a cache folder of whole shards, one for all worker
 from __future__ import annotations
 
 import contextlib
+import itertools
 import os
 import resource
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -30,6 +32,8 @@ NO_LABEL = -1
 _MAY_OPEN = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
 OPEN_SHARDS = 4096 if _MAY_OPEN == resource.RLIM_INFINITY else min(4096, _MAY_OPEN // 4)
 READS_IN_FLIGHT = 32
+ANNOUNCED_ROWS = 4096
+"""Rows that the local disk is told of before they are read: the more, the better it orders them."""
 
 
 @dataclass(frozen=True)
@@ -132,15 +136,15 @@ class LatentStore:
         rows = _Rows(self, columns, cache)
 
         def batches() -> Iterator[LatentBatch]:
-            step = start_step
-            following = order.batch(step, batch_size, rank, world_size)
-            while True:
-                items, epochs = following
-                following = order.batch(step + 1, batch_size, rank, world_size)
-                rows.announce(following[0])
+            ahead: deque[tuple[np.ndarray, np.ndarray]] = deque()
+            for step in itertools.count(start_step):
+                while len(ahead) <= ANNOUNCED_ROWS * world_size // batch_size:
+                    place = step + len(ahead)
+                    ahead.append(order.batch(place, batch_size, rank, world_size))
+                    rows.announce(ahead[-1][0])
+                items, epochs = ahead.popleft()
                 latents, labels = rows.take(items)
                 yield LatentBatch(step, latents, labels, items, epochs)
-                step += 1
 
         return batches()
 
@@ -190,7 +194,9 @@ class _Rows:
             self._each(self._read_row, numbers, targets, offsets)
             latents[name] = values
         self._each(self._labels, sorted(set(numbers)))
-        labels = [self._labels(shard)[row] for shard, row in zip(numbers, rows.tolist(), strict=True)]
+        labels = [
+            self._labels(shard)[row] for shard, row in zip(numbers, rows.tolist(), strict=True)
+        ]
         return latents, np.array(labels, np.int64)
 
     def _places(self, items: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -199,7 +205,9 @@ class _Rows:
         return shards, items - (self.store._ends[shards] - self.store.num_rows[shards])
 
     def _each(self, function: Callable[..., Any], *arguments: Sequence[Any]) -> list[Any]:
-        return list(self._pool.map(function, *arguments) if self._pool else map(function, *arguments))
+        return list(
+            self._pool.map(function, *arguments) if self._pool else map(function, *arguments)
+        )
 
     def _read_row(self, shard: int, target: memoryview, offset: int) -> None:
         if self._shard(shard).read_into(target, offset) != len(target):
@@ -222,7 +230,7 @@ class _Rows:
     def _read_labels(self, index: int) -> np.ndarray:
         self._shard(index)  # of the right size
         with storage.open_input(self._address(index)) as file:
-            column = pq.ParquetFile(file).read(columns=["label"])["label"]
+            column = pq.ParquetFile(file).read(columns=["label"], use_threads=False)["label"]
         labels: np.ndarray = column.fill_null(NO_LABEL).to_numpy()
         # A hundred million labels of a thousand classes are 0.2 GB so, and 0.8 GB as they were.
         smallest = (t for t in (np.int16, np.int32, np.int64) if _all_fit(labels, t))

@@ -424,7 +424,7 @@ def commit(uri: str, plan: Plan, run: Mapping[str, Any], each: Each = map) -> di
         (uri, plan.fingerprint, start, [files[name] for name in names[start : start + SHARDS_AT_ONCE]])
         for start in range(0, len(names), SHARDS_AT_ONCE)
     )  # fmt: skip
-    for described, some_statistics, shapes in each(describe_shards, some_at_once):
+    for described, some_statistics, some_shapes in each(describe_shards, some_at_once):
         for index, entry in enumerate(described, len(entries)):
             planned = plan.shard_rows(index)
             if entry["rows"] + entry["errors"] != planned:
@@ -433,6 +433,7 @@ def commit(uri: str, plan: Plan, run: Mapping[str, Any], each: Each = map) -> di
                     f"of {planned} planned images."
                 )
         entries += described
+        shapes = some_shapes
         _merge(statistics, some_statistics)
     del files, names
     recorded = sum(1 for _ in read_errors(uri, each))
@@ -489,12 +490,13 @@ def describe_shards(
     statistics: dict[str, ChannelStats] = {}
     shapes: dict[str, tuple[int, ...]] = {}
     with ThreadPoolExecutor(THREADS) as pool:
-        for index, (entry, info, shapes) in enumerate(pool.map(_describe, files), start):
+        for index, (entry, info, some_shapes) in enumerate(pool.map(_describe, files), start):
             if info["fingerprint"] != fingerprint or info["shard"] != index:
                 raise StoreError(
                     f"{uri}: shard {index} belongs to another store; delete it and run again."
                 )
             entries.append(entry)
+            shapes = some_shapes
             of_shard = {n: ChannelStats.from_dict(v) for n, v in info["statistics"].items()}
             _merge(statistics, of_shard)
     return entries, statistics, shapes
