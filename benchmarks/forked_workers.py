@@ -18,6 +18,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import traceback
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -77,15 +78,26 @@ def serve(address: str) -> None:
     listener.bind(address + ".new")
     listener.listen(64)
     os.rename(address + ".new", address)
-    while True:
-        connection, _ = listener.accept()
+    listener.settimeout(1.0)
+    parent = os.getppid()
+    while os.getppid() == parent:  # it may be killed
+        try:
+            connection, _ = listener.accept()
+        except TimeoutError:
+            continue
+        connection.settimeout(None)
         _, descriptors, _, _ = socket.recv_fds(connection, 1, 2)
         with connection.makefile("rb") as received:
             arguments, environment = json.load(received)
         if os.fork() == 0:
             listener.close()
             connection.close()
-            _become_worker(arguments, environment, descriptors)
+            try:
+                _become_worker(arguments, environment, descriptors)
+            except Exception:
+                traceback.print_exc()
+            finally:
+                os._exit(1)
         for descriptor in descriptors:
             os.close(descriptor)
         connection.close()
@@ -101,13 +113,15 @@ def _become_worker(
     for target, descriptor in zip((1, 2), descriptors, strict=True):
         os.dup2(descriptor, target)
         os.close(descriptor)
-    options, command = parser.parse_known_args(arguments[1:])
+    # Before Ray's own script stands its setup_worker.py where there is an environment to set up, which is done here.
+    options, command = parser.parse_known_args(arguments)
+    while not command[0].endswith("default_worker.py"):
+        del command[0]
     context = RuntimeEnvContext.deserialize(options.serialized_runtime_env_context or "{}")
     os.environ.clear()
     os.environ.update({**environment, **context.env_vars})
     sys.argv = command
     runpy.run_path(command[0], run_name="__main__")
-    os._exit(0)
 
 
 if __name__ == "__main__":
