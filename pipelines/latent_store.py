@@ -1,7 +1,7 @@
 """The latent store on disk or S3: plan, one Parquet object a shard, and a manifest written once, last.
 
 ```
-plan.parquet               immutable: shard, key, uri, label, caption; sorted by key, one row group a shard
+plan.parquet               immutable: shard, key, uri, label, caption; sorted by key, a row group holds whole shards
 shards/00000042.parquet    key, label, caption and the latents of shard 42, written whole
 errors/00000042.parquet    key, stage, message of its images that could not be encoded; absent where there are none
 manifest.json              written once; readers trust it alone
@@ -19,7 +19,7 @@ import io
 import json
 import platform
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any
@@ -32,14 +32,20 @@ import pyarrow.parquet as pq
 from fae_core.errors import UserError
 from fae_core.latent_stats import ChannelStats
 from pipelines import storage
-from pipelines.sources import RECORDS, ImageRecord, records_of, records_table
+from pipelines.sources import RECORDS, ImageRecord, batched, records_of, records_table
 
 FORMAT = "fae-latents-1"
 PLAN = "plan.parquet"
 LATENT_COLUMNS = ("mean", "logvar", "mean_flip", "logvar_flip")
 THREADS = 16
+PLAN_GROUPS = 16384
+"""Row groups of a plan at most. A million would be a footer of a gigabyte, which every worker has to read."""
+SHARDS_AT_ONCE = 2048
+"""Shards that are described together when a store is committed."""
 WORD_COLUMNS = {"key": pa.string(), "label": pa.int64(), "caption": pa.string()}
 """Cast to these before a value is looked at: those of some extension types would run code."""
+Each = Callable[[Callable[[Any], Any], Iterable[Any]], Iterable[Any]]
+"""`map`, or what spreads its calls over a cluster and gives their results in order."""
 _MD5 = re.compile(r"[0-9a-f]{32}")
 _ERROR_SCHEMA = pa.schema([("key", pa.string()), ("stage", pa.string()), ("message", pa.string())])
 # One data page a column: Parquet's own limits are set out of reach.
@@ -78,6 +84,7 @@ class Plan:
     parts: Mapping[str, str]
     source: str
     _file: pq.ParquetFile = field(repr=False, compare=False)
+    _group_size: int = field(repr=False, compare=False)
 
     @property
     def fingerprint(self) -> str:
@@ -85,9 +92,11 @@ class Plan:
         return fingerprint_of(self.parts)
 
     def shard(self, index: int) -> list[ImageRecord]:
-        """The records of shard `index` in key order; reads that shard's row group alone."""
+        """The records of shard `index` in key order; reads one row group, which holds this shard and few others."""
+        group, start = divmod(index * self.shard_size, self._group_size)
         try:
-            return records_of(self._file.read_row_group(index, columns=RECORDS.names))
+            table = self._file.read_row_group(group, columns=RECORDS.names)
+            return records_of(table.slice(start, self.shard_size))
         except OSError as error:
             raise storage.storage_error("read", storage.join(self.uri, PLAN), error) from None
 
@@ -161,14 +170,18 @@ def open_plan(uri: str) -> Plan:
         info = json.loads(file.schema_arrow.metadata[b"fae"])
     except (pa.ArrowException, KeyError, TypeError, ValueError) as error:
         raise StoreError(f"{plan_uri} is no plan of a latent store: {error}") from None
+    rows, shard_size = file.metadata.num_rows, int(info["shard_size"])
+    # Shards of one group are whole ones, so its rows are a multiple of theirs, save where it is the only group.
+    group_size = max(shard_size, file.metadata.row_group(0).num_rows) if rows else shard_size
     return Plan(
         uri,
-        file.metadata.num_rows,
-        file.metadata.num_row_groups,
-        int(info["shard_size"]),
+        rows,
+        -(-rows // shard_size),
+        shard_size,
         info["parts"],
         str(info["source"]),
         file,
+        group_size,
     )
 
 
@@ -186,13 +199,15 @@ def _encode_plan(
         ],
         metadata={"fae": json.dumps(info)},
     )
+    num_shards = -(-len(records) // shard_size)
+    group_size = shard_size * max(1, -(-num_shards // PLAN_GROUPS))
     buffer = io.BytesIO()
     with pq.ParquetWriter(buffer, schema, compression="zstd") as writer:
-        for shard, start in enumerate(range(0, len(records), shard_size)):
-            rows = records.slice(start, shard_size)
-            numbers = pa.array(np.full(len(rows), shard), pa.int64())
+        for start in range(0, len(records), group_size):
+            rows = records.slice(start, group_size)
+            numbers = pa.array((start + np.arange(len(rows))) // shard_size, pa.int64())
             rows = rows.add_column(0, "shard", numbers).cast(schema)
-            writer.write_table(rows, row_group_size=shard_size)
+            writer.write_table(rows, row_group_size=group_size)
     return buffer.getvalue()
 
 
@@ -353,11 +368,16 @@ def latent_offsets(
     return offsets
 
 
-def read_errors(uri: str) -> Iterator[dict[str, str]]:
-    """Every recorded error (key, stage, message) of finished shards, in shard order."""
+def read_errors(uri: str, each: Each = map) -> Iterator[dict[str, str]]:
+    """Every recorded error (key, stage, message) of finished shards, in shard order; `each` as for `commit`."""
     files = sorted(f.uri for f in storage.list_files(storage.join(uri, "errors")))
-    for file in files:
-        yield from _read_errors(file)
+    for rows in each(_read_error_files, batched(files, SHARDS_AT_ONCE)):
+        yield from rows
+
+
+def _read_error_files(uris: Sequence[str]) -> list[dict[str, str]]:
+    with ThreadPoolExecutor(THREADS) as pool:
+        return [row for rows in pool.map(_read_errors, uris) for row in rows]
 
 
 def _read_errors(uri: str) -> list[dict[str, str]]:
@@ -383,43 +403,40 @@ def read_manifest(uri: str) -> dict[str, Any] | None:
     return manifest
 
 
-def commit(uri: str, plan: Plan, run: Mapping[str, Any]) -> dict[str, Any]:
+def commit(uri: str, plan: Plan, run: Mapping[str, Any], each: Each = map) -> dict[str, Any]:
     """Check that every planned image is in exactly one place, then write the manifest; returns it.
 
     What depends on when and where it ran is under "run"; the rest depends on images, model and recipe alone. Where a
-    manifest is there already its content must be the same. Raises StoreError where something is missing.
+    manifest is there already its content must be the same. `each` is `map`, or spreads its calls over a cluster: every
+    shard's footer is read. Raises StoreError where something is missing.
     """
     files = {f.uri.rpartition("/")[2]: f for f in storage.list_files(storage.join(uri, "shards"))}
-    absent = [i for i in range(plan.num_shards) if f"{i:08d}.parquet" not in files]
+    names = [f"{i:08d}.parquet" for i in range(plan.num_shards)]
+    absent = [i for i, name in enumerate(names) if name not in files]
     if absent:
         raise StoreError(
             f"{uri}: {len(absent)} of {plan.num_shards} shards are missing, the first {absent[0]}."
         )
-    names = [f"{i:08d}.parquet" for i in range(plan.num_shards)]
-    with ThreadPoolExecutor(THREADS) as pool:
-        found = list(pool.map(lambda name: _describe(files[name]), names))
-    shapes = found[-1][2]
     entries: list[dict[str, Any]] = []
     statistics: dict[str, ChannelStats] = {}
-    for index, (entry, info, _) in enumerate(found):
-        planned = plan.shard_rows(index)
-        if info["fingerprint"] != plan.fingerprint or info["shard"] != index:
-            raise StoreError(
-                f"{uri}: shard {index} belongs to another store; delete it and run again."
-            )
-        if entry["rows"] + entry["errors"] != planned:
-            raise StoreError(
-                f"{uri}: shard {index} holds {entry['rows']} latents and {entry['errors']} errors of "
-                f"{planned} planned images."
-            )
-        entries.append(entry)
-        for name, values in info["statistics"].items():
-            stats = ChannelStats.from_dict(values)
-            if name in statistics:
-                statistics[name].merge(stats)
-            else:
-                statistics[name] = stats
-    recorded = sum(1 for _ in read_errors(uri))
+    shapes: dict[str, tuple[int, ...]] = {}
+    some_at_once = (
+        (uri, plan.fingerprint, start, [files[name] for name in names[start : start + SHARDS_AT_ONCE]])
+        for start in range(0, len(names), SHARDS_AT_ONCE)
+    )  # fmt: skip
+    for described, some_statistics, some_shapes in each(describe_shards, some_at_once):
+        for index, entry in enumerate(described, len(entries)):
+            planned = plan.shard_rows(index)
+            if entry["rows"] + entry["errors"] != planned:
+                raise StoreError(
+                    f"{uri}: shard {index} holds {entry['rows']} latents and {entry['errors']} errors "
+                    f"of {planned} planned images."
+                )
+        entries += described
+        shapes = some_shapes
+        _merge(statistics, some_statistics)
+    del files, names
+    recorded = sum(1 for _ in read_errors(uri, each))
     errors = sum(entry["errors"] for entry in entries)
     if recorded != errors:
         raise StoreError(f"{uri}: {errors} errors in the shards, {recorded} recorded in errors/.")
@@ -443,8 +460,7 @@ def commit(uri: str, plan: Plan, run: Mapping[str, Any]) -> dict[str, Any]:
     assert manifest["planned"] == manifest["stored"] + manifest["errors"]
     whole = manifest | {"run": {**run, "versions": versions()}}
     try:
-        text = json.dumps(whole, indent=1, ensure_ascii=False).encode()
-        storage.write_once(storage.join(uri, "manifest.json"), text)
+        storage.write_once(storage.join(uri, "manifest.json"), encode_manifest(whole))
         return whole
     except FileExistsError:
         existing = read_manifest(uri) or {}
@@ -455,6 +471,43 @@ def commit(uri: str, plan: Plan, run: Mapping[str, Any]) -> dict[str, Any]:
                 "The store changed after it was finished; `fae inspect --verify` says where."
             ) from None
         return existing
+
+
+def encode_manifest(manifest: Mapping[str, Any]) -> bytes:
+    """JSON with one line a shard: json's own indentation takes twice as long and three times the memory."""
+    head = json.dumps({**manifest, "shards": []}, indent=1, ensure_ascii=False)
+    lines = ",\n  ".join(json.dumps(entry, ensure_ascii=False) for entry in manifest["shards"])
+    # Inside a string the quotes would have a backslash, so this is the key itself.
+    return head.replace('"shards": []', f'"shards": [\n  {lines}\n ]', 1).encode()
+
+
+def describe_shards(
+    some: tuple[str, str, int, Sequence[storage.FileInfo]],
+) -> tuple[list[dict[str, Any]], dict[str, ChannelStats], dict[str, tuple[int, ...]]]:
+    """Manifest entries, merged statistics and column shapes of (store, fingerprint, first shard's number, shard files)."""
+    uri, fingerprint, start, files = some
+    entries: list[dict[str, Any]] = []
+    statistics: dict[str, ChannelStats] = {}
+    shapes: dict[str, tuple[int, ...]] = {}
+    with ThreadPoolExecutor(THREADS) as pool:
+        for index, (entry, info, some_shapes) in enumerate(pool.map(_describe, files), start):
+            if info["fingerprint"] != fingerprint or info["shard"] != index:
+                raise StoreError(
+                    f"{uri}: shard {index} belongs to another store; delete it and run again."
+                )
+            entries.append(entry)
+            shapes = some_shapes
+            of_shard = {n: ChannelStats.from_dict(v) for n, v in info["statistics"].items()}
+            _merge(statistics, of_shard)
+    return entries, statistics, shapes
+
+
+def _merge(totals: dict[str, ChannelStats], more: Mapping[str, ChannelStats]) -> None:
+    for name, stats in more.items():
+        if name in totals:
+            totals[name].merge(stats)
+        else:
+            totals[name] = stats
 
 
 def _describe(

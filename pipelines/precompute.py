@@ -14,6 +14,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache, partial
+from itertools import islice
 from typing import Any
 
 import numpy as np
@@ -31,7 +32,14 @@ from pipelines.latent_store import Plan, open_plan
 from pipelines.models import autoencoder_of, backbone_fingerprints, backbone_of
 from pipelines.progress import Progress
 from pipelines.ray_session import for_workers, plain_error, start_ray
-from pipelines.sources import plan_images
+from pipelines.sources import batched, plan_images
+from pipelines.spread import in_lanes, on_workers
+
+ACTORS_PER_LANE = 128
+"""Actors that one Ray data set drives; benchmarks/scale.py measures where its driver would be full."""
+SHARDS_OF_A_DATASET = 100_000
+"""Each is an object of its own from the start, so a million at once would be minutes and gigabytes of the driver."""
+SHOWN_ERRORS = 10
 
 
 class TooManyErrors(UserError, RuntimeError):
@@ -57,10 +65,12 @@ def precompute(recipe: Recipe, show_progress: bool = True) -> dict[str, Any]:
     storage.write_bytes(storage.join(recipe.output, "recipe.yaml"), written.encode())
     todo = latent_store.missing_shards(recipe.output, plan)
     rates = encode_shards(recipe, plan, todo, parts, show_progress) if todo else {}
-    errors = list(latent_store.read_errors(recipe.output))
-    _check_error_rate(recipe, plan, errors)
+    each = on_workers if todo else map
+    errors = latent_store.read_errors(recipe.output, each)
+    first = list(islice(errors, SHOWN_ERRORS))
+    _check_error_rate(recipe, plan, len(first) + sum(1 for _ in errors), first)
     run = {"seconds": time.monotonic() - started, "shards_encoded": len(todo), **rates}
-    return latent_store.commit(recipe.output, plan, run)
+    return latent_store.commit(recipe.output, plan, run, each)
 
 
 def fingerprint_parts(recipe: Recipe) -> dict[str, str]:
@@ -78,8 +88,13 @@ def fingerprint_parts(recipe: Recipe) -> dict[str, str]:
     }
 
 
-def build_dataset(recipe: Recipe, todo: list[int], weights: dict[str, str]) -> Any:
-    """The Ray data set whose rows are finished shards: what `write_shard` returns. Nothing runs until it is read."""
+def build_dataset(
+    recipe: Recipe, todo: list[int], weights: dict[str, str], encoder: type | None = None
+) -> Any:
+    """The Ray data set whose rows are finished shards: what `write_shard` returns. Nothing runs until it is read.
+
+    `encoder` is the actors' class, EncodeShards without it; benchmarks/scale.py has one that sleeps.
+    """
     import ray.data
 
     options = recipe.precompute
@@ -93,7 +108,7 @@ def build_dataset(recipe: Recipe, todo: list[int], weights: dict[str, str]) -> A
             label_selector=options.decode_labels or None,
         )
         .map_batches(
-            EncodeShards,
+            encoder or EncodeShards,
             fn_constructor_args=(recipe, weights),
             batch_size=1,
             batch_format="numpy",
@@ -103,6 +118,31 @@ def build_dataset(recipe: Recipe, todo: list[int], weights: dict[str, str]) -> A
         )
         .map(partial(write_shard, recipe=recipe), num_cpus=0.1)
     )
+
+
+def finished_shards(
+    recipe: Recipe, todo: list[int], weights: dict[str, str], encoder: type | None = None
+) -> Iterator[dict[str, Any]]:
+    """What `write_shard` returns, of every shard of `todo` once it is done; needs a Ray.
+
+    One thread of Python drives a Ray data set, and a few hundred actors keep it busy. So more than ACTORS_PER_LANE are
+    parted into lanes, each with a data set, an equal part of `todo`, and a process to drive it.
+    """
+    num_actors = recipe.precompute.num_actors
+    num_lanes = -(-num_actors // ACTORS_PER_LANE)
+    lanes = []
+    for lane in range(num_lanes):
+        part = recipe.model_copy(deep=True)
+        part.precompute.num_actors = len(range(lane, num_actors, num_lanes))
+        lanes.append((part, todo[lane::num_lanes], weights, encoder))
+    return _lane(*lanes[0]) if num_lanes == 1 else in_lanes(_lane, lanes)
+
+
+def _lane(
+    recipe: Recipe, todo: list[int], weights: dict[str, str], encoder: type | None
+) -> Iterator[dict[str, Any]]:
+    for some in batched(todo, SHARDS_OF_A_DATASET):
+        yield from build_dataset(recipe, some, weights, encoder).iter_rows()
 
 
 def encode_shards(
@@ -116,25 +156,28 @@ def encode_shards(
     """
     start_ray()
     progress = Progress(len(todo), plan.num_images, show_progress)
-    errors: list[dict[str, str]] = []
+    num_errors, first = 0, list[dict[str, str]]()
     try:
-        for row in build_dataset(recipe, todo, weights).iter_rows():
+        for row in finished_shards(recipe, todo, weights):
             found = json.loads(str(row["errors"]))
-            errors += found
+            num_errors += len(found)
+            first += found[: SHOWN_ERRORS - len(first)]
             progress.add(int(row["rows"]), len(found), float(row["encoded_at"]))
-            _check_error_rate(recipe, plan, errors)
+            _check_error_rate(recipe, plan, num_errors, first)
     except Exception as error:
         raise plain_error(error) from None
     return progress.close()
 
 
-def _check_error_rate(recipe: Recipe, plan: Plan, errors: list[dict[str, str]]) -> None:
+def _check_error_rate(
+    recipe: Recipe, plan: Plan, num_errors: int, errors: list[dict[str, str]]
+) -> None:
     allowed = recipe.precompute.max_error_rate
-    if len(errors) <= allowed * plan.num_images:
+    if num_errors <= allowed * plan.num_images:
         return
-    first = "\n".join(f"  {e['key']} [{e['stage']}] {e['message']}" for e in errors[:10])
+    first = "\n".join(f"  {e['key']} [{e['stage']}] {e['message']}" for e in errors)
     raise TooManyErrors(
-        f"{len(errors)} of {plan.num_images} images could not be encoded, more than precompute.max_error_rate="
+        f"{num_errors} of {plan.num_images} images could not be encoded, more than precompute.max_error_rate="
         f"{allowed:g} allows. Nothing was committed; finished shards stay, and the same command goes on from "
         f"them. Mend the source or raise the rate. The first:\n{first}"
     )

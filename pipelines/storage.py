@@ -30,7 +30,7 @@ class StorageError(UserError, OSError):
     """A path that cannot be read, written or listed; the message says what to check."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class FileInfo:
     """One file or object: its whole address, its bytes, and on S3 its ETag."""
 

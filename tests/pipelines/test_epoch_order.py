@@ -32,6 +32,13 @@ def test_epochs_and_seeds_differ_and_any_position_is_reached_directly():
     assert late == order.permutation(5003)[217]
 
 
+def test_an_order_is_numpys_own_permutation_in_half_its_memory():
+    order = EpochOrder(100_003, 7).permutation(2)
+    generator = np.random.Generator(np.random.PCG64(np.random.SeedSequence([7, 2])))
+    expected = generator.permutation(100_003)
+    assert np.array_equal(order, expected) and 2 * order.nbytes == expected.nbytes
+
+
 def test_what_cannot_be_ordered_is_refused():
     with pytest.raises(ValueError, match="empty"):
         EpochOrder(0, 1)

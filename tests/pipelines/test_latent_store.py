@@ -71,6 +71,17 @@ def test_a_plan_gives_every_image_one_shard(tmp_path):
     assert table.column_names == ["shard", "key", "uri", "label", "caption"]
 
 
+def test_a_plan_of_many_shards_puts_several_into_a_row_group(tmp_path, monkeypatch):
+    monkeypatch.setattr(latent_store, "PLAN_GROUPS", 3)
+    plan = latent_store.ensure_plan(str(tmp_path), records(77), 8, PARTS)
+    assert pq.ParquetFile(tmp_path / "plan.parquet").num_row_groups == 3
+    assert (plan.num_images, plan.num_shards) == (77, 10)
+    assert [r for i in range(10) for r in plan.shard(i)] == records(77)
+    assert [len(plan.shard(i)) for i in range(10)] == [plan.shard_rows(i) for i in range(10)]
+    shards = pq.read_table(tmp_path / "plan.parquet")["shard"].to_pylist()
+    assert shards == [i // 8 for i in range(77)]
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -178,6 +189,13 @@ def test_a_store_of_only_errors_is_finished_too(tmp_path):
     manifest = latent_store.commit(str(tmp_path), plan, {})
     assert (manifest["stored"], manifest["errors"]) == (0, 3)
     assert latent_store.verify(str(tmp_path)) == []
+
+
+def test_a_commit_in_parts_is_the_commit_in_one(tmp_path, monkeypatch):
+    whole = build(str(tmp_path / "one"), lost=(2, 5)).manifest
+    monkeypatch.setattr(latent_store, "SHARDS_AT_ONCE", 1)
+    parts = build(str(tmp_path / "parts"), lost=(2, 5)).manifest
+    assert parts == whole
 
 
 def test_committing_again_changes_nothing_but_a_changed_store_is_refused(tmp_path):

@@ -261,6 +261,19 @@ def test_a_finished_store_is_returned_as_it_is(photographs, autoencoder, uninter
     assert content(uninterrupted) == before
 
 
+@pytest.mark.integration
+def test_actors_in_several_lanes_write_the_same_bytes(
+    photographs, autoencoder, uninterrupted, tmp_path, ray_session, monkeypatch
+):
+    monkeypatch.setattr("pipelines.precompute.ACTORS_PER_LANE", 1)
+    monkeypatch.setattr("pipelines.latent_store.SHARDS_AT_ONCE", 4)  # so tasks read the footers
+    more = ["precompute.num_actors=2", "precompute.cpus_per_actor=0.5"]
+    recipe = recipe_for(photographs, autoencoder, tmp_path, *more)
+    manifest = precompute(recipe, show_progress=False)
+    assert manifest["run"]["shards_encoded"] == 12
+    assert content(tmp_path) == content(uninterrupted)
+
+
 # Bad images -----------------------------------------------------------------------------------------------------------
 
 

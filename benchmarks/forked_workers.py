@@ -1,0 +1,128 @@
+"""Ray workers that are forked from one process which has imported everything, so that hundreds fit on a small machine.
+
+A worker of Ray's own starts a Python, imports for two seconds and holds 108 MiB to itself; a fork shares both. Only how a
+worker begins differs: it runs Ray's own `default_worker.py`, and Ray talks with it as with any other.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import importlib
+import json
+import os
+import runpy
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+import traceback
+from collections.abc import Iterator
+from pathlib import Path
+
+IMPORTED = (
+    "ray.data._internal.execution.operators.actor_pool_map_operator",
+    "ray._private.workers.setup_worker",
+    "benchmarks.sleeping",
+    "pipelines.precompute",
+)
+# What Ray starts in place of Python: a worker's command line goes to the server, everything else to the real one.
+_STAND_IN = """#!{python} -IS
+import json, os, socket, sys
+arguments = sys.argv[1:]
+if not any(argument.endswith("default_worker.py") for argument in arguments):
+    os.execv({python!r}, [{python!r}, *arguments])
+with socket.socket(socket.AF_UNIX) as server:
+    server.connect({address!r})
+    socket.send_fds(server, [b"x"], [1, 2])
+    server.sendall(json.dumps([arguments, dict(os.environ)]).encode())
+    server.shutdown(socket.SHUT_WR)
+    server.recv(1)
+"""
+
+
+@contextlib.contextmanager
+def forked_workers() -> Iterator[None]:
+    """A local Ray that is started inside has forked workers; it must end before this does."""
+    python = sys.executable
+    with tempfile.TemporaryDirectory() as folder:
+        address = str(Path(folder) / "socket")
+        server = subprocess.Popen([python, "-m", "benchmarks.forked_workers", address])
+        while not os.path.exists(address):
+            if server.poll() is not None:
+                raise SystemExit("The server of forked workers did not start.")
+            time.sleep(0.05)
+        stand_in = Path(folder) / "python"
+        stand_in.write_text(_STAND_IN.format(python=python, address=address))
+        stand_in.chmod(0o755)
+        sys.executable = str(stand_in)
+        try:
+            yield
+        finally:
+            sys.executable = python
+            server.terminate()
+            server.wait()
+
+
+def serve(address: str) -> None:
+    """Fork a worker for every command line that arrives at the socket `address`."""
+    for module in IMPORTED:
+        importlib.import_module(module)
+    # A collection would write to every object's header, and so copy every page.
+    gc.collect()
+    gc.freeze()
+    signal.signal(signal.SIGCHLD, signal.SIG_IGN)
+    listener = socket.socket(socket.AF_UNIX)
+    listener.bind(address + ".new")
+    listener.listen(64)
+    os.rename(address + ".new", address)
+    listener.settimeout(1.0)
+    parent = os.getppid()
+    while os.getppid() == parent:  # it may be killed
+        try:
+            connection, _ = listener.accept()
+        except TimeoutError:
+            continue
+        connection.settimeout(None)
+        _, descriptors, _, _ = socket.recv_fds(connection, 1, 2)
+        with connection.makefile("rb") as received:
+            arguments, environment = json.load(received)
+        if os.fork() == 0:
+            listener.close()
+            connection.close()
+            try:
+                _become_worker(arguments, environment, descriptors)
+            except Exception:
+                traceback.print_exc()
+            finally:
+                os._exit(1)
+        for descriptor in descriptors:
+            os.close(descriptor)
+        connection.close()
+
+
+def _become_worker(
+    arguments: list[str], environment: dict[str, str], descriptors: list[int]
+) -> None:
+    from ray._private.runtime_env.context import RuntimeEnvContext
+    from ray._private.workers.setup_worker import parser
+
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    for target, descriptor in zip((1, 2), descriptors, strict=True):
+        os.dup2(descriptor, target)
+        os.close(descriptor)
+    # Before Ray's own script stands its setup_worker.py where there is an environment to set up, which is done here.
+    options, command = parser.parse_known_args(arguments)
+    while not command[0].endswith("default_worker.py"):
+        del command[0]
+    context = RuntimeEnvContext.deserialize(options.serialized_runtime_env_context or "{}")
+    os.environ.clear()
+    os.environ.update({**environment, **context.env_vars})
+    sys.argv = command
+    runpy.run_path(command[0], run_name="__main__")
+
+
+if __name__ == "__main__":
+    serve(sys.argv[1])

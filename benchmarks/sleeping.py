@@ -1,0 +1,34 @@
+"""The encoder of benchmarks/scale.py: it sleeps for the service time of a shard instead of computing.
+
+Apart from scale.py because every actor imports this module, and 256 of them have no room for torch.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from typing import Any
+
+import numpy as np
+
+LATENT_SHAPE = (4, 2, 2)
+
+
+class SleepingEncoder:
+    """Takes and gives what `pipelines.precompute.EncodeShards` does; the plan's parts say how long a shard takes."""
+
+    def __init__(self, recipe: Any, parts: dict[str, str]) -> None:
+        self.columns = list(recipe.precompute.columns)
+        self.seconds = float(parts["service seconds"])
+
+    def __call__(self, batch: dict[str, np.ndarray]) -> dict[str, Any]:
+        time.sleep(self.seconds)
+        ok = np.asarray(batch["ok"][0], dtype=np.int64)
+        latents = np.full((len(ok), *LATENT_SHAPE), int(batch["shard"][0]) % 1000, np.float16)
+        return {
+            "shard": batch["shard"],
+            "ok": [ok],
+            "errors": [json.dumps(json.loads(str(batch["errors"][0])))],
+            "encoded_at": [time.time()],
+            **{name: [latents] for name in self.columns},
+        }
