@@ -176,7 +176,9 @@ class _Rows:
         for name in self.columns:
             offsets = self.offsets[name][shards] + rows * self.row_bytes
             for shard, offset in zip(shards.tolist(), offsets.tolist(), strict=True):
-                self._shard(shard).announce(self.row_bytes, offset)
+                file = self._shard(shard)
+                assert isinstance(file, _LocalFile)
+                file.announce(self.row_bytes, offset)
 
     def take(self, items: np.ndarray) -> tuple[dict[str, np.ndarray], np.ndarray]:
         """Latents and labels of the rows `items`, in their order."""
@@ -186,7 +188,7 @@ class _Rows:
         for name in self.columns:
             values = np.empty((len(items), *self.store.latent_shape), np.float16)
             offsets = (self.offsets[name][shards] + rows * self.row_bytes).tolist()
-            rows_of_bytes = memoryview(values.view(np.uint8).reshape(-1))
+            rows_of_bytes = values.view(np.uint8).reshape(-1).data
             targets = [
                 rows_of_bytes[start : start + self.row_bytes]
                 for start in range(0, values.nbytes, self.row_bytes)

@@ -44,13 +44,13 @@ def in_lanes(
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
-    lane = ray.remote(_gathered).options(
+    lane: Any = ray.remote(_gathered).options(
         num_cpus=0, max_retries=0, num_returns="streaming", scheduling_strategy=here
     )
-    running = [lane.remote(stream, some) for some in arguments]
+    running: list[Any] = [lane.remote(stream, some) for some in arguments]
     try:
         while running:
-            (ready,), _ = ray.wait(running, num_returns=1)
+            ready: Any = ray.wait(running, num_returns=1)[0][0]
             try:
                 items = ray.get(next(ready))
             except StopIteration:
