@@ -38,8 +38,8 @@ from benchmarks.forked_workers import forked_workers
 from benchmarks.sleeping import LATENT_SHAPE, SleepingEncoder
 from pipelines import latent_store, precompute, storage
 from pipelines.config import Recipe, load_recipe
-from pipelines.images import RECORDS, ImageRecord, plan_images
 from pipelines.ray_session import start_ray
+from pipelines.sources import RECORDS, ImageRecord, plan_images
 
 IMAGES = 4
 """Images of a shard here; what the driver does does not depend on them."""

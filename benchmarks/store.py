@@ -27,9 +27,9 @@ from benchmarks.environment import describe
 from pipelines import latent_store, storage
 from pipelines.config import GeneratorSection, GeneratorTraining
 from pipelines.epoch_order import EpochOrder
-from pipelines.images import ImageRecord
 from pipelines.latent_feed import latent_feed
 from pipelines.latent_reader import LatentStore
+from pipelines.sources import ImageRecord
 
 SHARD = 512
 BATCH = 512
