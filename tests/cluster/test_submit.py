@@ -217,6 +217,8 @@ def test_a_dry_run_says_what_would_be_sent(monkeypatch):
 def test_an_address_without_a_job_server_is_an_error_at_once(monkeypatch, answers):
     monkeypatch.setattr(submit, "ANSWER_SECONDS", 1.0)
     monkeypatch.setenv("RAY_API_SERVER_ADDRESS", "")
+    # Else a token in this machine's home would turn it on for all tests that come after.
+    monkeypatch.setenv("RAY_AUTH_MODE", "disabled")
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
         address = f"http://127.0.0.1:{listener.getsockname()[1]}"
