@@ -25,6 +25,7 @@ from fae_core.generators.dit import DiT
 from fae_core.pixel_decoder import PixelDecoder
 from pipelines.batches import PREFETCH_BATCHES, Batch
 from pipelines.config import Recipe, TrainingSection
+from pipelines.image_feed import WINDOW_BATCHES
 from pipelines.latent_reader import LatentStore
 from pipelines.memory_plan import MEBI
 from pipelines.models import backbone_of, backbone_spec
@@ -40,7 +41,7 @@ from pipelines.train_generator import build_generator, generator_loss
 from pipelines.train_pixel_decoder import Objective, make_adversary, pixel_decoder_config
 from pipelines.training import DECODE_CPUS, Adversary, Job, memory_plan_of
 
-PYTHON = 450 * MEBI
+PYTHON = 530 * MEBI
 """Unique memory of a process that has imported torch, Ray and this package; measured, with torch's CUDA build."""
 RAY = 620 * MEBI
 """Ray's own processes on its head node with a dashboard, and Ray Data's two actors; measured."""
@@ -48,8 +49,8 @@ TRAIN_ACTORS = 840 * MEBI
 """Ray Train's controller and four small actors; measured."""
 PLAN_RECORD = 426
 """Bytes of an image while it is listed and planned, the worst measured (docs/reliability.md)."""
-WAITING = 6
-"""Blocks between a stage of tasks and each actor: two that it has been given and twice as many behind (Ray Data's limits)."""
+WAITING_SHARE = 0.15
+"""Of a node's memory, what may wait in the object store: Ray's store takes 0.3, and Ray Data fills half of that."""
 
 
 @dataclass(frozen=True)
@@ -77,24 +78,24 @@ def precompute_memory(recipe: Recipe) -> list[Process]:
     results = _line(
         lambda n: encoder.encode(crops[:n], n), min(options.batch_size, options.shard_size)
     )
-    networks = {"networks": _bytes(backbone, autoencoder)}
+    networks = _bytes(backbone, autoencoder)
     shard = options.shard_size * crop
     num_tasks = _num_tasks(
         cpus - options.num_actors * options.cpus_per_actor, options.cpus_per_decode
     )
-    running = {**networks, "results of a batch": results}
+    loaded = {"networks, twice while they are loaded": 2 * networks}
     on_gpu = options.gpus_per_actor > 0
-    actor = {"networks, while they are loaded": networks["networks"]} if on_gpu else running
-    waiting = num_tasks + WAITING * options.num_actors
+    actor = loaded if on_gpu else {**loaded, "results of a batch": results}
+    device = {"networks": networks, "results of a batch": results} if on_gpu else {}
     return [
-        Process("driver", 1, {"Python": PYTHON, "plan": PLAN_RECORD * num_images, **networks}),
+        Process("driver", 1, {"Python": PYTHON, "plan": PLAN_RECORD * num_images, **loaded}),
         Process(
             "decode task", num_tasks, {"Python": PYTHON, "crops of a shard, three times": 3 * shard}
         ),
-        Process(
-            "actor", options.num_actors, {"Python": PYTHON, **actor}, running if on_gpu else {}
-        ),
-        Process("object store", 1, {f"{waiting} shards of crops": waiting * shard}),
+        Process("actor", options.num_actors, {"Python": PYTHON, **actor}, device),
+        Process("writing task", 1, {"Python": PYTHON}),
+        _idle_workers(),
+        _object_store("crops", num_images * crop),
         Process("Ray", 1, {"its processes": RAY}),
     ]
 
@@ -122,16 +123,15 @@ def training_memory(recipe: Recipe, network: str) -> list[Process]:
     host = {"Python": PYTHON, "checkpoint, while it is written, twice": 2 * (state - gradients)}
     blank = sum(t[:1].numel() * t.element_size() for t in batch.tensors.values())
     host["batches made ahead"] = (PREFETCH_BATCHES + 2) * size * blank
-    processes = [Process("driver", 1, {"Python": PYTHON})]
+    processes = [Process("driver", 1, {"Python": PYTHON}), _idle_workers()]
     if network != "generator":
         host["held-out images"] = MAX_VALIDATION_IMAGES * 3 * recipe.image_size**2
         left = (os.cpu_count() or 1) - training.num_workers * training.cpus_per_worker
         num_tasks = _num_tasks(left, DECODE_CPUS)
         tasks = {"Python": PYTHON, "crops of a micro-batch, three times": 3 * size * blank}
         processes.append(Process("decode task", num_tasks, tasks))
-        waiting = num_tasks + WAITING * training.num_workers
-        made = {f"{waiting} micro-batches of crops": waiting * size * blank}
-        processes.append(Process("object store", 1, made))
+        window = WINDOW_BATCHES * training.num_workers * size * blank
+        processes.append(_object_store("crops", window))
     worker = {**host} if training.use_gpu else {**host, **step}
     processes.append(
         Process("worker", training.num_workers, worker, step if training.use_gpu else {})
@@ -156,16 +156,17 @@ def sample_memory(recipe: Recipe) -> list[Process]:
         rows = size * (1 if options.guidance == "none" else 2)
         results = max(results, _line(lambda n: _velocity(artist, n), rows))
     pictures = options.shard_size * 3 * recipe.image_size**2
-    running = {"networks": networks, "results of a batch": results}
+    loaded = {"networks, twice while they are loaded": 2 * networks}
     on_gpu = options.gpus_per_actor > 0
-    actor = {"networks, while they are loaded": networks} if on_gpu else running
+    actor = loaded if on_gpu else {**loaded, "results of a batch": results}
+    device = {"networks": networks, "results of a batch": results} if on_gpu else {}
     host = {"Python": PYTHON, **actor, "pictures of a shard, twice": 2 * pictures}
-    waiting = WAITING * options.num_actors
     return [
-        Process("driver", 1, {"Python": PYTHON, "networks": networks}),
-        Process("actor", options.num_actors, host, running if on_gpu else {}),
+        Process("driver", 1, {"Python": PYTHON, **loaded}),
+        Process("actor", options.num_actors, host, device),
         Process("writing task", 1, {"Python": PYTHON, "pictures of a shard, twice": 2 * pictures}),
-        Process("object store", 1, {f"{waiting} shards of pictures": waiting * pictures}),
+        _idle_workers(),
+        _object_store("pictures", options.num_images * 3 * recipe.image_size**2),
         Process("Ray", 1, {"its processes": RAY}),
     ]
 
@@ -303,6 +304,17 @@ def _blank_images(recipe: Recipe, size: int) -> Batch:
 
 def _batch(tensors: dict[str, Tensor], size: int) -> Batch:
     return Batch(0, tensors, list(range(size)), [""] * size, 1.0, [])
+
+
+def _idle_workers() -> Process:
+    """Ray keeps as many processes of finished tasks as it has CPUs."""
+    return Process("idle worker", os.cpu_count() or 1, {"Python": PYTHON})
+
+
+def _object_store(what: str, size: int) -> Process:
+    """Blocks that wait between stages: all `size` bytes of them, or as many as Ray Data lets wait."""
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return Process("object store", 1, {f"{what} that wait": min(size, int(WAITING_SHARE * memory))})
 
 
 def _num_tasks(cpus: float, cpus_of_each: float) -> int:
