@@ -22,14 +22,16 @@ QUIET = {
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
     "RAY_TRAIN_ENABLE_PRINT_PATCH": "0",  # else every print of a worker appears twice
 }
-CONNECT_SECONDS = 5.0
+CONNECT_SECONDS = 10.0
+HTTP2_GREETING = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + bytes([0, 0, 0, 4, 0, 0, 0, 0, 0])
+"""RFC 9113: the client's preface and an empty SETTINGS frame, type 4, which a server answers with its own."""
 GCS_PORT = "RAY_GCS_SERVER_PORT"
 
 
 def start_ray(**local: Any) -> None:
     """Attach to RAY_ADDRESS, else start a local cluster (`local` goes to ray.init); nothing if connected already.
 
-    Raises UserError where nothing listens at RAY_ADDRESS.
+    Raises UserError where no server of Ray's kind answers at RAY_ADDRESS.
     """
     for key, value in QUIET.items():
         os.environ.setdefault(key, value)
@@ -87,15 +89,19 @@ def plain_error(error: Exception) -> Exception:
 
 
 def _refuse_silence(address: str) -> None:
-    """Raises UserError where no server listens at HOST:PORT or ray://HOST:PORT; Ray itself would try for minutes."""
+    """Raises UserError where no gRPC server answers at HOST:PORT or ray://HOST:PORT; Ray itself would wait for minutes."""
     host, _, port = address.rpartition("://")[2].rpartition(":")
     if not host or not port.isdigit():
         return  # `auto` and whatever else Ray alone understands
     try:
-        socket.create_connection((host.strip("[]"), int(port)), CONNECT_SECONDS).close()
+        with socket.create_connection((host.strip("[]"), int(port)), CONNECT_SECONDS) as server:
+            if os.environ.get("RAY_USE_TLS", "0") == "0":
+                server.sendall(HTTP2_GREETING)
+                if server.recv(4)[3:] != b"\x04":
+                    raise OSError("another kind of server answers there")
     except (OSError, OverflowError) as error:
         raise UserError(
-            f"No Ray at {address}: tried to connect to port {port} of {host} for at most {CONNECT_SECONDS:g} s ({error}). "
+            f"No Ray at {address}: tried port {port} of {host} for at most {CONNECT_SECONDS:g} s ({error}). "
             "Check the address (--address or RAY_ADDRESS) and that the head runs: its own port is 6379 unless `ray start "
             "--port` said another, and ray:// has 10001. From outside a cluster use fae submit, which speaks to port 8265."
         ) from None

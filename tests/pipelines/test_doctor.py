@@ -120,18 +120,30 @@ def test_other_versions_and_small_shm_are_found_on_the_node_that_has_them():
     assert found["/dev/shm"].level == "warning" and "c3" in found["/dev/shm"].message
 
 
-@pytest.mark.parametrize("kind", ["closed", "silent"])
-def test_an_address_where_nothing_listens_is_an_error_at_once(monkeypatch, kind):
+@pytest.mark.parametrize("kind", ["closed", "full", "silent", "other"])
+def test_an_address_without_ray_is_an_error_at_once(monkeypatch, kind):
     monkeypatch.setattr(ray_session, "CONNECT_SECONDS", 1.0)
     monkeypatch.setenv("RAY_ADDRESS", "")
     with socket.socket() as listener, socket.socket() as queued:
         listener.bind(("127.0.0.1", 0))
         port = listener.getsockname()[1]
-        if kind == "silent":  # with its queue full the kernel drops what knocks, as a firewall does
+        if kind == "full":  # the kernel then drops what knocks, as a firewall does
             listener.listen(0)
             queued.connect(("127.0.0.1", port))
+        elif kind != "closed":
+            listener.listen()
+        if kind == "other":
+
+            def answer() -> None:
+                connection, _ = listener.accept()
+                with connection:
+                    connection.recv(100)
+                    connection.sendall(b"HTTP/1.1 400 Bad Request\r\n\r\n")
+
+            threading.Thread(target=answer, daemon=True).start()
         started = time.monotonic()
-        with pytest.raises(UserError, match=f"tried to connect to port {port} of 127.0.0.1.*6379"):
+        said = "another kind of server" if kind == "other" else ".*"
+        with pytest.raises(UserError, match=f"tried port {port} of 127.0.0.1.*{said}.*6379"):
             doctor([], address=f"127.0.0.1:{port}")
         assert time.monotonic() - started < 20, "importing Ray included"
 
