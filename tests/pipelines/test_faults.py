@@ -180,8 +180,9 @@ def test_an_s3_that_falters_costs_time_and_nothing_else(
 
 
 def decoders() -> list[psutil.Process]:
+    """Of this test's own Ray, which is a child of this process."""
     found = []
-    for process in psutil.process_iter():
+    for process in psutil.Process().children(recursive=True):
         try:
             if process.cmdline()[:1] and "ray::Map(decode_shard)" in process.cmdline()[0]:
                 found.append(process)
