@@ -395,9 +395,9 @@ def test_too_many_errors_commit_nothing_and_lose_nothing(
 
 
 def actor_pids() -> list[int]:
-    """Processes of this machine's Ray actors that encode."""
+    """Processes that encode, of this test's own Ray, which is a child of this process."""
     found = []
-    for process in psutil.process_iter():
+    for process in psutil.Process().children(recursive=True):
         try:
             if "MapWorker(MapBatches(EncodeShards))" in " ".join(process.cmdline()):
                 found.append(process.pid)
