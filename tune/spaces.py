@@ -130,4 +130,6 @@ def _short(key: str, settings: Mapping[str, Any]) -> str:
 
 
 def _text(value: Any) -> str:
+    if isinstance(value, str) and value.endswith(".safetensors"):
+        return "/".join(value.split("/")[-3:-1])  # a trained network is known by its run's folder
     return f"{value:.3g}" if isinstance(value, float) else str(value)

@@ -52,6 +52,10 @@ def test_names_are_short_where_they_can_be():
     settings = {"autoencoder.training.steps": 5, "generator.training.steps": 7, "seed": 1}
     assert label(settings) == "autoencoder.training.steps=5  generator.training.steps=7  seed=1"
     assert label({"autoencoder.kl_weight": 1.2345e-6}) == "kl_weight=1.23e-06"
+    trained = {
+        "autoencoder.checkpoint": "s3://b/tune/s/members/01/round_0002/autoencoder.safetensors"
+    }
+    assert label(trained) == "checkpoint=01/round_0002"
 
 
 @pytest.mark.parametrize(
