@@ -62,9 +62,11 @@ def start_ray(**local: Any) -> None:
         )
     finally:
         os.environ.pop(GCS_PORT, None)
+    context = ray.data.DataContext.get_current()
+    # Else a task's error comes wrapped in one that forgets its cause on the way, and `plain_error` finds none.
+    context.raise_original_map_exception = True
     # It warns every half minute of each process that has imported torch.
-    detectors = ray.data.DataContext.get_current().issue_detectors_config
-    detectors.high_memory_detector_config.detection_time_interval_s = -1
+    context.issue_detectors_config.high_memory_detector_config.detection_time_interval_s = -1
 
 
 def free_port() -> int:

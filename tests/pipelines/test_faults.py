@@ -162,11 +162,14 @@ def test_an_s3_that_falters_costs_time_and_nothing_else(
 ) -> None:
     output = f"s3://faulty/{fault.__name__}"
     proxy.latency = 0.02  # so that the job still has most of its way to go
+    before = proxy.injected.copy()
+    if fault is broken_answers:  # images are read long before the first shard is written
+        fault(proxy)
     job = Job(recipe_for(images, autoencoder, output))
     wait_for(lambda: shards(output) >= 1)
-    before = proxy.injected.copy()
     started = time.monotonic()
-    fault(proxy)
+    if fault is not broken_answers:
+        fault(proxy)
     done = shards(output)
     manifest = job.result()
     print(f"{fault.__name__}: {time.monotonic() - started:.1f} s from the fault to the end")
@@ -273,9 +276,9 @@ def test_two_drivers_on_one_store_write_it_once_and_a_third_recipe_is_refused(
         text=True,
     )
     wait_for(lambda: shards(output) >= 1 or other.poll() is not None)
-    job = Job(recipe_for(images, autoencoder, output))
     with pytest.raises(StoreMismatch, match="precision: bf16 there, fp32 now"):
         precompute(recipe_for(images, autoencoder, output, "precompute.precision=fp32"))
+    job = Job(recipe_for(images, autoencoder, output))
     printed, errors = other.communicate(timeout=180)
     proxy.latency = 0.0
     assert other.returncode == 0, errors

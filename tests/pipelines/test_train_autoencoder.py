@@ -194,7 +194,7 @@ def test_the_run_folder_tells_what_was_done(uninterrupted):
     metrics = json.loads((folder / "result.json").read_text())
     assert {"mse", "cosine", "kl", "active_channels"} <= metrics.keys() and 0 < metrics["mse"] < 10
     loaded = checkpoint.load(folder / "autoencoder.safetensors")
-    assert loaded.fingerprints["backbone"].startswith("vit_tiny_patch16_224:")
+    assert loaded.fingerprints["backbone"].startswith("vit_tiny_patch16_224@112:")
     bad = [
         json.loads(line) for line in (folder / "bad_images-00000.jsonl").read_text().splitlines()
     ]

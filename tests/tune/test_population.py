@@ -44,6 +44,7 @@ def test_what_is_no_population_is_refused_before_anything_runs(
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.faults
 @pytest.mark.integration
 def test_a_killed_population_goes_on_and_the_worse_member_with_the_better_ones_weights(
     photographs, tmp_path

@@ -89,6 +89,7 @@ def test_as_many_trials_at_once_as_the_cluster_trains(photographs, tmp_path):
     assert concurrent_trials(recipe, trial, {"CPU": 1}) == 3
 
 
+@pytest.mark.faults
 @pytest.mark.integration
 def test_a_killed_sweep_is_restored_and_trials_share_stages(
     server, local_ray, photographs, tmp_path, monkeypatch
