@@ -62,6 +62,13 @@ def start_ray(**local: Any) -> None:
         )
     finally:
         os.environ.pop(GCS_PORT, None)
+    prepare_data()
+
+
+def prepare_data() -> None:
+    """Ray Data's settings of a process that runs data sets: errors keep their class, and torch's size is no issue."""
+    import ray.data
+
     context = ray.data.DataContext.get_current()
     # Else a task's error comes wrapped in one that forgets its cause on the way, and `plain_error` finds none.
     context.raise_original_map_exception = True

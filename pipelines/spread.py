@@ -10,7 +10,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, TypeVar
 
-from pipelines.ray_session import plain_error
+from pipelines.ray_session import plain_error, prepare_data
 
 T = TypeVar("T")
 
@@ -64,6 +64,7 @@ def in_lanes(
 
 def _gathered(stream: Callable[..., Iterator[T]], some: tuple[Any, ...]) -> Iterator[list[T]]:
     """The items of a second at a time: few messages, however many items."""
+    prepare_data()
     items, sent = [], time.monotonic()
     for item in stream(*some):
         items.append(item)
