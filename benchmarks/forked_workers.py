@@ -14,10 +14,8 @@ import os
 import runpy
 import signal
 import socket
-import subprocess
 import sys
 import tempfile
-import time
 import traceback
 from collections.abc import Iterator
 from pathlib import Path
@@ -28,12 +26,20 @@ IMPORTED = (
     "benchmarks.sleeping",
     "pipelines.precompute",
 )
-# What Ray starts in place of Python: a worker's command line goes to the server, everything else to the real one.
+# What Ray starts in place of Python: a worker's command line goes to the server, everything else to the real one. The
+# first worker starts the server with its own environment, because Ray's core reads the job and the raylet when imported.
 _STAND_IN = """#!{python} -IS
-import json, os, socket, sys
+import json, os, socket, subprocess, sys, time
 arguments = sys.argv[1:]
 if not any(argument.endswith("default_worker.py") for argument in arguments):
     os.execv({python!r}, [{python!r}, *arguments])
+try:
+    os.mkdir({address!r} + ".starting")
+    subprocess.Popen([{python!r}, "-m", "benchmarks.forked_workers", {address!r}])
+except FileExistsError:
+    pass
+while not os.path.exists({address!r}):
+    time.sleep(0.05)
 with socket.socket(socket.AF_UNIX) as server:
     server.connect({address!r})
     socket.send_fds(server, [b"x"], [1, 2])
@@ -44,26 +50,22 @@ with socket.socket(socket.AF_UNIX) as server:
 
 
 @contextlib.contextmanager
-def forked_workers() -> Iterator[None]:
-    """A local Ray that is started inside has forked workers; it must end before this does."""
+def forked_workers() -> Iterator[Path]:
+    """A local Ray that is started inside has forked workers, and must end before this does.
+
+    The file whose path it gives holds the process id of their parent, once there is one.
+    """
     python = sys.executable
     with tempfile.TemporaryDirectory() as folder:
         address = str(Path(folder) / "socket")
-        server = subprocess.Popen([python, "-m", "benchmarks.forked_workers", address])
-        while not os.path.exists(address):
-            if server.poll() is not None:
-                raise SystemExit("The server of forked workers did not start.")
-            time.sleep(0.05)
         stand_in = Path(folder) / "python"
         stand_in.write_text(_STAND_IN.format(python=python, address=address))
         stand_in.chmod(0o755)
         sys.executable = str(stand_in)
         try:
-            yield
+            yield Path(f"{address}.pid")
         finally:
             sys.executable = python
-            server.terminate()
-            server.wait()
 
 
 def serve(address: str) -> None:
@@ -74,13 +76,14 @@ def serve(address: str) -> None:
     gc.collect()
     gc.freeze()
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)
+    Path(f"{address}.pid").write_text(str(os.getpid()))
     listener = socket.socket(socket.AF_UNIX)
     listener.bind(address + ".new")
     listener.listen(64)
     os.rename(address + ".new", address)
     listener.settimeout(1.0)
-    parent = os.getppid()
-    while os.getppid() == parent:  # it may be killed
+    raylet = Path("/proc") / os.environ["RAY_RAYLET_PID"]
+    while raylet.exists():
         try:
             connection, _ = listener.accept()
         except TimeoutError:

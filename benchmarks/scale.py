@@ -48,8 +48,11 @@ FOOTERS = 4096
 """Real shards whose footers are read."""
 
 
-def simulate(folder: Path, num_actors: int, seconds: float, rounds: int) -> dict[str, float]:
-    """Precompute `rounds` shards an actor with encoders that sleep; needs a Ray.
+def simulate(
+    folder: Path, num_actors: int, seconds: float, rounds: int, workers: Path
+) -> dict[str, float]:
+    """Precompute `rounds` shards an actor with encoders that sleep; needs a Ray,
+    and the file with the process id of its workers' parent.
 
     Shards per second and, by process, processor seconds a shard; all in the middle half of the shards.
     """
@@ -66,7 +69,7 @@ def simulate(folder: Path, num_actors: int, seconds: float, rounds: int) -> dict
         ends.append(float(row["encoded_at"]))
         # A look at every process costs milliseconds: only where the middle half begins and ends.
         if len(ends) in (num_shards // 4, 3 * num_shards // 4):
-            used.append({"at": len(ends), **processor_seconds()})
+            used.append({"at": len(ends), **processor_seconds(workers)})
     wall = time.perf_counter() - started
     manifest = latent_store.commit(recipe.output, plan, {})
     assert (manifest["stored"], manifest["errors"]) == (num_shards * IMAGES, 0)
@@ -99,11 +102,12 @@ def sleeping_recipe(folder: Path, num_actors: int, num_shards: int) -> Recipe:
     return load_recipe("photos-dinov2s", changes)
 
 
-def processor_seconds() -> dict[str, float]:
+def processor_seconds(workers: Path) -> dict[str, float]:
     """Used so far, by COSTS."""
     me = psutil.Process()
     used = dict.fromkeys(COSTS, 0.0)
-    for process in (me, *me.children(recursive=True)):
+    parent = psutil.Process(int(workers.read_text()))
+    for process in (me, *me.children(recursive=True), parent, *parent.children(recursive=True)):
         try:
             times, name, title = process.cpu_times(), process.name(), " ".join(process.cmdline())
         except psutil.Error:
@@ -271,11 +275,11 @@ def main() -> None:
         return
     precompute.ACTORS_PER_LANE = arguments.lane or precompute.ACTORS_PER_LANE
     rows = []
-    with forked_workers(), tempfile.TemporaryDirectory() as folder:
+    with forked_workers() as workers, tempfile.TemporaryDirectory() as folder:
         start_ray(include_dashboard=False)
         for num_actors in arguments.actors:
             place = Path(folder) / str(num_actors)
-            rows.append(simulate(place, num_actors, arguments.seconds, arguments.rounds))
+            rows.append(simulate(place, num_actors, arguments.seconds, arguments.rounds, workers))
             print(json.dumps(rows[-1]), flush=True)
         import ray
 
