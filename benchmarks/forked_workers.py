@@ -11,7 +11,6 @@ import gc
 import importlib
 import json
 import os
-import runpy
 import signal
 import socket
 import sys
@@ -35,7 +34,8 @@ if not any(argument.endswith("default_worker.py") for argument in arguments):
     os.execv({python!r}, [{python!r}, *arguments])
 try:
     os.mkdir({address!r} + ".starting")
-    subprocess.Popen([{python!r}, "-m", "benchmarks.forked_workers", {address!r}])
+    command = [{python!r}, "-m", "benchmarks.forked_workers", {address!r}]
+    subprocess.Popen(command, start_new_session=True)
 except FileExistsError:
     pass
 while not os.path.exists({address!r}):
@@ -112,6 +112,8 @@ def _become_worker(
     from ray._private.runtime_env.context import RuntimeEnvContext
     from ray._private.workers.setup_worker import parser
 
+    # Ray ends a worker's whole process group.
+    os.setsid()
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     for target, descriptor in zip((1, 2), descriptors, strict=True):
         os.dup2(descriptor, target)
@@ -124,7 +126,10 @@ def _become_worker(
     os.environ.clear()
     os.environ.update({**environment, **context.env_vars})
     sys.argv = command
-    runpy.run_path(command[0], run_name="__main__")
+    # Not by runpy, which takes the script's names away at its end, while threads of Ray's core still use what they held.
+    names = {"__name__": "__main__", "__file__": command[0]}
+    exec(compile(Path(command[0]).read_text(), command[0], "exec"), names)
+    os._exit(0)
 
 
 if __name__ == "__main__":

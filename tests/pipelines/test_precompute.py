@@ -265,7 +265,7 @@ def test_actors_in_several_lanes_write_the_same_bytes(
 ):
     monkeypatch.setattr("pipelines.precompute.ACTORS_PER_LANE", 1)
     monkeypatch.setattr("pipelines.latent_store.SHARDS_AT_ONCE", 4)  # so tasks read the footers
-    more = ["precompute.num_actors=2", "precompute.cpus_per_actor=0.5"]
+    more = ["precompute.num_actors=2", "precompute.cpus_per_actor=0.4"]
     recipe = recipe_for(photographs, autoencoder, tmp_path, *more)
     manifest = precompute(recipe, show_progress=False)
     assert manifest["run"]["shards_encoded"] == 12
