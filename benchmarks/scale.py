@@ -1,6 +1,8 @@
 """Where would precompute's driver be full? Encoders that sleep, hundreds of them in one Ray, and a store of a million shards.
 
-    python -m benchmarks.scale [--actors 16 64 256] [--seconds 10] [--shards 1000000]
+    python -m benchmarks.scale [--runs 8x1 16x1 64x10 256x10] [--shards 1000000]
+
+A run `64x10` has 64 actors and shards of ten seconds.
 
 Real: plan, Ray Data and its driver, the tasks that read, decode and write (PNGs of 8 x 8 pixels in one Parquet file, so
 that they cost next to nothing), the actors' processes, the commit. Simulated: the encoder sleeps for a shard's service
@@ -8,9 +10,11 @@ time instead of computing, its latents are a few numbers, workers are forked (fo
 machine: nothing here is said of a network. For the million shards Ray does not run: the files are empty ones, and what
 workers read of their footers is made up; reading footers is measured apart, on real shards.
 
-Efficiency: shards per second in the middle half of the shards, times the service time, over the number of actors. A cost is
-processor time a shard there; a process is full where its cost is the time in which the cluster ends a shard. `lane` is
-the process that drives a Ray data set (this one, unless there are several), `directory` is Ray's gcs_server.
+Efficiency: shards per second in the middle half of the shards, times the service time, over the number of actors. A process
+is busy for its processor time there over the time that passed. The driver looks for news many times a second whether or
+not there is any, so what a shard costs it is told apart by runs of different rates: busy = idle + (a + b x actors) x rate,
+fitted with none below zero. `lane` is the process that drives a Ray data set (this one, unless there are several),
+`directory` is Ray's gcs_server.
 """
 
 from __future__ import annotations
@@ -32,6 +36,7 @@ import psutil
 import pyarrow as pa
 import pyarrow.parquet as pq
 from PIL import Image
+from scipy.optimize import nnls
 
 from benchmarks.environment import describe
 from benchmarks.forked_workers import forked_workers
@@ -43,7 +48,7 @@ from pipelines.sources import RECORDS, ImageRecord, plan_images
 
 IMAGES = 4
 """Images of a shard here; what the driver does does not depend on them."""
-COSTS = ("driver", "lanes", "directory", "machine")
+PROCESSES = ("driver", "lanes", "directory", "machine")
 FOOTERS = 4096
 """Real shards whose footers are read."""
 
@@ -54,7 +59,7 @@ def simulate(
     """Precompute `rounds` shards an actor with encoders that sleep; needs a Ray,
     and the file with the process id of its workers' parent.
 
-    Shards per second and, by process, processor seconds a shard; all in the middle half of the shards.
+    Shards per second and, by PROCESSES, processor seconds a second; all in the middle half of the shards.
     """
     num_shards = max(rounds * num_actors, 12)
     recipe = sleeping_recipe(folder, num_actors, num_shards)
@@ -69,17 +74,19 @@ def simulate(
         ends.append(float(row["encoded_at"]))
         # A look at every process costs milliseconds: only where the middle half begins and ends.
         if len(ends) in (num_shards // 4, 3 * num_shards // 4):
-            used.append({"at": len(ends), **processor_seconds(workers)})
+            used.append(
+                {"at": len(ends), "clock": time.perf_counter(), **processor_seconds(workers)}
+            )
     wall = time.perf_counter() - started
     manifest = latent_store.commit(recipe.output, plan, {})
     assert (manifest["stored"], manifest["errors"]) == (num_shards * IMAGES, 0)
     shutil.rmtree(folder)
     first, last = used
-    shards = last["at"] - first["at"]
     ends.sort()
-    rate = shards / (ends[int(last["at"]) - 1] - ends[int(first["at"]) - 1])
-    costs = {name: (last[name] - first[name]) / shards for name in COSTS}
-    return {"actors": num_actors, "rate": rate, "wall": wall, **costs}
+    begin, end = int(first["at"]) - 1, int(last["at"]) - 1
+    rate = (end - begin) / (ends[end] - ends[begin])
+    busy = {n: (last[n] - first[n]) / (last["clock"] - first["clock"]) for n in PROCESSES}
+    return {"actors": num_actors, "seconds": seconds, "rate": rate, "wall": wall, **busy}
 
 
 def sleeping_recipe(folder: Path, num_actors: int, num_shards: int) -> Recipe:
@@ -103,9 +110,9 @@ def sleeping_recipe(folder: Path, num_actors: int, num_shards: int) -> Recipe:
 
 
 def processor_seconds(workers: Path) -> dict[str, float]:
-    """Used so far, by COSTS."""
+    """Used so far, by PROCESSES."""
     me = psutil.Process()
-    used = dict.fromkeys(COSTS, 0.0)
+    used = dict.fromkeys(PROCESSES, 0.0)
     parent = psutil.Process(int(workers.read_text()))
     for process in (me, *me.children(recursive=True), parent, *parent.children(recursive=True)):
         try:
@@ -123,16 +130,22 @@ def processor_seconds(workers: Path) -> dict[str, float]:
     return used
 
 
-def saturation(
-    actors: list[float], costs: list[float], service: float
-) -> tuple[float, float, float]:
-    """(a, b, number of actors at which a + b x actors seconds a shard fill one core, `service` seconds being a shard's)."""
-    per_actor, constant = np.polyfit(actors, costs, 1) if len(actors) > 1 else (0.0, costs[0])
-    if per_actor <= 0:  # it does not grow
-        constant = float(np.mean(costs))
-        return constant, 0.0, service / constant
-    root = np.sqrt(constant**2 + 4 * per_actor * service)
-    return float(constant), float(per_actor), float((root - constant) / (2 * per_actor))
+def fit(actors: list[float], rates: list[float], busy: list[float]) -> tuple[float, float, float]:
+    """(idle, a, b) of busy = idle + (a + b x actors) x rate, none below zero; rates in shards a second."""
+    terms = np.stack([np.ones(len(rates)), rates, np.multiply(actors, rates)], axis=1)
+    # Scaled by their size, so that no unit decides which term explains a small difference.
+    scale = terms.max(0)
+    found = nnls(terms / scale, np.array(busy))[0] / scale
+    return float(found[0]), float(found[1]), float(found[2])
+
+
+def full_at(idle: float, constant: float, growth: float, service: float) -> float:
+    """Number of actors whose shards of `service` seconds keep the process busy all the time."""
+    # 1 = idle + (constant + growth n) n / service
+    if not growth:
+        return (1 - idle) * service / constant if constant else float("inf")
+    root = np.sqrt(constant**2 + 4 * growth * (1 - idle) * service)
+    return float((root - constant) / (2 * growth))
 
 
 def million(num_shards: int, results: Any) -> None:
@@ -208,37 +221,45 @@ def print_million(num_shards: int) -> None:
         print(f"| {name} | {seconds:.2f} | {seconds / shards * 1e6:.1f} | {memory:.0f} |")
 
 
-def print_simulation(
-    rows: list[dict[str, float]], seconds: float, gpu_rate: float, size: int
-) -> None:
+def print_simulation(rows: list[dict[str, float]], gpu_rate: float, size: int) -> None:
     """The table of `simulate`, the fit, and where each process would be full."""
-    print(f"\nshards of {seconds:g} s; one lane has {precompute.ACTORS_PER_LANE} actors at most\n")
-    names = " | ".join(f"{name} [ms a shard]" for name in COSTS)
-    print(f"| actors | lanes | shards/s | efficiency | {names} | machine busy | all [s] |")
-    print("|---|---|---|---|---|---|---|---|---|---|")
-    cores = psutil.cpu_count() or 1
-    for row in rows:
-        costs = " | ".join(f"{1000 * row[name]:.2f}" for name in COSTS)
-        efficiency, busy = (
-            row["rate"] * seconds / row["actors"],
-            row["rate"] * row["machine"] / cores,
-        )
-        print(f"| {row['actors']} | {lanes_of(row)} | {row['rate']:.2f} | {efficiency:.3f} | {costs} | {busy:.2f} | {row['wall']:.0f} |")  # fmt: skip
-    service = size / gpu_rate
+    print(f"\nOne lane has {precompute.ACTORS_PER_LANE} actors at most.\n")
+    names = " | ".join(f"{name} busy" for name in PROCESSES)
     print(
-        f"\nA GPU of {gpu_rate:g} images/s and shards of {size}: {service:.2f} s a shard. Full at so many GPUs:\n"
+        f"| actors | a shard [s] | lanes | shards/s | efficiency | {names} (of its cores) | all [s] |"
     )
-    print("| process | ms a shard | GPUs |\n|---|---|---|")
+    print("|---|---|---|---|---|---|---|---|---|---|")
+    for row in rows:
+        shown = {**row, "machine": row["machine"] / (psutil.cpu_count() or 1)}
+        busy = " | ".join(f"{shown[name]:.3f}" for name in PROCESSES)
+        efficiency = row["rate"] * row["seconds"] / row["actors"]
+        print(f"| {row['actors']} | {row['seconds']:g} | {lanes_of(row)} | {row['rate']:.2f} | {efficiency:.3f} | {busy} | {row['wall']:.0f} |")  # fmt: skip
+    service = size / gpu_rate
+    print(f"\nA GPU of {gpu_rate:g} images/s and shards of {size}: {service:.2f} s a shard.\n")
+    print("| process | idle | ms a shard | full at so many GPUs |\n|---|---|---|---|")
     single = [row for row in rows if lanes_of(row) == 1]
     several = [row for row in rows if lanes_of(row) > 1]
     fits = [("one lane", single, "driver"), ("each of several lanes", several, "lanes")]
     fits += [("driver of several lanes", several, "driver"), ("directory", rows, "directory")]
-    for name, of, cost in fits:
-        if of:
-            # A lane's cost grows with its own actors.
-            share = [row["actors"] / (lanes_of(row) if cost == "lanes" else 1) for row in of]
-            constant, growth, gpus = saturation(share, [row[cost] for row in of], service)
-            print(f"| {name} | {1000 * constant:.2f} + {1000 * growth:.4f} x actors | {gpus:.0f} |")
+    for name, of, process in fits:
+        if len(of) < 3:
+            print(f"| {name} | {len(of)} runs are too few for a fit | | |")
+            continue
+        # A lane has its share of the actors and of the rate.
+        share = [lanes_of(row) if process == "lanes" else 1 for row in of]
+        actors, rates, busy = (
+            [row[key] / lanes for row, lanes in zip(of, share, strict=True)]
+            for key in ("actors", "rate", process)
+        )
+        idle, constant, growth = fit(actors, rates, busy)
+        gpus = full_at(idle, constant, growth, service)
+        print(f"| {name} ({len(of)} runs) | {idle:.3f} | {1000 * constant:.2f} + {1000 * growth:.4f} x actors | {gpus:.0f} |")  # fmt: skip
+
+
+def run_of(text: str) -> tuple[int, float]:
+    """`64x10`: actors, and seconds of a shard."""
+    actors, _, seconds = text.partition("x")
+    return int(actors), float(seconds)
 
 
 def lanes_of(row: dict[str, float]) -> int:
@@ -249,8 +270,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
-    parser.add_argument("--actors", type=int, nargs="*", default=[16, 64, 256])
-    parser.add_argument("--seconds", type=float, default=10.0, help="service time of a shard")
+    runs = [(8, 1.0), (16, 1.0), (64, 10.0), (256, 10.0)]
+    parser.add_argument("--runs", type=run_of, nargs="*", default=runs, metavar="ACTORSxSECONDS")
     parser.add_argument("--rounds", type=int, default=4, help="shards an actor")
     parser.add_argument(
         "--lane", type=int, help="actors of a lane, instead of the pipeline's number"
@@ -271,20 +292,20 @@ def main() -> None:
     print(describe())
     if arguments.shards:
         print_million(arguments.shards)
-    if not arguments.actors:
+    if not arguments.runs:
         return
     precompute.ACTORS_PER_LANE = arguments.lane or precompute.ACTORS_PER_LANE
     rows = []
     with forked_workers() as workers, tempfile.TemporaryDirectory() as folder:
         start_ray(include_dashboard=False)
-        for num_actors in arguments.actors:
-            place = Path(folder) / str(num_actors)
-            rows.append(simulate(place, num_actors, arguments.seconds, arguments.rounds, workers))
+        for number, (actors, seconds) in enumerate(arguments.runs):
+            place = Path(folder) / str(number)
+            rows.append(simulate(place, actors, seconds, arguments.rounds, workers))
             print(json.dumps(rows[-1]), flush=True)
         import ray
 
         ray.shutdown()
-    print_simulation(rows, arguments.seconds, arguments.gpu_rate, arguments.shard_size)
+    print_simulation(rows, arguments.gpu_rate, arguments.shard_size)
 
 
 if __name__ == "__main__":

@@ -9,12 +9,14 @@ from pipelines import latent_store, precompute
 from pipelines.latent_reader import LatentStore
 
 
-def test_the_driver_is_full_where_its_cost_is_the_time_in_which_the_cluster_ends_a_shard():
-    service = 1.5
-    constant, growth, actors = scale.saturation([10, 20, 40], [0.003, 0.004, 0.006], service)
-    assert (constant, growth) == pytest.approx((0.002, 0.0001))
-    assert service / actors == pytest.approx(constant + growth * actors)
-    assert scale.saturation([10, 20], [0.003, 0.003], service)[2] == pytest.approx(500)
+def test_a_process_is_full_where_its_fit_says_that_it_is_busy_all_the_time():
+    actors, rates = [8, 16, 64, 256], [8.0, 16.0, 6.4, 25.6]
+    busy = [0.05 + (0.002 + 1e-5 * n) * rate for n, rate in zip(actors, rates, strict=True)]
+    found = scale.fit(actors, rates, busy)
+    assert found == pytest.approx((0.05, 0.002, 1e-5))
+    gpus = scale.full_at(*found, service=1.5)
+    assert 0.05 + (0.002 + 1e-5 * gpus) * gpus / 1.5 == pytest.approx(1.0)
+    assert scale.full_at(0.1, 0.003, 0.0, 1.5) == pytest.approx(450)
 
 
 def test_lanes_are_counted_as_the_pipeline_makes_them(monkeypatch):
