@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, NoReturn
 
 import typer
+
+if TYPE_CHECKING:
+    from pipelines.config import Recipe
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -36,6 +39,25 @@ DryRun = Annotated[
 ]
 
 
+def _loaded(recipe: str, overrides: list[str] | None, print_config: bool) -> Recipe:
+    """The merged recipe; with `print_config` it is printed and the command ends."""
+    from pipelines.config import load_recipe
+
+    loaded = load_recipe(recipe, overrides or [])
+    if print_config:
+        typer.echo(loaded.to_yaml(), nl=False)
+        raise typer.Exit
+    return loaded
+
+
+def _print_memory(recipe: Recipe, job: str) -> NoReturn:
+    """Print what `job` will need, and end the command."""
+    from pipelines.memory_estimate import memory_of, text
+
+    typer.echo(text(memory_of(recipe, job)))
+    raise typer.Exit
+
+
 @train_app.command("autoencoder")
 def train_autoencoder_command(
     recipe: RecipeName,
@@ -47,17 +69,9 @@ def train_autoencoder_command(
 
     Example: fae train autoencoder photos-dinov2s data.path=photos run=first storage=runs
     """
-    from pipelines.config import load_recipe
-
-    loaded = load_recipe(recipe, overrides or [])
-    if print_config:
-        typer.echo(loaded.to_yaml(), nl=False)
-        return
+    loaded = _loaded(recipe, overrides, print_config)
     if dry_run:
-        from pipelines.memory_estimate import text, training_memory
-
-        typer.echo(text(training_memory(loaded, "autoencoder")))
-        return
+        _print_memory(loaded, "autoencoder")
     from pipelines.train_autoencoder import train_autoencoder
 
     result = train_autoencoder(loaded)
@@ -75,17 +89,9 @@ def precompute(
 
     Example: fae precompute photos-dinov2s data.path=photos autoencoder.checkpoint=runs/first/autoencoder.safetensors output=latents
     """
-    from pipelines.config import load_recipe
-
-    loaded = load_recipe(recipe, overrides or [])
-    if print_config:
-        typer.echo(loaded.to_yaml(), nl=False)
-        return
+    loaded = _loaded(recipe, overrides, print_config)
     if dry_run:
-        from pipelines.memory_estimate import precompute_memory, text
-
-        typer.echo(text(precompute_memory(loaded)))
-        return
+        _print_memory(loaded, "precompute")
     from pipelines.precompute import precompute as run_precompute
 
     manifest = run_precompute(loaded)
@@ -106,17 +112,9 @@ def train_pixel_decoder_command(
     fae train pixel-decoder photos-dinov2s data.path=photos run=tuned pixel_decoder.stage=finetune
     pixel_decoder.start_from=runs/first/pixel_decoder.safetensors autoencoder.checkpoint=runs/fae/autoencoder.safetensors
     """
-    from pipelines.config import load_recipe
-
-    loaded = load_recipe(recipe, overrides or [])
-    if print_config:
-        typer.echo(loaded.to_yaml(), nl=False)
-        return
+    loaded = _loaded(recipe, overrides, print_config)
     if dry_run:
-        from pipelines.memory_estimate import text, training_memory
-
-        typer.echo(text(training_memory(loaded, "pixel_decoder")))
-        return
+        _print_memory(loaded, "pixel_decoder")
     from pipelines.train_pixel_decoder import train_pixel_decoder
 
     result = train_pixel_decoder(loaded)
@@ -134,17 +132,9 @@ def train_generator_command(
 
     Example: fae train generator photos-dinov2s latents=latents run=dit generator.size=S generator.num_classes=10
     """
-    from pipelines.config import load_recipe
-
-    loaded = load_recipe(recipe, overrides or [])
-    if print_config:
-        typer.echo(loaded.to_yaml(), nl=False)
-        return
+    loaded = _loaded(recipe, overrides, print_config)
     if dry_run:
-        from pipelines.memory_estimate import text, training_memory
-
-        typer.echo(text(training_memory(loaded, "generator")))
-        return
+        _print_memory(loaded, "generator")
     from pipelines.train_generator import train_generator
 
     result = train_generator(loaded)
@@ -168,17 +158,9 @@ def sample(
 
     Example: fae sample photos-dinov2s generator.checkpoint=… autoencoder.checkpoint=… pixel_decoder.checkpoint=… output=samples
     """
-    from pipelines.config import load_recipe
-
-    loaded = load_recipe(recipe, overrides or [])
-    if print_config:
-        typer.echo(loaded.to_yaml(), nl=False)
-        return
+    loaded = _loaded(recipe, overrides, print_config)
     if dry_run:
-        from pipelines.memory_estimate import sample_memory, text
-
-        typer.echo(text(sample_memory(loaded)))
-        return
+        _print_memory(loaded, "sample")
     from pipelines.sample import draw_grid
     from pipelines.sample import sample as run_sample
 
@@ -202,12 +184,7 @@ def probe(
 
     Example: fae probe photos-dinov2s data.path=photos autoencoder.checkpoint=runs/first/autoencoder.safetensors probe.output=probe
     """
-    from pipelines.config import load_recipe
-
-    loaded = load_recipe(recipe, overrides or [])
-    if print_config:
-        typer.echo(loaded.to_yaml(), nl=False)
-        return
+    loaded = _loaded(recipe, overrides, print_config)
     from pipelines.probe import probe as run_probe
     from pipelines.probe import summary
 
@@ -226,12 +203,7 @@ def evaluate(
 
     Of reconstructions, paired by key: evaluate.scores=[rfid,reconstruction] evaluate.reference=originals
     """
-    from pipelines.config import load_recipe
-
-    loaded = load_recipe(recipe, overrides or [])
-    if print_config:
-        typer.echo(loaded.to_yaml(), nl=False)
-        return
+    loaded = _loaded(recipe, overrides, print_config)
     from pipelines.evaluate import evaluate as run_evaluate
 
     for name, value in run_evaluate(loaded).items():
@@ -293,13 +265,8 @@ def run(
 
     Example: fae run fashion-dinov2s data.path=fashion/train.parquet evaluate.reference=fashion/test.parquet storage=runs --dry-run
     """
-    from pipelines.config import load_recipe
-
     cut = [f"chain.{key}={value}" for key, value in (("first", first), ("until", until)) if value]
-    loaded = load_recipe(recipe, [*(overrides or []), *cut])
-    if print_config:
-        typer.echo(loaded.to_yaml(), nl=False)
-        return
+    loaded = _loaded(recipe, [*(overrides or []), *cut], print_config)
     from pipelines.chain import print_plan, run_chain
 
     if dry_run:
@@ -323,18 +290,13 @@ def tune(
 
     Other spaces: tune.name=kl tune.algorithm=optuna tune.space.autoencoder.kl_weight.loguniform=[1e-8,1e-4]
     """
-    from pipelines.config import load_recipe
-
     values = list(overrides or [])
     report_only = recipe == "report"
     if report_only:
         if not values or "=" in values[0]:
             raise typer.BadParameter("fae tune report RECIPE [KEY=VALUE]...")
         recipe = values.pop(0)
-    loaded = load_recipe(recipe, values)
-    if print_config:
-        typer.echo(loaded.to_yaml(), nl=False)
-        return
+    loaded = _loaded(recipe, values, print_config)
     from tune.search import report, search
 
     numbers = (report if report_only else search)(loaded)

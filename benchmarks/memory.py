@@ -1,10 +1,11 @@
-"""Does precompute's memory grow with the number of images, and does `--dry-run` say it? Peaks at two sizes, and the estimate.
+"""Does precompute's memory grow with the number of images, and does `--dry-run` say what a job needs? Peaks, and the estimates.
 
-    python -m benchmarks.memory [--images 1000 4000] [KEY=VALUE ...]
+    python -m benchmarks.memory [--images 1000 4000] [--train autoencoder pixel_decoder generator] [KEY=VALUE ...]
 
-Each size runs in a process of its own with a Ray of its own. Memory is the unique memory (USS) of the driver, and the
-sum of it over the driver and all of its descendants, at the highest of four samples a second; the object store is
-Ray's own figure. The backbone is a small random ViT, so that minutes suffice: the images take the same way.
+Each job runs in a process of its own with a Ray of its own; those that train, for a few steps of the recipe's batch size.
+Memory is unique memory (USS), the highest of four samples a second: of the driver, of the largest other process (a
+training's worker), and summed over all of them; the object store is Ray's own figure. The backbone is a small random ViT, so
+that minutes suffice: the images take the same way.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ import json
 import multiprocessing
 import tempfile
 import threading
-import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,10 +23,15 @@ import psutil
 
 from benchmarks.environment import describe, write_photographs
 from benchmarks.precompute import save_untrained
+from benchmarks.store import write_store
 from pipelines.config import load_recipe
-from pipelines.memory_estimate import precompute_memory, total
+from pipelines.memory_estimate import Process, precompute_memory, total, training_memory
+from pipelines.models import backbone_spec
 from pipelines.precompute import precompute
 from pipelines.ray_session import start_ray
+from pipelines.train_autoencoder import train_autoencoder
+from pipelines.train_generator import train_generator
+from pipelines.train_pixel_decoder import train_pixel_decoder
 
 SMALL = (
     "backbone.name=vit_tiny_patch16_224",
@@ -36,14 +42,23 @@ SMALL = (
     "autoencoder.decoder.num_heads=3",
     "autoencoder.decoder.depth=1",
 )
+TRAINED = (
+    "generator.size=S",
+    "pixel_decoder.size=S",
+    "pixel_decoder.losses.perceptual=backbone",
+    "pixel_decoder.losses.discriminator=backbone",
+)
 MEBI = 1 << 20
+STEPS = 6
+"""Of a training; the second already holds everything."""
 
 
 class Watch:
     """Peaks over this process's tree and Ray's object store, sampled by a thread."""
 
     def __init__(self) -> None:
-        self.peak: dict[str, float] = {"driver": 0.0, "all processes": 0.0, "object store": 0.0}
+        names = ("driver", "largest other process", "all processes", "object store")
+        self.peak = dict.fromkeys(names, 0.0)
         self.stopped = threading.Event()
         self.thread = threading.Thread(target=self._run, daemon=True)
 
@@ -71,78 +86,110 @@ class Watch:
                 for f in (ray.cluster_resources, ray.available_resources)
             )
             found = {
-                "driver": sizes.get(me.pid, 0) / MEBI,
+                "driver": sizes.pop(me.pid, 0) / MEBI,
+                "largest other process": max(sizes.values(), default=0) / MEBI,
                 "all processes": sum(sizes.values()) / MEBI,
                 "object store": (total - free) / MEBI,
             }
+            found["all processes"] += found["driver"]
             for name, value in found.items():
                 self.peak[name] = max(self.peak[name], value)
 
 
-def measure(folder: str, images: int, overrides: list[str], results: Any) -> None:
-    """One run over the first `images` photographs; puts peaks and estimates [MiB] and the rate into `results`."""
-    work = Path(folder)
-    places = [
-        f"data.path={work / 'images'}",
-        f"data.limit={images}",
-        f"autoencoder.checkpoint={work / 'autoencoder.safetensors'}",
-        f"output={work / f'store-{images}'}",
-    ]
-    recipe = load_recipe("photos-dinov2s", [*SMALL, *places, *overrides])
-    estimated = {p.name: total([p]) / MEBI for p in precompute_memory(recipe)}
+def measure_precompute(folder: str, images: int, overrides: list[str], results: Any) -> None:
+    """One run over the first `images` photographs; puts a row of the table into `results`."""
+    places = [f"data.limit={images}", f"output={folder}/store-{images}"]
+    recipe = load_recipe("photos-dinov2s", [*recipe_in(folder, places), *overrides])
+    estimated = precompute_memory(recipe)
     start_ray()
-    started = time.perf_counter()
     with Watch() as watch:
         manifest = precompute(recipe, show_progress=False)
-    seconds = time.perf_counter() - started
     assert manifest["stored"] == images
-    estimate = {
-        "object store": estimated["object store"],
-        "driver": estimated["driver"],
-        "all processes": sum(estimated.values()) - estimated["object store"],
+    results.put(row_of(f"precompute, {images} images", watch, estimated))
+
+
+def measure_training(folder: str, network: str, overrides: list[str], results: Any) -> None:
+    """A few steps of one training; `images`, and for a generator `store`, are in the folder."""
+    steps = [f"{network}.training.{key}={STEPS}" for key in ("steps", "validate_every")]
+    more = [f"{network}.statistics_images=64"] if network != "generator" else []
+    places = [f"latents={folder}/store", f"storage={folder}/runs", f"run={network}"]
+    values = [*recipe_in(folder, places), *TRAINED, *steps, *more, *overrides]
+    recipe = load_recipe("photos-dinov2s", values)
+    estimated = training_memory(recipe, network)
+    trainers = {
+        "autoencoder": train_autoencoder,
+        "pixel_decoder": train_pixel_decoder,
+        "generator": train_generator,
     }
-    results.put(
-        {"images": images, "estimate": estimate, **watch.peak, "images/s": images / seconds}
-    )
+    start_ray()
+    with Watch() as watch:
+        trainers[network](recipe)
+    results.put(row_of(f"training: {network}", watch, estimated))
+
+
+def recipe_in(folder: str, places: list[str]) -> list[str]:
+    made = [
+        f"data.path={folder}/images",
+        f"autoencoder.checkpoint={folder}/autoencoder.safetensors",
+    ]
+    return [*SMALL, *made, *places]
+
+
+def row_of(job: str, watch: Watch, estimated: list[Process]) -> dict[str, Any]:
+    """Peaks [MiB] of a job by name, each with its estimate where there is one."""
+    single = {process.name: total([replace(process, count=1)]) / MEBI for process in estimated}
+    store = single.pop("object store", 0.0)
+    others = [size for name, size in single.items() if name not in ("driver", "Ray")]
+    guesses = {
+        "object store": store,
+        "driver": single["driver"],
+        "largest other process": max(others),
+        "all processes": total(estimated) / MEBI - store,
+    }
+    return {"job": job, **{name: (watch.peak[name], guess) for name, guess in guesses.items()}}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
-    parser.add_argument("--images", type=int, nargs="+", default=[1000, 4000])
+    parser.add_argument("--images", type=int, nargs="*", default=[1000, 4000])
+    networks = ["autoencoder", "pixel_decoder", "generator"]
+    parser.add_argument("--train", nargs="*", choices=networks, default=networks)
     parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE")
     arguments = parser.parse_args()
     context = multiprocessing.get_context("spawn")
-    rows = []
+    rows: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory() as folder:
-        write_photographs(Path(folder) / "images", max(arguments.images))
+        write_photographs(Path(folder) / "images", max(arguments.images, default=256))
         recipe = load_recipe("photos-dinov2s", [*SMALL, *arguments.overrides])
         save_untrained(recipe, Path(folder) / "autoencoder.safetensors")
-        for images in arguments.images:
+        shape = (recipe.autoencoder.latent_dim, *backbone_spec(recipe).grid)
+        write_store(f"{folder}/store", 1024, shape)
+        jobs: list[tuple[Any, Any]] = [(measure_precompute, size) for size in arguments.images]
+        jobs += [(measure_training, network) for network in arguments.train]
+        for measure, what in jobs:
             results = context.Queue()
             process = context.Process(
-                target=measure, args=(folder, images, arguments.overrides, results)
+                target=measure, args=(folder, what, arguments.overrides, results)
             )
             process.start()
             process.join()
             if process.exitcode:
-                raise SystemExit(f"The run over {images} images ended with {process.exitcode}.")
+                raise SystemExit(f"{measure.__name__} of {what} ended with {process.exitcode}.")
             rows.append(results.get())
             print(json.dumps(rows[-1]), flush=True)
     print(f"\n{describe()}\n")
-    names = ("object store", "driver", "all processes")
-    print(
-        "| images | " + " | ".join(f"{name}, estimated [MiB]" for name in names) + " | images/s |"
-    )
-    print("|---|---|---|---|---|")
+    names = ("object store", "driver", "largest other process", "all processes")
+    print("| job | " + " | ".join(f"{name}, estimated [MiB]" for name in names) + " |")
+    print("|---|" + "---|" * len(names))
     for row in rows:
-        cells = [f"{row[name]:.0f}, {row['estimate'][name]:.0f}" for name in names]
-        print(f"| {row['images']} | {' | '.join(cells)} | {row['images/s']:.1f} |")
+        cells = [f"{row[name][0]:.0f}, {row[name][1]:.0f}" for name in names]
+        print(f"| {row['job']} | {' | '.join(cells)} |")
 
 
 if __name__ == "__main__":
-    # Under its own name, so that the measured processes find `measure`.
+    # Under its own name, so that the measured processes find the functions.
     from benchmarks.memory import main as _main
 
     _main()

@@ -13,7 +13,7 @@ workers read of their footers is made up; reading footers is measured apart, on 
 Efficiency: shards per second in the middle half of the shards, times the service time, over the number of actors. A process
 is busy for its processor time there over the time that passed. The driver looks for news many times a second whether or
 not there is any, so what a shard costs it is told apart by runs of different rates: busy = idle + (a + b x actors) x rate,
-fitted with none below zero. `lane` is the process that drives a Ray data set (this one, unless there are several),
+fitted with none below zero (three runs or more, or it is not printed). `lane` is the process that drives a Ray data set (this one, unless there are several),
 `directory` is Ray's gcs_server.
 """
 
@@ -27,7 +27,7 @@ import resource
 import shutil
 import tempfile
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -54,7 +54,7 @@ FOOTERS = 4096
 
 
 def simulate(
-    folder: Path, num_actors: int, seconds: float, rounds: int, workers: Path
+    folder: Path, num_actors: int, seconds: float, rounds: int, workers: Path, gpus: float
 ) -> dict[str, float]:
     """Precompute `rounds` shards an actor with encoders that sleep; needs a Ray,
     and the file with the process id of its workers' parent.
@@ -62,7 +62,7 @@ def simulate(
     Shards per second and, by PROCESSES, processor seconds a second; all in the middle half of the shards.
     """
     num_shards = max(rounds * num_actors, 12)
-    recipe = sleeping_recipe(folder, num_actors, num_shards)
+    recipe = sleeping_recipe(folder, num_actors, num_shards, gpus)
     assert recipe.output is not None
     parts = {"service seconds": str(seconds)}
     plan = latent_store.ensure_plan(recipe.output, plan_images(recipe.data), IMAGES, parts)
@@ -86,10 +86,11 @@ def simulate(
     begin, end = int(first["at"]) - 1, int(last["at"]) - 1
     rate = (end - begin) / (ends[end] - ends[begin])
     busy = {n: (last[n] - first[n]) / (last["clock"] - first["clock"]) for n in PROCESSES}
-    return {"actors": num_actors, "seconds": seconds, "rate": rate, "wall": wall, **busy}
+    made = {"actors": num_actors, "num_lanes": precompute.lanes_for(num_actors)}
+    return {**made, "seconds": seconds, "rate": rate, "wall": wall, **busy}
 
 
-def sleeping_recipe(folder: Path, num_actors: int, num_shards: int) -> Recipe:
+def sleeping_recipe(folder: Path, num_actors: int, num_shards: int, gpus: float) -> Recipe:
     """A recipe over a source of `num_shards` shards of tiny PNGs, written into `folder`."""
     folder.mkdir()
     png = io.BytesIO()
@@ -105,6 +106,7 @@ def sleeping_recipe(folder: Path, num_actors: int, num_shards: int) -> Recipe:
         f"precompute.shard_size={IMAGES}",
         f"precompute.num_actors={num_actors}",
         "precompute.cpus_per_actor=0.001",
+        f"precompute.gpus_per_actor={gpus}",
     ]
     return load_recipe("photos-dinov2s", changes)
 
@@ -132,15 +134,26 @@ def processor_seconds(workers: Path) -> dict[str, float]:
 
 def fit(actors: list[float], rates: list[float], busy: list[float]) -> tuple[float, float, float]:
     """(idle, a, b) of busy = idle + (a + b x actors) x rate, none below zero; rates in shards a second."""
-    terms = np.stack([np.ones(len(rates)), rates, np.multiply(actors, rates)], axis=1)
+    return _explain(busy, np.ones(len(rates)), rates, np.multiply(actors, rates))
+
+
+def fit_directory(
+    actors: list[float], rates: list[float], busy: list[float]
+) -> tuple[float, float, float]:
+    """(idle, a, b) of busy = idle + a x rate + b x actors: every process of Ray reports to it, at work or not."""
+    return _explain(busy, np.ones(len(rates)), rates, actors)
+
+
+def _explain(busy: Sequence[float], *terms: Any) -> tuple[float, float, float]:
+    matrix = np.stack([np.asarray(term, float) for term in terms], axis=1)
     # Scaled by their size, so that no unit decides which term explains a small difference.
-    scale = terms.max(0)
-    found = nnls(terms / scale, np.array(busy))[0] / scale
+    scale = matrix.max(0)
+    found = nnls(matrix / scale, np.array(busy))[0] / scale
     return float(found[0]), float(found[1]), float(found[2])
 
 
 def full_at(idle: float, constant: float, growth: float, service: float) -> float:
-    """Number of actors whose shards of `service` seconds keep the process busy all the time."""
+    """Number of actors whose shards of `service` seconds keep the process busy all the time, by `fit`."""
     # 1 = idle + (constant + growth n) n / service
     if not growth:
         return (1 - idle) * service / constant if constant else float("inf")
@@ -236,24 +249,33 @@ def print_simulation(rows: list[dict[str, float]], gpu_rate: float, size: int) -
         print(f"| {row['actors']} | {row['seconds']:g} | {lanes_of(row)} | {row['rate']:.2f} | {efficiency:.3f} | {busy} | {row['wall']:.0f} |")  # fmt: skip
     service = size / gpu_rate
     print(f"\nA GPU of {gpu_rate:g} images/s and shards of {size}: {service:.2f} s a shard.\n")
-    print("| process | idle | ms a shard | full at so many GPUs |\n|---|---|---|---|")
+    print("| process | busy | full at so many GPUs |\n|---|---|---|")
     single = [row for row in rows if lanes_of(row) == 1]
     several = [row for row in rows if lanes_of(row) > 1]
     fits = [("one lane", single, "driver"), ("each of several lanes", several, "lanes")]
-    fits += [("driver of several lanes", several, "driver"), ("directory", rows, "directory")]
+    fits += [("driver of several lanes", several, "driver")]
+    fits += [("directory, one lane", single, "directory")]
+    fits += [("directory, several lanes", several, "directory")]
     for name, of, process in fits:
         if len(of) < 3:
-            print(f"| {name} | {len(of)} runs are too few for a fit | | |")
             continue
         # A lane has its share of the actors and of the rate.
         share = [lanes_of(row) if process == "lanes" else 1 for row in of]
-        actors, rates, busy = (
+        actors, rates, used = (
             [row[key] / lanes for row, lanes in zip(of, share, strict=True)]
             for key in ("actors", "rate", process)
         )
-        idle, constant, growth = fit(actors, rates, busy)
-        gpus = full_at(idle, constant, growth, service)
-        print(f"| {name} ({len(of)} runs) | {idle:.3f} | {1000 * constant:.2f} + {1000 * growth:.4f} x actors | {gpus:.0f} |")  # fmt: skip
+        if process == "directory":
+            idle, constant, growth = fit_directory(actors, rates, used)
+            gpus = (1 - idle) / (growth + constant / service)
+            formula = (
+                f"{1000 * constant:.2f} ms a shard + {1000 * growth:.3f} ms a second and actor"
+            )
+        else:
+            idle, constant, growth = fit(actors, rates, used)
+            gpus = full_at(idle, constant, growth, service)
+            formula = f"({1000 * constant:.2f} + {1000 * growth:.4f} x actors) ms a shard"
+        print(f"| {name} ({len(of)} runs) | {idle:.3f} + {formula} | {gpus:.0f} |")
 
 
 def run_of(text: str) -> tuple[int, float]:
@@ -263,7 +285,7 @@ def run_of(text: str) -> tuple[int, float]:
 
 
 def lanes_of(row: dict[str, float]) -> int:
-    return -(-int(row["actors"]) // precompute.ACTORS_PER_LANE)
+    return int(row["num_lanes"])
 
 
 def main() -> None:
@@ -275,6 +297,14 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=4, help="shards an actor")
     parser.add_argument(
         "--lane", type=int, help="actors of a lane, instead of the pipeline's number"
+    )
+    parser.add_argument(
+        "--cpus",
+        type=int,
+        help="CPUs that Ray believes this machine to have (its tasks cost little)",
+    )
+    parser.add_argument(
+        "--gpus", type=int, default=0, help="GPUs likewise; then every actor holds one"
     )
     parser.add_argument(
         "--shards", type=int, default=1_000_000, help="0: without the plan and commit of so many"
@@ -295,12 +325,13 @@ def main() -> None:
     if not arguments.runs:
         return
     precompute.ACTORS_PER_LANE = arguments.lane or precompute.ACTORS_PER_LANE
-    rows = []
+    rows, gpus = [], float(arguments.gpus > 0)
     with forked_workers() as workers, tempfile.TemporaryDirectory() as folder:
-        start_ray(include_dashboard=False)
+        believed = {"num_cpus": arguments.cpus, "num_gpus": arguments.gpus or None}
+        start_ray(include_dashboard=False, **believed)
         for number, (actors, seconds) in enumerate(arguments.runs):
             place = Path(folder) / str(number)
-            rows.append(simulate(place, actors, seconds, arguments.rounds, workers))
+            rows.append(simulate(place, actors, seconds, arguments.rounds, workers, gpus))
             print(json.dumps(rows[-1]), flush=True)
         import ray
 

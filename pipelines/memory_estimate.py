@@ -63,6 +63,12 @@ class Process:
     device: dict[str, int] = field(default_factory=dict)
 
 
+def memory_of(recipe: Recipe, job: str) -> list[Process]:
+    """Of the job `precompute`, `sample`, or the training of `autoencoder`, `pixel_decoder` or `generator`."""
+    others = {"precompute": precompute_memory, "sample": sample_memory}
+    return others[job](recipe) if job in others else training_memory(recipe, job)
+
+
 def precompute_memory(recipe: Recipe) -> list[Process]:
     """Of `fae precompute` where this machine's cores are all there are; lists the source. Raises SourceError."""
     options, cpus = recipe.precompute, os.cpu_count() or 1

@@ -33,9 +33,9 @@ from pipelines.models import autoencoder_of, backbone_fingerprints, backbone_of
 from pipelines.progress import Progress
 from pipelines.ray_session import for_workers, plain_error, start_ray
 from pipelines.sources import batched, plan_images
-from pipelines.spread import in_lanes, on_workers
+from pipelines.spread import in_lanes, on_workers, smallest_node_cpus
 
-ACTORS_PER_LANE = 128
+ACTORS_PER_LANE = 64
 """Actors that one Ray data set drives; benchmarks/scale.py measures where its driver would be full."""
 SHARDS_OF_A_DATASET = 100_000
 """Each is an object of its own from the start, so a million at once would be minutes and gigabytes of the driver."""
@@ -89,15 +89,21 @@ def fingerprint_parts(recipe: Recipe) -> dict[str, str]:
 
 
 def build_dataset(
-    recipe: Recipe, todo: list[int], weights: dict[str, str], encoder: type | None = None
+    recipe: Recipe,
+    todo: list[int],
+    weights: dict[str, str],
+    encoder: type | None = None,
+    task_events: bool = True,
 ) -> Any:
     """The Ray data set whose rows are finished shards: what `write_shard` returns. Nothing runs until it is read.
 
-    `encoder` is the actors' class, EncodeShards without it; benchmarks/scale.py has one that sleeps.
+    `encoder` is the actors' class, EncodeShards without it; benchmarks/scale.py has one that sleeps. `task_events`
+    are what Ray's dashboard and timeline show of single tasks.
     """
     import ray.data
 
     options = recipe.precompute
+    how = None if task_events else _without_events
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = False
     dataset = ray.data.from_items([{"shard": i} for i in todo], override_num_blocks=len(todo))
@@ -106,6 +112,7 @@ def build_dataset(
             partial(decode_shard, recipe=recipe),
             num_cpus=options.cpus_per_decode,
             label_selector=options.decode_labels or None,
+            ray_remote_args_fn=how,
         )
         .map_batches(
             encoder or EncodeShards,
@@ -115,9 +122,14 @@ def build_dataset(
             compute=ray.data.ActorPoolStrategy(size=options.num_actors),
             num_cpus=options.cpus_per_actor,
             num_gpus=options.gpus_per_actor,
+            ray_remote_args_fn=how,
         )
-        .map(partial(write_shard, recipe=recipe), num_cpus=0.1)
+        .map(partial(write_shard, recipe=recipe), num_cpus=0.1, ray_remote_args_fn=how)
     )
+
+
+def _without_events() -> dict[str, Any]:
+    return {"enable_task_events": False}
 
 
 def finished_shards(
@@ -125,24 +137,43 @@ def finished_shards(
 ) -> Iterator[dict[str, Any]]:
     """What `write_shard` returns, of every shard of `todo` once it is done; needs a Ray.
 
-    One thread of Python drives a Ray data set, and a few hundred actors keep it busy. So more than ACTORS_PER_LANE are
-    parted into lanes, each with a data set, an equal part of `todo`, and a process to drive it.
+    One thread of Python drives a Ray data set, and some hundred actors keep it busy. So more than ACTORS_PER_LANE are
+    parted into lanes, each with a data set, an equal part of `todo`, and a process to drive it. Then Ray records no
+    events of single tasks, which would keep its directory (`gcs_server`) busy next.
     """
     num_actors = recipe.precompute.num_actors
-    num_lanes = -(-num_actors // ACTORS_PER_LANE)
+    num_lanes = lanes_for(num_actors)
+    if num_lanes == 1:
+        return _lane(recipe, todo, weights, encoder, True)
     lanes = []
     for lane in range(num_lanes):
         part = recipe.model_copy(deep=True)
         part.precompute.num_actors = len(range(lane, num_actors, num_lanes))
-        lanes.append((part, todo[lane::num_lanes], weights, encoder))
-    return _lane(*lanes[0]) if num_lanes == 1 else in_lanes(_lane, lanes)
+        lanes.append((part, todo[lane::num_lanes], weights, encoder, False))
+    return in_lanes(_lane, lanes)
+
+
+def lanes_for(num_actors: int) -> int:
+    """Number of Ray data sets to part so many actors into.
+
+    Ray Data gives each of several the same whole number of every node's CPUs, so there are no more than the smallest
+    node has: a data set without a CPU would stand still.
+    """
+    wanted = -(-num_actors // ACTORS_PER_LANE)
+    if wanted == 1:
+        return 1
+    return max(1, min(wanted, smallest_node_cpus()))
 
 
 def _lane(
-    recipe: Recipe, todo: list[int], weights: dict[str, str], encoder: type | None
+    recipe: Recipe,
+    todo: list[int],
+    weights: dict[str, str],
+    encoder: type | None,
+    task_events: bool,
 ) -> Iterator[dict[str, Any]]:
     for some in batched(todo, SHARDS_OF_A_DATASET):
-        yield from build_dataset(recipe, some, weights, encoder).iter_rows()
+        yield from build_dataset(recipe, some, weights, encoder, task_events).iter_rows()
 
 
 def encode_shards(

@@ -10,7 +10,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, TypeVar
 
-from pipelines.ray_session import plain_error, prepare_data
+from pipelines.ray_session import plain_error, prepare_data, quiet_logs
 
 T = TypeVar("T")
 
@@ -30,6 +30,14 @@ def on_workers(function: Callable[[Any], T], items: Iterable[Any]) -> Iterator[T
             yield ray.get(waiting.popleft())
     except Exception as error:
         raise plain_error(error) from None
+
+
+def smallest_node_cpus() -> int:
+    """Whole CPUs of the node that has the fewest, of those that have any; 0 where none has."""
+    import ray
+
+    cpus = [int(node["Resources"].get("CPU", 0)) for node in ray.nodes() if node["Alive"]]
+    return min((count for count in cpus if count), default=0)
 
 
 def in_lanes(
@@ -64,6 +72,7 @@ def in_lanes(
 
 def _gathered(stream: Callable[..., Iterator[T]], some: tuple[Any, ...]) -> Iterator[list[T]]:
     """The items of a second at a time: few messages, however many items."""
+    quiet_logs()
     prepare_data()
     items, sent = [], time.monotonic()
     for item in stream(*some):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from benchmarks import scale, store
-from pipelines import latent_store, precompute
+from pipelines import latent_store
 from pipelines.latent_reader import LatentStore
 
 
@@ -17,11 +17,6 @@ def test_a_process_is_full_where_its_fit_says_that_it_is_busy_all_the_time():
     gpus = scale.full_at(*found, service=1.5)
     assert 0.05 + (0.002 + 1e-5 * gpus) * gpus / 1.5 == pytest.approx(1.0)
     assert scale.full_at(0.1, 0.003, 0.0, 1.5) == pytest.approx(450)
-
-
-def test_lanes_are_counted_as_the_pipeline_makes_them(monkeypatch):
-    monkeypatch.setattr(precompute, "ACTORS_PER_LANE", 64)
-    assert [scale.lanes_of({"actors": actors}) for actors in (1, 64, 65, 256)] == [1, 1, 2, 4]
 
 
 def test_a_made_up_store_of_many_shards_is_planned_committed_and_opened(tmp_path, monkeypatch):

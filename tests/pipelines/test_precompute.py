@@ -31,7 +31,14 @@ from pipelines.config import DataSection, Recipe, RecipeError, load_recipe
 from pipelines.latent_reader import LatentStore
 from pipelines.latent_store import StoreMismatch
 from pipelines.memory_estimate import precompute_memory, total
-from pipelines.precompute import Encoder, Progress, TooManyErrors, build_dataset, precompute
+from pipelines.precompute import (
+    Encoder,
+    Progress,
+    TooManyErrors,
+    build_dataset,
+    lanes_for,
+    precompute,
+)
 from pipelines.sources import SourceError
 from pipelines.train_autoencoder import autoencoder_config
 
@@ -257,6 +264,14 @@ def test_a_finished_store_is_returned_as_it_is(photographs, autoencoder, uninter
     manifest = precompute(recipe_for(photographs, autoencoder, uninterrupted), show_progress=False)
     assert manifest == json.loads((uninterrupted / "manifest.json").read_text())
     assert content(uninterrupted) == before
+
+
+def test_actors_are_parted_into_lanes_that_each_have_a_cpu_of_every_node(monkeypatch):
+    monkeypatch.setattr("pipelines.precompute.ACTORS_PER_LANE", 64)
+    monkeypatch.setattr("pipelines.precompute.smallest_node_cpus", lambda: 8)
+    assert [lanes_for(actors) for actors in (1, 64, 65, 256, 1000)] == [1, 1, 2, 4, 8]
+    monkeypatch.setattr("pipelines.precompute.smallest_node_cpus", lambda: 0)
+    assert lanes_for(1000) == 1
 
 
 @pytest.mark.integration
