@@ -36,7 +36,7 @@ from pipelines.train_pixel_decoder import train_pixel_decoder
 SMALL = (
     "backbone.name=vit_tiny_patch16_224",
     "backbone.weights=random",
-    "backbone.image_size=112",
+    "backbone.image_size=128",
     "autoencoder.encoder.num_heads=3",
     "autoencoder.encoder.head_dim=32",
     "autoencoder.decoder.num_heads=3",
