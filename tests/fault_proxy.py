@@ -38,6 +38,8 @@ class FaultProxy:
         self.upstream = urlsplit(upstream).netloc
         self.latency = 0.0
         """Seconds before each request is passed on."""
+        self.busy = False
+        """Every request is answered 503 SlowDown while it is set."""
         self.requests: Counter[str] = Counter()
         """By method, and by "METHOD status"."""
         self.bytes_down = 0
@@ -99,6 +101,9 @@ class FaultProxy:
 
     def take(self, method: str, path: str) -> Kind | None:
         with self._lock:
+            if self.busy:
+                self.injected["503"] += 1
+                return "503"
             for fault in self._faults:
                 if fault.left and fault.matches(method, path):
                     fault.left -= 1

@@ -96,6 +96,10 @@ def disturb(proxy: FaultProxy, driver: Driver) -> str:
         proxy.latency = 0.5
         time.sleep(3)
         proxy.latency = 0.0
+    elif kind == "503":
+        proxy.busy = True
+        time.sleep(3)
+        proxy.busy = False
     elif kind == "restart":
         proxy.stop()
         time.sleep(3)
@@ -107,7 +111,7 @@ def disturb(proxy: FaultProxy, driver: Driver) -> str:
     elif kind == "driver killed":
         driver.kill()
     else:
-        proxy.inject(kind, 5 if kind != "503" else 50)  # type: ignore[arg-type]
+        proxy.inject(kind, 5)  # type: ignore[arg-type]
     return kind
 
 
