@@ -43,8 +43,11 @@ SMALL = (
     "autoencoder.decoder.depth=1",
 )
 TRAINED = (
+    "data.validation_fraction=0.05",
     "generator.size=S",
     "pixel_decoder.size=S",
+    "pixel_decoder.training.batch_size=4",
+    "generator.training.batch_size=16",
     "pixel_decoder.losses.perceptual=backbone",
     "pixel_decoder.losses.discriminator=backbone",
 )
