@@ -103,12 +103,12 @@ def measure_precompute(folder: str, images: int, overrides: list[str], results: 
     """One run over the first `images` photographs; puts a row of the table into `results`."""
     places = [f"data.limit={images}", f"output={folder}/store-{images}"]
     recipe = load_recipe("photos-dinov2s", [*recipe_in(folder, places), *overrides])
-    estimated = precompute_memory(recipe)
     start_ray()
     with Watch() as watch:
         manifest = precompute(recipe, show_progress=False)
     assert manifest["stored"] == images
-    results.put(row_of(f"precompute, {images} images", watch, estimated))
+    # Last, because it builds the networks, in this process.
+    results.put(row_of(f"precompute, {images} images", watch, precompute_memory(recipe)))
 
 
 def measure_training(folder: str, network: str, overrides: list[str], results: Any) -> None:
@@ -118,7 +118,6 @@ def measure_training(folder: str, network: str, overrides: list[str], results: A
     places = [f"latents={folder}/store", f"storage={folder}/runs", f"run={network}"]
     values = [*recipe_in(folder, places), *TRAINED, *steps, *more, *overrides]
     recipe = load_recipe("photos-dinov2s", values)
-    estimated = training_memory(recipe, network)
     trainers = {
         "autoencoder": train_autoencoder,
         "pixel_decoder": train_pixel_decoder,
@@ -127,7 +126,7 @@ def measure_training(folder: str, network: str, overrides: list[str], results: A
     start_ray()
     with Watch() as watch:
         trainers[network](recipe)
-    results.put(row_of(f"training: {network}", watch, estimated))
+    results.put(row_of(f"training: {network}", watch, training_memory(recipe, network)))
 
 
 def recipe_in(folder: str, places: list[str]) -> list[str]:
