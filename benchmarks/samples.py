@@ -31,7 +31,7 @@ from fae_core.pixel_decoder import to_uint8
 from pipelines.config import Recipe, load_recipe
 from pipelines.images import decode_records, read_records
 from pipelines.models import backbone_of, load_checkpoint
-from pipelines.sample import read_samples
+from pipelines.sample_store import read_samples
 from pipelines.sources import list_images
 
 BATCH = 128

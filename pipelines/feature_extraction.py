@@ -30,7 +30,8 @@ from fae_core.metrics.reconstruction import psnr, ssim
 from fae_core.pixel_decoder import from_uint8
 from pipelines import storage
 from pipelines.config import Recipe, RecipeError
-from pipelines.image_sets import EvaluationError, ImageSet, read_crops
+from pipelines.cpu_tasks import decode_chunk
+from pipelines.image_sets import EvaluationError, ImageSet
 from pipelines.models import backbone_of
 from pipelines.progress import Progress
 
@@ -199,23 +200,6 @@ def _run(rows: list[dict[str, Any]], actor: tuple[Any, tuple[Any, ...]], recipe:
         )
         .iter_rows()
     )
-
-
-def decode_chunk(row: dict[str, Any], recipe: Recipe) -> dict[str, Any]:
-    """{images, originals?} (pieces of work) -> crops of them, positions in the chunk, errors; of pairs, both or none."""
-    images, kept, errors = read_crops(json.loads(row["images"]), recipe)
-    decoded = {"chunk": row["chunk"], "start": row["start"]}
-    if "originals" in row:
-        originals, whole, more = read_crops(json.loads(row["originals"]), recipe)
-        both = sorted(set(kept) & set(whole))
-        decoded["originals"] = originals[[whole.index(i) for i in both]]
-        images, kept, errors = images[[kept.index(i) for i in both]], both, errors + more
-    return {
-        **decoded,
-        "images": images,
-        "kept": np.asarray(kept, dtype=np.int64),
-        "errors": json.dumps(errors, ensure_ascii=False),
-    }
 
 
 class SummariseChunks:

@@ -5,15 +5,14 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import torch
 
 from pipelines.batches import Batch, to_device
 from pipelines.config import DataSection, TrainingSection
+from pipelines.cpu_tasks import DecodeBatch
 from pipelines.epoch_order import EpochOrder
-from pipelines.images import decode_records, read_records
 from pipelines.sources import ImageRecord
 from pipelines.training import DECODE_CPUS, Feed, TrainingError
 
@@ -50,23 +49,6 @@ def step_parts(
         )
         for start in starts
     ]
-
-
-class DecodeBatch:
-    """Ray Data's map function: records of one micro-batch to its crops, one row to one row."""
-
-    def __init__(self, data: DataSection, size: int) -> None:
-        self.data = data
-        self.size = size
-
-    def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
-        records = [ImageRecord(key, uri) for key, uri in json.loads(row["records"])]
-        blobs = read_records(records, self.data)
-        images, kept, errors = decode_records(records, blobs, self.size, self.data)
-        if not kept:  # a tensor of no images has no place in a block
-            images = np.zeros((1, self.size, self.size, 3), np.uint8)
-        notes = json.dumps({"kept": [int(index) for index in kept], "errors": errors})
-        return {"images": images, "notes": notes}
 
 
 def decoded(

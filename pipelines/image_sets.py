@@ -27,7 +27,7 @@ from fae_core.metrics.frechet import Gaussian
 from pipelines import storage
 from pipelines.config import DataSection, Recipe
 from pipelines.images import decode_records, read_records
-from pipelines.sample import FORMAT as SAMPLES_FORMAT
+from pipelines.sample_store import FORMAT as SAMPLES_FORMAT
 from pipelines.sources import IMAGE_SUFFIXES, ImageRecord, SourceError, list_images
 
 STATISTICS_FORMAT = "fae-statistics-1"

@@ -44,6 +44,8 @@ from pipelines.training import DECODE_CPUS, Adversary, Job, memory_plan_of
 PYTHON = 600 * MEBI
 """Unique memory of a process that has imported torch, Ray and this package; measured, with torch's CUDA build: 530 when it
 begins, 570 to 605 after it has worked."""
+TASK = 180 * MEBI
+"""Of one that decodes or writes, without torch (pipelines/cpu_tasks.py); measured: 105 when it begins, 240 when it kept crops."""
 RAY = 620 * MEBI
 """Ray's own processes on its head node with a dashboard, and Ray Data's two actors; measured."""
 TRAIN_ACTORS = 840 * MEBI
@@ -97,10 +99,12 @@ def precompute_memory(recipe: Recipe) -> list[Process]:
     return [
         Process("driver", 1, {"Python": PYTHON, "plan": PLAN_RECORD * num_images, **loaded}),
         Process(
-            "decode task", num_tasks, {"Python": PYTHON, "crops of a shard, three times": 3 * shard}
+            "decode task",
+            num_tasks,
+            {"Python": _decoding(recipe), "crops of a shard, three times": 3 * shard},
         ),
         Process("actor", options.num_actors, {"Python": PYTHON, **actor}, device),
-        Process("writing task", 1, {"Python": PYTHON}),
+        Process("writing task", 1, {"Python": TASK}),
         _idle_workers(),
         _object_store("crops", num_images * crop),
         Process("Ray", 1, {"its processes": RAY}),
@@ -135,7 +139,10 @@ def training_memory(recipe: Recipe, network: str) -> list[Process]:
         host["held-out images"] = MAX_VALIDATION_IMAGES * 3 * recipe.image_size**2
         left = (os.cpu_count() or 1) - training.num_workers * training.cpus_per_worker
         num_tasks = _num_tasks(left, DECODE_CPUS)
-        tasks = {"Python": PYTHON, "crops of a micro-batch, three times": 3 * size * blank}
+        tasks = {
+            "Python": _decoding(recipe),
+            "crops of a micro-batch, three times": 3 * size * blank,
+        }
         processes.append(Process("decode task", num_tasks, tasks))
         window = WINDOW_BATCHES * training.num_workers * size * blank
         processes.append(_object_store("crops", window))
@@ -171,7 +178,7 @@ def sample_memory(recipe: Recipe) -> list[Process]:
     return [
         Process("driver", 1, {"Python": PYTHON, **loaded}),
         Process("actor", options.num_actors, host, device),
-        Process("writing task", 1, {"Python": PYTHON, "pictures of a shard, twice": 2 * pictures}),
+        Process("writing task", 1, {"Python": TASK, "pictures of a shard, twice": 2 * pictures}),
         _idle_workers(),
         _object_store("pictures", options.num_images * 3 * recipe.image_size**2),
         Process("Ray", 1, {"its processes": RAY}),
@@ -313,9 +320,14 @@ def _batch(tensors: dict[str, Tensor], size: int) -> Batch:
     return Batch(0, tensors, list(range(size)), [""] * size, 1.0, [])
 
 
+def _decoding(recipe: Recipe) -> int:
+    """Of a process that decodes: the fast decoder's filter is torch's."""
+    return PYTHON if recipe.data.decoder == "fast" else TASK
+
+
 def _idle_workers() -> Process:
     """Ray keeps as many processes of finished tasks as it has CPUs."""
-    return Process("idle worker", os.cpu_count() or 1, {"Python": PYTHON})
+    return Process("idle worker", os.cpu_count() or 1, {"Python": TASK})
 
 
 def _object_store(what: str, size: int) -> Process:

@@ -13,7 +13,7 @@ import sys
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import cache, partial
+from functools import partial
 from itertools import islice
 from typing import Any
 
@@ -27,8 +27,9 @@ from fae_core.errors import UserError
 from pipelines import latent_store, metrics, storage
 from pipelines.command import run_module
 from pipelines.config import Recipe, RecipeError
-from pipelines.images import CROPS, decode_records, read_records
-from pipelines.latent_store import Plan, open_plan
+from pipelines.cpu_tasks import decode_shard, plan_of, write_shard
+from pipelines.images import CROPS
+from pipelines.latent_store import Plan
 from pipelines.models import autoencoder_of, backbone_fingerprints, backbone_of
 from pipelines.progress import Progress
 from pipelines.ray_session import for_workers, plain_error, start_ray
@@ -214,56 +215,6 @@ def _check_error_rate(
     )
 
 
-@cache
-def _plan_of(output: str) -> Plan:
-    return open_plan(output)
-
-
-def decode_shard(row: dict[str, Any], recipe: Recipe) -> dict[str, Any]:
-    """{shard} -> {shard, images uint8 [n,S,S,3], ok (positions in the plan's shard), errors (JSON)}."""
-    assert recipe.output is not None
-    records = _plan_of(recipe.output).shard(int(row["shard"]))
-    with metrics.stage("read"):
-        blobs = read_records(records, recipe.data)
-    metrics.count_bytes("read", sum(len(blob) for blob in blobs if isinstance(blob, bytes)))
-    with metrics.stage("decode"):
-        images, ok, errors = decode_records(records, blobs, recipe.image_size, recipe.data)
-    return {
-        "shard": int(row["shard"]),
-        "images": images,
-        "ok": np.asarray(ok, dtype=np.int64),
-        "errors": json.dumps(errors, ensure_ascii=False),
-    }
-
-
-def write_shard(row: dict[str, Any], recipe: Recipe) -> dict[str, Any]:
-    """Write one encoded shard and its errors; returns {shard, rows, errors (JSON), encoded_at (s)}."""
-    assert recipe.output is not None
-    plan, index = _plan_of(recipe.output), int(row["shard"])
-    errors = json.loads(str(row["errors"]))
-    latents: dict[str, np.ndarray] = {
-        name: np.asarray(row[name]) for name in recipe.precompute.columns
-    }
-    with metrics.stage("write"):
-        latent_store.write_shard(
-            recipe.output,
-            index,
-            plan.shard(index),
-            [int(i) for i in row["ok"]],
-            latents,
-            errors,
-            plan.fingerprint,
-        )
-    metrics.count_bytes("written", sum(values.nbytes for values in latents.values()))
-    metrics.count_shard(len(row["ok"]), errors)
-    return {
-        "shard": index,
-        "rows": len(row["ok"]),
-        "errors": json.dumps(errors),
-        "encoded_at": row["encoded_at"],
-    }
-
-
 @dataclass
 class Encoder:
     """Frozen backbone and FAE encoder on one device; what the actors hold and what the benchmark's bare loop runs."""
@@ -373,7 +324,7 @@ class EncodeShards:
         if not finite.all():
             shard = int(batch["shard"][0])
             assert self.recipe.output is not None
-            records = _plan_of(self.recipe.output).shard(shard)
+            records = plan_of(self.recipe.output).shard(shard)
             errors += [
                 {"key": records[i].key, "stage": "encode", "message": "the latent is not finite"}
                 for i in ok[~finite]

@@ -25,8 +25,8 @@ from fae_core.metrics.probes import (
     within_one_patch,
 )
 from pipelines.config import Recipe
+from pipelines.cpu_tasks import decode_batch
 from pipelines.feature_statistics import features_of
-from pipelines.images import decode_records, read_records
 from pipelines.precompute import Encoder
 from pipelines.progress import Progress
 from pipelines.ray_session import start_ray
@@ -162,22 +162,6 @@ def build_dataset(recipe: Recipe, rows: list[dict[str, Any]], weights: dict[str,
         num_cpus=options.cpus_per_actor,
         num_gpus=options.gpus_per_actor,
     )
-
-
-def decode_batch(row: dict[str, Any], recipe: Recipe) -> dict[str, Any]:
-    """{records, paired} -> {images uint8 [n,S,S,3], keys, pairs (positions in `images`), errors}, the last three JSON."""
-    records = [ImageRecord(*values) for values in json.loads(str(row["records"]))]
-    blobs = read_records(records, recipe.data)
-    images, ok, errors = decode_records(records, blobs, recipe.image_size, recipe.data)
-    place = {index: position for position, index in enumerate(ok)}
-    firsts = range(0, len(records), 2) if bool(row["paired"]) else ()
-    pairs = [(place[i], place[i + 1]) for i in firsts if i in place and i + 1 in place]
-    return {
-        "images": images,
-        "keys": json.dumps([records[i].key for i in ok]),
-        "pairs": json.dumps(pairs),
-        "errors": json.dumps(errors),
-    }
 
 
 class ProbeImages:

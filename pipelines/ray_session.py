@@ -39,6 +39,7 @@ def start_ray(**local: Any) -> None:
     import ray.data  # it sets its own log levels when imported; ours come after
 
     if ray.is_initialized():
+        prepare_data()  # a trial's process is connected by Ray Tune
         return
     quiet_logs()
     for_tasks = {key: os.environ[key] for key in QUIET}

@@ -8,33 +8,24 @@ the pictures are written as the field's evaluators read them: PNG folders by cla
 
 from __future__ import annotations
 
-import io
-import json
 import sys
 import time
-import zipfile
-from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
 import torch
-from PIL import Image
 
 from fae_core.figures import picture_grid
 from pipelines import storage
 from pipelines.command import run_module
 from pipelines.config import GuidanceSection, Recipe, RecipeError
 from pipelines.drawing import Draw, Painter, image_noise
-from pipelines.latent_store import StoreError, StoreMismatch, versions
 from pipelines.models import load_checkpoint
 from pipelines.progress import Progress
 from pipelines.ray_session import for_workers, start_ray
-
-FORMAT = "fae-samples-1"
+from pipelines.sample_store import FORMAT, claim, commit, missing_shards, write_shard
 
 
 class Artist:
@@ -95,11 +86,10 @@ def sample(recipe: Recipe, show_progress: bool = True) -> dict[str, Any]:
     recipe = for_workers(recipe)
     assert recipe.output is not None
     parts = sample_parts(recipe)
-    _claim(recipe.output, parts)
+    claim(recipe.output, parts)
     storage.write_bytes(storage.join(recipe.output, "recipe.yaml"), written.encode())
     num_shards = -(-recipe.sample.num_images // recipe.sample.shard_size)
-    there = {f.uri.rpartition("/")[2] for f in storage.list_files(_join(recipe, "shards"))}
-    todo = [index for index in range(num_shards) if _name(index) not in there]
+    todo = missing_shards(recipe.output, num_shards)
     rates: dict[str, float] = {}
     if todo:
         start_ray()
@@ -117,21 +107,6 @@ def sample_parts(recipe: Recipe) -> dict[str, Any]:
     for key in ("formats", "num_actors", "gpus_per_actor", "cpus_per_actor"):
         del settings[key]
     return {"format": FORMAT, "seed": recipe.seed, **Artist(recipe).fingerprints, **settings}
-
-
-def _claim(uri: str, parts: dict[str, Any]) -> None:
-    plan_uri = storage.join(uri, "plan.json")
-    try:
-        storage.write_once(plan_uri, json.dumps(parts, indent=1).encode())
-        return
-    except FileExistsError:
-        before = json.loads(storage.read_bytes(plan_uri))
-    differing = [k for k in sorted(before.keys() | parts.keys()) if before.get(k) != parts.get(k)]
-    if differing:
-        lines = "\n".join(
-            f"  {k}: {before.get(k)!r} there, {parts.get(k)!r} now" for k in differing
-        )
-        raise StoreMismatch(f"{uri} holds other samples:\n{lines}\nChoose another output=….")
 
 
 def build_dataset(recipe: Recipe, todo: list[int]) -> Any:
@@ -174,87 +149,6 @@ class DrawShards:
         }
 
 
-def write_shard(row: dict[str, Any], recipe: Recipe) -> dict[str, Any]:
-    """Write one shard of pictures, and its PNG files where they are wanted; returns {shard, rows, drawn_at}."""
-    images = [encode_png(image) for image in np.asarray(row["images"])]
-    indices, labels = np.asarray(row["indices"]), np.asarray(row["labels"])
-    if "png" in recipe.sample.formats:
-        for index, label, data in zip(indices, labels, images, strict=True):
-            name = f"png/{int(label):04d}/{int(index):08d}.png"
-            storage.write_bytes(_join(recipe, name), data)
-    table = pa.table(
-        {
-            "index": pa.array(indices, pa.int64()),
-            "label": pa.array(labels, pa.int64()),
-            "image": images,
-        }
-    )
-    buffer = io.BytesIO()
-    pq.write_table(table, buffer, compression="none", write_page_checksum=True)
-    # After the PNG files: a shard that is there has all of its pictures.
-    storage.write_bytes(_join(recipe, "shards", _name(int(row["shard"]))), buffer.getvalue())
-    return {"shard": int(row["shard"]), "rows": len(images), "drawn_at": row["drawn_at"]}
-
-
-def encode_png(image: np.ndarray) -> bytes:
-    """The PNG of a uint8 image [S, S, 3]."""
-    buffer = io.BytesIO()
-    Image.fromarray(image).save(buffer, "PNG", compress_level=1)
-    return buffer.getvalue()
-
-
-def read_samples(uri: str, num_shards: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """(images uint8 [n, S, S, 3], labels int64 [n]) of each shard, in order of the images' indices."""
-    for shard in range(num_shards):
-        data = storage.read_bytes(storage.join(uri, "shards", _name(shard)))
-        table = pq.read_table(pa.BufferReader(data), page_checksum_verification=True)
-        pngs = table["image"].cast(pa.binary()).to_pylist()
-        images = [np.asarray(Image.open(io.BytesIO(png))) for png in pngs]
-        yield np.stack(images), table["label"].to_numpy()
-
-
-def commit(
-    recipe: Recipe, parts: dict[str, Any], num_shards: int, run: dict[str, Any]
-) -> dict[str, Any]:
-    """Check that every image is there, write samples.npz where it is wanted, then the manifest; returns it."""
-    assert recipe.output is not None
-    manifest_uri = _join(recipe, "manifest.json")
-    if storage.exists(manifest_uri):
-        return dict(json.loads(storage.read_bytes(manifest_uri)))
-    entries = {f.uri.rpartition("/")[2]: f for f in storage.list_files(_join(recipe, "shards"))}
-    absent = [i for i in range(num_shards) if _name(i) not in entries]
-    if absent:
-        raise StoreError(f"{recipe.output}: {len(absent)} of {num_shards} shards are missing.")
-    if "npz" in recipe.sample.formats:
-        write_npz(recipe.output, num_shards, recipe.sample.num_images)
-    manifest = {
-        **parts,
-        "stored": recipe.sample.num_images,
-        "shards": [{"name": _name(i), "bytes": entries[_name(i)].size} for i in range(num_shards)],
-        "run": {**run, "versions": versions()},
-    }
-    storage.write_once(manifest_uri, json.dumps(manifest, indent=1).encode())
-    return manifest
-
-
-def write_npz(uri: str, num_shards: int, num_images: int) -> None:
-    """samples.npz with arr_0 uint8 [n, S, S, 3], as ADM's evaluator reads it; shard by shard, in bounded memory."""
-    shards = read_samples(uri, num_shards)
-    first, _ = next(shards)
-    shape = (num_images, *first.shape[1:])
-    header = {"descr": "|u1", "fortran_order": False, "shape": shape}
-    filesystem, path = storage.filesystem(storage.join(uri, "samples.npz"))
-    with (
-        filesystem.open_output_stream(path) as stream,
-        zipfile.ZipFile(stream, "w", zipfile.ZIP_STORED) as archive,
-        archive.open("arr_0.npy", "w", force_zip64=True) as member,
-    ):
-        np.lib.format.write_array_header_1_0(member, header)
-        member.write(first.tobytes())
-        for images, _ in shards:
-            member.write(images.tobytes())
-
-
 def draw_grid(recipe: Recipe, path: str, columns: int = 8, scales: tuple[float, ...] = ()) -> None:
     """One PNG for a look: a class in each row; with `scales`, a guidance scale in each column from the same noise."""
     artist = Artist(recipe)
@@ -281,15 +175,6 @@ def _with_scale(recipe: Recipe, scale: float) -> Recipe:
     made.sample.guidance = [GuidanceSection(start=1.0, end=0.0, scale=scale)]
     made.sample.flow_guidance = scale
     return made
-
-
-def _join(recipe: Recipe, *parts: str) -> str:
-    assert recipe.output is not None
-    return storage.join(recipe.output, *parts)
-
-
-def _name(shard: int) -> str:
-    return f"{shard:08d}.parquet"
 
 
 def main() -> int:

@@ -22,8 +22,8 @@ from pipelines.evaluate import ScoresMismatch, evaluate
 from pipelines.feature_extraction import Extractor
 from pipelines.image_sets import EvaluationError, open_set, read_crops, write_statistics
 from pipelines.images import adm_center_crop
-from pipelines.sample import FORMAT as SAMPLES_FORMAT
-from pipelines.sample import write_shard
+from pipelines.sample_store import FORMAT as SAMPLES_FORMAT
+from pipelines.sample_store import write_shard
 
 TINY = [
     "image_size=32",

@@ -4,7 +4,7 @@ import torch
 
 from pipelines.config import load_recipe
 from pipelines.memory_estimate import (
-    PYTHON,
+    TASK,
     Results,
     precompute_memory,
     text,
@@ -38,7 +38,7 @@ def test_precompute_holds_shards_in_tasks_networks_in_actors_and_the_plan_in_the
     assert processes["driver"].host["plan"] == 426 * 10
     shard = SHARD_SIZE * CROP
     assert processes["decode task"].host == {
-        "Python": PYTHON,
+        "Python": TASK,
         "crops of a shard, three times": 3 * shard,
     }
     actor = processes["actor"].host

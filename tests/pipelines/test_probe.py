@@ -17,6 +17,7 @@ from fae_core import checkpoint
 from fae_core.autoencoder import AutoencoderConfig, FeatureAutoencoder
 from fae_core.backbone import load_backbone
 from pipelines.config import Recipe, load_recipe
+from pipelines.cpu_tasks import decode_batch
 from pipelines.latent_store import StoreMismatch
 from pipelines.probe import Split, image_pairs, probe, score, split_images, summary
 from pipelines.probe_features import (
@@ -25,7 +26,6 @@ from pipelines.probe_features import (
     ProbeError,
     ProbeImages,
     batches_of,
-    decode_batch,
 )
 from pipelines.sources import ImageRecord, list_images
 
