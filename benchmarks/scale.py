@@ -281,7 +281,10 @@ def print_simulation(rows: list[dict[str, float]], gpu_rate: float, size: int) -
 def run_of(text: str) -> tuple[int, float]:
     """`64x10`: actors, and seconds of a shard."""
     actors, _, seconds = text.partition("x")
-    return int(actors), float(seconds)
+    try:
+        return int(actors), float(seconds)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r}: actors x seconds, as 64x10") from None
 
 
 def lanes_of(row: dict[str, float]) -> int:

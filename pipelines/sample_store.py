@@ -41,8 +41,8 @@ def claim(uri: str, parts: dict[str, Any]) -> None:
 
 def missing_shards(uri: str, num_shards: int) -> list[int]:
     """Numbers of the shards that are not there."""
-    there = {f.uri.rpartition("/")[2] for f in storage.list_files(storage.join(uri, "shards"))}
-    return [index for index in range(num_shards) if _name(index) not in there]
+    sizes = _sizes(uri)
+    return [index for index in range(num_shards) if _name(index) not in sizes]
 
 
 def write_shard(row: dict[str, Any], recipe: Recipe) -> dict[str, Any]:
@@ -92,16 +92,16 @@ def commit(
     manifest_uri = _join(recipe, "manifest.json")
     if storage.exists(manifest_uri):
         return dict(json.loads(storage.read_bytes(manifest_uri)))
-    entries = {f.uri.rpartition("/")[2]: f for f in storage.list_files(_join(recipe, "shards"))}
-    absent = missing_shards(recipe.output, num_shards)
+    sizes, names = _sizes(recipe.output), [_name(index) for index in range(num_shards)]
+    absent = sum(name not in sizes for name in names)
     if absent:
-        raise StoreError(f"{recipe.output}: {len(absent)} of {num_shards} shards are missing.")
+        raise StoreError(f"{recipe.output}: {absent} of {num_shards} shards are missing.")
     if "npz" in recipe.sample.formats:
         write_npz(recipe.output, num_shards, recipe.sample.num_images)
     manifest = {
         **parts,
         "stored": recipe.sample.num_images,
-        "shards": [{"name": _name(i), "bytes": entries[_name(i)].size} for i in range(num_shards)],
+        "shards": [{"name": name, "bytes": sizes[name]} for name in names],
         "run": {**run, "versions": versions()},
     }
     storage.write_once(manifest_uri, json.dumps(manifest, indent=1).encode())
@@ -129,6 +129,12 @@ def write_npz(uri: str, num_shards: int, num_images: int) -> None:
 def _join(recipe: Recipe, *parts: str) -> str:
     assert recipe.output is not None
     return storage.join(recipe.output, *parts)
+
+
+def _sizes(uri: str) -> dict[str, int]:
+    """Bytes of the shards that are there, by name."""
+    files = storage.list_files(storage.join(uri, "shards"))
+    return {file.uri.rpartition("/")[2]: file.size for file in files}
 
 
 def _name(shard: int) -> str:

@@ -19,6 +19,12 @@ def test_a_process_is_full_where_its_fit_says_that_it_is_busy_all_the_time():
     assert scale.full_at(0.1, 0.003, 0.0, 1.5) == pytest.approx(450)
 
 
+def test_what_the_directory_costs_is_told_apart_by_shards_and_by_actors():
+    actors, rates = [8, 64, 128, 256], [8.0, 6.4, 12.0, 11.0]
+    busy = [0.01 + 0.002 * rate + 1e-4 * n for n, rate in zip(actors, rates, strict=True)]
+    assert scale.fit_directory(actors, rates, busy) == pytest.approx((0.01, 0.002, 1e-4))
+
+
 def test_a_made_up_store_of_many_shards_is_planned_committed_and_opened(tmp_path, monkeypatch):
     monkeypatch.setattr(scale, "FOOTERS", 20)
     monkeypatch.setattr(latent_store, "SHARDS_AT_ONCE", 16)
