@@ -96,5 +96,5 @@ def sample_sde(
         step = t - following
         x = x - step * drift
         if index < num_steps - 1:
-            x = x + (t * step) ** 0.5 * step_noise(index).to(x)
+            x = x + (t * step) ** 0.5 * step_noise(index).to(x, non_blocking=True)
     return x

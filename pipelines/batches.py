@@ -82,14 +82,22 @@ def normal_draws(
 
 
 def uniform_draws(
-    seed: int, stream: str, step: int, samples: list[int], shape: tuple[int, ...] = ()
+    seed: int,
+    stream: str,
+    step: int,
+    samples: list[int],
+    shape: tuple[int, ...] = (),
+    device: torch.device = CPU,
 ) -> Tensor:
-    """Uniform numbers in [0, 1) [n, *shape] float32 on the CPU, one generator a sample."""
+    """Uniform numbers in [0, 1) [n, *shape] float32 on `device`, one generator a sample.
+
+    Drawn on the CPU, so they are the same everywhere; the copy to a GPU does not wait for what it computes.
+    """
     draws = [
         torch.rand(shape, generator=sample_generator(seed, stream, step, sample))
         for sample in samples
     ]
-    return torch.stack(draws)
+    return torch.stack(draws).to(device, non_blocking=True)
 
 
 def sample_noise(seed: int, stream: str, batch: Batch, shape: tuple[int, ...]) -> Tensor:
@@ -103,9 +111,9 @@ def sample_noise(seed: int, stream: str, batch: Batch, shape: tuple[int, ...]) -
 
 def random_flips(seed: int, batch: Batch) -> Tensor:
     """The batch's images [n, S, S, 3], half of them mirrored left to right."""
-    draws = uniform_draws(seed, "flip", batch.step, batch.samples) < 0.5
-    images, mirrored = batch["images"], draws.to(batch.device)
-    return torch.where(mirrored[:, None, None, None], images.flip(2), images)
+    draws = uniform_draws(seed, "flip", batch.step, batch.samples, device=batch.device)
+    images = batch["images"]
+    return torch.where((draws < 0.5)[:, None, None, None], images.flip(2), images)
 
 
 def prefetched(items: Iterator[T], depth: int = PREFETCH_BATCHES) -> Iterator[T]:

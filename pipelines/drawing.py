@@ -50,7 +50,7 @@ class Draw:
 
     def __call__(self, noise: Tensor, labels: Tensor, indices: Sequence[int]) -> Tensor:
         sample, model = self.sample, self.model
-        noise, labels = noise.to(self.device), labels.to(self.device)
+        noise, labels = (t.to(self.device, non_blocking=True) for t in (noise, labels))
         if isinstance(model, StarFlow):
             x = model.sample(noise, labels, sample.flow_guidance)
             if sample.denoise:

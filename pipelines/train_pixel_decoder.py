@@ -161,12 +161,13 @@ class Objective:
             terms["adversarial"] = -self._judge_frozen(
                 self._augmented(output, batch, "heard")
             ).mean()
-            weight = torch.tensor(weights.adversarial_weight, device=loss.device)
+            adversarial = weights.adversarial_weight * terms["adversarial"]
             if weights.adaptive:
                 inner: Any = getattr(model, "module", model)
-                weight = weight * adaptive_weight(loss, terms["adversarial"], inner.output.weight)
-                terms["adaptive_weight"] = weight
-            loss = loss + weight * terms["adversarial"]
+                factor = adaptive_weight(loss, terms["adversarial"], inner.output.weight)
+                terms["adaptive_weight"] = weights.adversarial_weight * factor
+                adversarial = factor * adversarial
+            loss = loss + adversarial
         return {"loss": loss, **terms}
 
     def adversary_loss(self, adversary: nn.Module, batch: Batch) -> dict[str, Tensor] | None:
@@ -191,9 +192,9 @@ class Objective:
         if not self.losses.augment:
             return images
         draws = uniform_draws(
-            self.recipe.seed, f"augment {stream}", batch.step, batch.samples, (5,)
+            self.recipe.seed, f"augment {stream}", batch.step, batch.samples, (5,), images.device
         )
-        return augment(images, draws.to(images.device))
+        return augment(images, draws)
 
     def _judge_frozen(self, images: Tensor) -> Tensor:
         """Logits whose gradient reaches the images and stops at the adversary's weights."""
