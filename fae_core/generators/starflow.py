@@ -65,6 +65,22 @@ class StarFlowConfig:
         return cls(latent_dim, grid, **{"width": width, "layers": layers, **changes})  # type: ignore[arg-type]
 
 
+class KeyValueCache:
+    """Keys and values [B, heads, places, HEAD_DIM] of the places that a layer has seen, in memory taken once."""
+
+    def __init__(self, batch: int, places: int, width: int, like: Tensor) -> None:
+        self.buffers = like.new_empty(2, batch, width // HEAD_DIM, places, HEAD_DIM)
+        self.length = 0
+
+    def extend(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """All keys and values so far, these [B, heads, n, HEAD_DIM] the last of them."""
+        first, self.length = self.length, self.length + k.shape[2]
+        for buffer, new in zip(self.buffers, (k, v), strict=True):
+            buffer[:, :, first : self.length] = new
+        keys, values = self.buffers[:, :, :, : self.length]
+        return keys, values
+
+
 class CausalLayer(nn.Module):
     """Pre-LayerNorm causal transformer layer; with a cache it takes only the new positions."""
 
@@ -78,16 +94,13 @@ class CausalLayer(nn.Module):
         self.mlp = Mlp(width, 4 * width)
 
     def forward(
-        self, x: Tensor, cos: Tensor, sin: Tensor, cache: list[Tensor] | None = None
+        self, x: Tensor, cos: Tensor, sin: Tensor, cache: KeyValueCache | None = None
     ) -> Tensor:
         q, k, v = split_heads(self.qkv(self.norm_attention(x)), self.num_heads)
         q, k = apply_rope(q, cos, sin), apply_rope(k, cos, sin)
-        causal = True
+        causal = cache is None or cache.length == 0
         if cache is not None:
-            causal = not cache
-            if cache:
-                k, v = torch.cat([cache[0], k], dim=2), torch.cat([cache[1], v], dim=2)
-            cache[:] = [k, v]
+            k, v = cache.extend(k, v)
         attended = F.scaled_dot_product_attention(q, k, v, is_causal=causal)
         x = x + self.output(attended.transpose(1, 2).flatten(2))
         return x + self.mlp(self.norm_mlp(x))
@@ -135,7 +148,7 @@ class FlowBlock(nn.Module):
         one_hot = F.one_hot(labels, self.prefix.in_features).to(x.dtype)
         return torch.cat([self.prefix(one_hot)[:, None], x], dim=1)
 
-    def run(self, x: Tensor, place: int, caches: Sequence[list[Tensor]] | None) -> Tensor:
+    def run(self, x: Tensor, place: int, caches: Sequence[KeyValueCache] | None) -> Tensor:
         """Hidden states of x [B, n, width], which stand at `place` and after it."""
         cos, sin = (
             self.rope_cos[place : place + x.shape[1]],
@@ -170,8 +183,9 @@ class FlowBlock(nn.Module):
         if guided:
             assert labels is not None and null is not None
             labels = torch.cat([labels, null])
-        caches: list[list[Tensor]] = [[] for _ in self.layers]
         batch = 2 * len(z) if guided else len(z)
+        places, width = len(self.rope_cos), self.output.in_features
+        caches = [KeyValueCache(batch, places, width, z) for _ in self.layers]
         entering = self.embed(z.new_zeros(batch, 0, z.shape[2]), labels)
         place = 0
         tokens: list[Tensor] = []
