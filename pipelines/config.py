@@ -113,7 +113,7 @@ class TrainingSection(_Section):
     precision: Literal["fp32", "bf16"] = "bf16"
     """Autocast dtype of the forward passes; not in the paper."""
     compile: bool = False
-    """torch.compile the training step."""
+    """torch.compile the network and the frozen ones beside it: minutes at the start, faster steps after."""
     num_workers: int = Field(1, gt=0)
     parallel: Literal["ddp", "fsdp"] = "ddp"
     """Between workers: a copy of the network each, or its parameters split over them."""
@@ -282,6 +282,8 @@ class SampleSection(_Section):
     batch_size: int = Field(64, gt=0)
     precision: Literal["fp32", "bf16"] = "fp32"
     """Of the generator's network; state and flow inversion are float32 always."""
+    compile: bool = False
+    """dit: torch.compile the network, for one batch size; pictures stay equal to rounding."""
     num_actors: int = Field(1, gt=0)
     gpus_per_actor: float = Field(0.0, ge=0.0)
     cpus_per_actor: float = Field(1.0, gt=0.0)
@@ -295,6 +297,8 @@ class PrecomputeSection(_Section):
     columns: list[Literal["mean", "logvar", "mean_flip", "logvar_flip"]] = ["mean"]
     """What a row stores, each float16 [C,H,W]."""
     precision: Literal["fp32", "bf16"] = "bf16"
+    compile: bool = False
+    """torch.compile backbone and encoder, for one batch size: minutes at the start of an actor; latents stay equal to rounding."""
     num_actors: int = Field(1, gt=0)
     gpus_per_actor: float = Field(0.0, ge=0.0)
     cpus_per_actor: float = Field(1.0, gt=0.0)

@@ -20,6 +20,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from fae_core.backbone import Backbone
 from fae_core.checkpoint import CheckpointError
@@ -225,6 +226,12 @@ class Encoder:
     columns: list[str]
     precision: str
     device: torch.device
+    compile: bool = False
+
+    def __post_init__(self) -> None:
+        self.network = self.posterior
+        if self.compile:
+            self.network = torch.compile(self.posterior, dynamic=False, fullgraph=True)
 
     @classmethod
     def of(cls, recipe: Recipe, device: str = "cpu") -> Encoder:
@@ -238,6 +245,7 @@ class Encoder:
             list(recipe.precompute.columns),
             recipe.precompute.precision,
             torch.device(device),
+            recipe.precompute.compile,
         )
 
     @classmethod
@@ -278,6 +286,15 @@ class Encoder:
             batch.record_stream(current)
             yield batch
 
+    def posterior(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """Mean and logvar, each float16 [b,C,H,W], of uint8 crops [b,S,S,3] on the device."""
+        found = self.autoencoder.encode(self.backbone(images))
+        mean, logvar = (
+            values.transpose(1, 2).unflatten(2, self.backbone.grid).to(torch.float16)
+            for values in (found.mean, found.logvar)
+        )
+        return mean, logvar
+
     @torch.inference_mode()
     def encode(self, images: np.ndarray, batch_size: int) -> dict[str, np.ndarray]:
         """Columns float16 [n,C,H,W] of uint8 crops [n,S,S,3], in micro-batches of `batch_size`."""
@@ -286,19 +303,17 @@ class Encoder:
             self.device.type, dtype=torch.bfloat16, enabled=self.precision == "bf16"
         )
         for batch in self.micro_batches(images, batch_size):
-            for flipped in (False, True):
-                suffix = "_flip" if flipped else ""
-                wanted = [n for n in self.columns if n.endswith("_flip") == flipped]
-                if not wanted:
+            size = len(batch)
+            if self.compile and size < batch_size:  # another size would be compiled anew
+                batch = F.pad(batch, (0, 0, 0, 0, 0, 0, 0, batch_size - size))
+            for suffix in ("", "_flip"):
+                if not {"mean" + suffix, "logvar" + suffix} & outputs.keys():
                     continue
                 with autocast:
-                    features = self.backbone(batch.flip(2) if flipped else batch)
-                    posterior = self.autoencoder.encode(features)
-                for name in wanted:
-                    values = posterior.mean if name == "mean" + suffix else posterior.logvar
-                    height, width = self.backbone.grid
-                    latents = values.transpose(1, 2).unflatten(2, (height, width))
-                    outputs[name].append(latents.to(torch.float16))
+                    mean, logvar = self.network(batch.flip(2) if suffix else batch)
+                for name, values in (("mean" + suffix, mean), ("logvar" + suffix, logvar)):
+                    if name in outputs:
+                        outputs[name].append(values[:size])
         shape = (0, self.autoencoder.config.latent_dim, *self.backbone.grid)
         return {
             name: torch.cat(parts).cpu().numpy() if parts else np.zeros(shape, np.float16)

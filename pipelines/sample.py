@@ -18,6 +18,7 @@ import numpy as np
 import torch
 
 from fae_core.figures import picture_grid
+from fae_core.generators.dit import DiT
 from pipelines import storage
 from pipelines.command import run_module
 from pipelines.config import GuidanceSection, Recipe, RecipeError
@@ -46,6 +47,9 @@ class Artist:
         loaded = load_checkpoint(recipe.generator.checkpoint, "dit", "starflow")
         self.painter = Painter.of(recipe, self.device, loaded.fingerprints["autoencoder"])
         self.model = loaded.module.to(self.device)
+        self.compiled = recipe.sample.compile and isinstance(self.model, DiT)
+        if self.compiled:
+            self.model.compile(dynamic=False, fullgraph=True)
         config = self.model.config
         self.shape = (config.latent_dim, *config.grid)
         self.num_classes: int = config.num_classes
@@ -64,13 +68,17 @@ class Artist:
     @torch.inference_mode()
     def __call__(self, indices: list[int], labels: list[int]) -> np.ndarray:
         """Pictures uint8 [n, S, S, 3] of image `indices`, in batches of the recipe's size."""
-        size = self.recipe.sample.batch_size
+        options = self.recipe.sample
+        size, full = options.batch_size, min(options.batch_size, options.shard_size)
         draw = Draw(self.model, self.recipe.sample, self.recipe.seed, self.device)
         parts = []
         for start in range(0, len(indices), size):
-            some = indices[start : start + size]
+            some, wanted = indices[start : start + size], labels[start : start + size]
+            count = len(some)
+            if self.compiled:  # another size would be compiled anew
+                some, wanted = (part + part[-1:] * (full - count) for part in (some, wanted))
             noise = image_noise(self.recipe.seed, some, self.shape)
-            latents = draw(noise, torch.tensor(labels[start : start + size]), some)
+            latents = draw(noise, torch.tensor(wanted), some)[:count]
             parts.append(self.painter(latents).cpu().numpy())
         return np.concatenate(parts)
 
@@ -104,7 +112,7 @@ def sample(recipe: Recipe, show_progress: bool = True) -> dict[str, Any]:
 def sample_parts(recipe: Recipe) -> dict[str, Any]:
     """What decides the pictures: networks by content, sampler, seed, number, classes, and how they are batched."""
     settings = recipe.sample.model_dump(mode="json")
-    for key in ("formats", "num_actors", "gpus_per_actor", "cpus_per_actor"):
+    for key in ("formats", "compile", "num_actors", "gpus_per_actor", "cpus_per_actor"):
         del settings[key]
     return {"format": FORMAT, "seed": recipe.seed, **Artist(recipe).fingerprints, **settings}
 

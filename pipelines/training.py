@@ -439,7 +439,8 @@ def run_job(
         _say(rank, memory_plan_of(job, training, first).text(device))
         feed = itertools.chain([first], feed)
     if training.compile:  # after the plan, whose small batches are not worth compiling for
-        wrapped.compile()
+        for module in (wrapped, *job.frozen.values()):
+            module.compile()
     meter.restart()
     while state.step < last_step:
         with meter.waiting():
