@@ -1,10 +1,11 @@
 """Does precompute's memory grow with the number of images, and does `--dry-run` say what a job needs? Peaks, and the estimates.
 
-    python -m benchmarks.memory [--images 1000 4000] [--train autoencoder pixel_decoder generator] [KEY=VALUE ...]
+    python -m benchmarks.memory [--images 1000 4000] [--train autoencoder pixel_decoder generator]
+                                [--sample dit starflow] [KEY=VALUE ...]
 
 Each job runs in a process of its own with a Ray of its own; those that train, for a few steps of the recipe's batch size.
 Memory is unique memory (USS), the highest of four samples a second: of the driver, of the largest other process (a
-training's worker), and summed over all of them; the object store is Ray's own figure. The backbone is a small random ViT, so
+training's worker, a sampling's actor), and summed over all of them; the object store is Ray's own figure. The backbone is a small random ViT, so
 that minutes suffice: the images take the same way.
 """
 
@@ -24,14 +25,23 @@ import psutil
 from benchmarks.environment import describe, write_photographs
 from benchmarks.precompute import save_untrained
 from benchmarks.store import write_store
+from fae_core import checkpoint
+from fae_core.pixel_decoder import PixelDecoder
 from pipelines.config import load_recipe
-from pipelines.memory_estimate import Process, precompute_memory, total, training_memory
+from pipelines.memory_estimate import (
+    Process,
+    precompute_memory,
+    sample_memory,
+    total,
+    training_memory,
+)
 from pipelines.models import backbone_spec
 from pipelines.precompute import precompute
 from pipelines.ray_session import start_ray
+from pipelines.sample import sample
 from pipelines.train_autoencoder import train_autoencoder
-from pipelines.train_generator import train_generator
-from pipelines.train_pixel_decoder import train_pixel_decoder
+from pipelines.train_generator import build_generator, train_generator
+from pipelines.train_pixel_decoder import pixel_decoder_config, train_pixel_decoder
 
 SMALL = (
     "backbone.name=vit_tiny_patch16_224",
@@ -129,6 +139,32 @@ def measure_training(folder: str, network: str, overrides: list[str], results: A
     results.put(row_of(f"training: {network}", watch, training_memory(recipe, network)))
 
 
+def measure_sample(folder: str, kind: str, overrides: list[str], results: Any) -> None:
+    """Two shards of pictures by untrained networks of the sizes of TRAINED."""
+    recipe = load_recipe("photos-dinov2s", [*recipe_in(folder, []), *TRAINED, *overrides])
+    recipe.generator.kind = kind  # type: ignore[assignment]
+    spec, owner = backbone_spec(recipe), checkpoint.load(recipe.autoencoder.checkpoint or "")
+    latents = (recipe.autoencoder.latent_dim, *spec.grid)
+    places = {
+        name: f"{folder}/{kind}-{name}.safetensors" for name in ("generator", "pixel_decoder")
+    }
+    marks = {"latents": "none", "autoencoder": owner.weights_sha256}
+    checkpoint.save(places["generator"], build_generator(recipe.generator, latents), marks)
+    decoder = PixelDecoder(pixel_decoder_config(recipe, spec))
+    checkpoint.save(places["pixel_decoder"], decoder, owner.fingerprints)
+    recipe.generator.checkpoint = places["generator"]
+    recipe.pixel_decoder.checkpoint = places["pixel_decoder"]
+    recipe.output = f"{folder}/samples-{kind}"
+    sizes = {"num_images": 32, "shard_size": 16, "batch_size": 16, "num_steps": 4}
+    recipe.sample = recipe.sample.model_copy(
+        update={**sizes, "guidance": "paper", "flow_guidance": 1.0}
+    )
+    start_ray()
+    with Watch() as watch:
+        sample(recipe, show_progress=False)
+    results.put(row_of(f"sample: {kind}, 16 at once, guided", watch, sample_memory(recipe)))
+
+
 def recipe_in(folder: str, places: list[str]) -> list[str]:
     made = [
         f"data.path={folder}/images",
@@ -158,6 +194,8 @@ def main() -> None:
     parser.add_argument("--images", type=int, nargs="*", default=[1000, 4000])
     networks = ["autoencoder", "pixel_decoder", "generator"]
     parser.add_argument("--train", nargs="*", choices=networks, default=networks)
+    kinds = ["dit", "starflow"]
+    parser.add_argument("--sample", nargs="*", choices=kinds, default=kinds)
     parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE")
     arguments = parser.parse_args()
     context = multiprocessing.get_context("spawn")
@@ -170,6 +208,7 @@ def main() -> None:
         write_store(f"{folder}/store", 1024, shape)
         jobs: list[tuple[Any, Any]] = [(measure_precompute, size) for size in arguments.images]
         jobs += [(measure_training, network) for network in arguments.train]
+        jobs += [(measure_sample, kind) for kind in arguments.sample]
         for measure, what in jobs:
             results = context.Queue()
             process = context.Process(

@@ -61,6 +61,8 @@ def measure(name: str, recipe: Recipe, images: int, device: torch.device) -> lis
     autoencoder = FeatureAutoencoder(autoencoder_config(recipe, spec)).to(device).eval()
     decoder = PixelDecoder(pixel_decoder_config(recipe, spec)).to(device).eval()
     painter = Painter(autoencoder, decoder, {})
+    if recipe.sample.compile and name == "dit":
+        model.compile(dynamic=False, fullgraph=True)
     draw = Draw(model, recipe.sample, recipe.seed, device)
     noise = image_noise(recipe.seed, range(images), LATENT_SHAPE)
     labels = torch.arange(images) % section.num_classes

@@ -22,6 +22,7 @@ from torch.utils._pytree import tree_leaves
 from fae_core.autoencoder import FeatureAutoencoder
 from fae_core.backbone import Backbone
 from fae_core.generators.dit import DiT
+from fae_core.generators.starflow import FlowBlock, StarFlow
 from fae_core.pixel_decoder import PixelDecoder
 from pipelines.batches import PREFETCH_BATCHES, Batch
 from pipelines.config import Recipe, TrainingSection
@@ -157,10 +158,7 @@ def training_memory(recipe: Recipe, network: str) -> list[Process]:
 
 
 def sample_memory(recipe: Recipe) -> list[Process]:
-    """Of `fae sample`; loads the three networks. Raises RecipeError, CheckpointError.
-
-    Of STARFlow, whose sampling takes a forward pass a token, the keys and values that it keeps are left out.
-    """
+    """Of `fae sample`; loads the three networks. Raises RecipeError, CheckpointError."""
     options, artist = recipe.sample, Artist(recipe)
     painter = artist.painter
     networks = _bytes(artist.model, painter.autoencoder, painter.pixel_decoder)
@@ -169,6 +167,8 @@ def sample_memory(recipe: Recipe) -> list[Process]:
     if isinstance(artist.model, DiT):
         rows = size * (1 if options.guidance == "none" else 2)
         results = max(results, _line(lambda n: _velocity(artist, n), rows))
+    else:
+        results = max(results, _key_values(artist.model, size, guided=options.flow_guidance > 0))
     pictures = options.shard_size * 3 * recipe.image_size**2
     loaded = {"networks, twice while they are loaded": 2 * networks}
     on_gpu = options.gpus_per_actor > 0
@@ -258,6 +258,16 @@ def _velocity(artist: Artist, number: int) -> Tensor:
         labels = torch.zeros(number, dtype=torch.int64)
         velocity: Tensor = artist.model(noise, torch.ones(number), labels)
         return velocity
+
+
+def _key_values(flow: StarFlow, size: int, guided: bool) -> int:
+    """Of the largest block, of all places, float32; guidance doubles the block that knows the class."""
+    sizes = []
+    for block in flow.blocks:
+        assert isinstance(block, FlowBlock)
+        rows = size * (2 if guided and block.prefix is not None else 1)
+        sizes.append(len(block.layers) * rows * len(block.rope_cos) * 2 * flow.config.width * 4)
+    return max(sizes)
 
 
 def _autoencoder_job(recipe: Recipe, size: int) -> tuple[Job, Batch]:

@@ -6,14 +6,8 @@ import sys
 import pytest
 from typer.testing import CliRunner
 
-from fae import app
+from fae import app, main
 from pipelines.config import load_recipe, recipe_names
-
-
-def fae(*arguments: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-m", "fae", *arguments], capture_output=True, text=True, check=False
-    )
 
 
 @pytest.mark.parametrize(
@@ -57,7 +51,18 @@ def test_what_is_printed_is_the_recipe_again(name, tmp_path):
         (["inspect", "/nowhere"], "holds no latent store"),
     ],
 )  # fmt: skip
-def test_a_mistake_is_explained_without_a_traceback(arguments, message):
-    result = fae(*arguments)
-    assert result.returncode == 2 and message in result.stderr
+def test_a_mistake_is_explained(arguments, message, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["fae", *arguments])
+    with pytest.raises(SystemExit) as ended:
+        main()
+    assert ended.value.code == 2
+    assert message in capsys.readouterr().err
+
+
+def test_a_mistake_has_no_traceback():
+    arguments = ["precompute", "photos-dinov2"]
+    result = subprocess.run(
+        [sys.executable, "-m", "fae", *arguments], capture_output=True, text=True, check=False
+    )
+    assert result.returncode == 2 and "Did you mean" in result.stderr
     assert "Traceback" not in result.stderr

@@ -31,6 +31,12 @@ TINY = [
     f"precompute.shard_size={SHARD_SIZE}",
     "precompute.threads_per_actor=1",
 ]
+SMALLEST_BACKBONE = [
+    "backbone.name=test_vit",
+    "autoencoder.encoder.num_heads=2",
+    "autoencoder.decoder.num_heads=2",
+]
+"""After TINY: timm's ViT for tests, 64 wide and six blocks deep."""
 
 
 def save_autoencoder(path: Path) -> Path:

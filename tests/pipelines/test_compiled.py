@@ -18,9 +18,9 @@ from pipelines.models import backbone_of
 from pipelines.precompute import Encoder
 from pipelines.sample import Artist
 from pipelines.train_autoencoder import autoencoder_config
-from tests.tiny import TINY
+from tests.tiny import SMALLEST_BACKBONE, TINY
 
-RECIPE = load_recipe("photos-dinov2s", TINY)
+RECIPE = load_recipe("photos-dinov2s", [*TINY, *SMALLEST_BACKBONE])
 
 
 @pytest.fixture

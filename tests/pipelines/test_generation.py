@@ -127,6 +127,7 @@ def trained(request, local_ray, store, tmp_path_factory) -> tuple[str, Path]:
     return request.param, folder / "test" / "generator.safetensors"
 
 
+@pytest.mark.faults
 @pytest.mark.integration
 @pytest.mark.parametrize("trained", ["dit"], indirect=True)
 def test_a_killed_generator_ends_with_the_same_parameters_bit_for_bit(trained, store, tmp_path):
@@ -320,6 +321,7 @@ def pixel_overrides(photographs: Path, folder: Path, *more: str) -> list[str]:
     ]  # fmt: skip
 
 
+@pytest.mark.faults
 @pytest.mark.integration
 def test_a_killed_pixel_decoder_with_its_adversary_ends_at_the_same_bits(
     photographs, local_ray, tmp_path

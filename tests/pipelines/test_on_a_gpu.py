@@ -21,12 +21,13 @@ from pipelines.train_generator import build_generator, generator_loss
 from pipelines.train_pixel_decoder import Objective, make_adversary, pixel_decoder_config
 from pipelines.training import Adversary, TrainState, train_step
 from tests.fake_gpu import GPU, FakeGPU
-from tests.tiny import TINY
+from tests.tiny import SMALLEST_BACKBONE, TINY
 
 GRID = (2, 2)
 LATENT_SHAPE = (8, *GRID)
 RECIPE = [
     *TINY,
+    *SMALLEST_BACKBONE,
     "autoencoder.training.gradient_clip=1.0",
     "autoencoder.training.ema_decay=0.99",
     "pixel_decoder.width=32",

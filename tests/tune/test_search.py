@@ -167,7 +167,7 @@ def test_asha_stops_a_trial_in_the_middle_of_its_training(local_ray, photographs
         RECIPE,
         values(
             photographs, tmp_path, "tracking.enabled=false", "tune.scheduler=asha", "tune.max_concurrent_trials=1",
-            "tune.space.autoencoder.training.learning_rate.grid=[1e-3,1e-9]", "autoencoder.training.steps=120",
+            "tune.space.autoencoder.training.learning_rate.grid=[1e-3,1e-9]", "autoencoder.training.steps=80",
             "autoencoder.training.validate_every=20", "autoencoder.training.checkpoint_every=20",
             "tune.asha.grace_steps=20", "tune.asha.reduction_factor=2",
         ),
@@ -176,7 +176,7 @@ def test_asha_stops_a_trial_in_the_middle_of_its_training(local_ray, photographs
     assert (numbers["trials"], numbers["finished"]) == (2, 1)
     stopped = next(r for r in results(tmp_path).values() if r["state"] == "stopped early")
     assert stopped["settings"] == {"autoencoder.training.learning_rate": 1e-9}
-    assert 20 <= stopped["metrics"]["autoencoder/step"] < 120
+    assert 20 <= stopped["metrics"]["autoencoder/step"] < 80
     folder = tmp_path / f"autoencoder-{stopped['stages']['autoencoder']}"
     assert not (folder / "result.json").exists()
     again = search(recipe)
