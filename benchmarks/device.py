@@ -50,6 +50,10 @@ PAPER_SAMPLE = (
     "autoencoder.encoder.num_heads=24", "autoencoder.encoder.head_dim=256", "autoencoder.decoder.num_heads=24",
 )  # fmt: skip
 
+BF16 = tuple(
+    f"{name}.training.precision=bf16" for name in ("autoencoder", "pixel_decoder", "generator")
+)
+
 Loss = Callable[..., Tensor]
 
 
@@ -237,7 +241,7 @@ def main() -> int:
             continue
         for compiled in ("false", "true"):
             keys = {key.format(name) for name in ("autoencoder", "pixel_decoder", "generator")}
-            asked = [*paper, *(f"{k}={compiled}" for k in sorted(keys)), *overrides]
+            asked = [*paper, *BF16, *(f"{k}={compiled}" for k in sorted(keys)), *overrides]
             command = [sys.executable, "-m", f"benchmarks.{part}", "--device", device.type, *asked]
             status |= subprocess.run(command, check=False).returncode
     return status

@@ -284,8 +284,8 @@ def test_two_drivers_on_one_store_write_it_once_and_a_third_recipe_is_refused(
     proxy.latency = 0.02
     other = driver(images, autoencoder, output)
     wait_for(lambda: shards(output) >= 1 or other.poll() is not None)
-    with pytest.raises(StoreMismatch, match="precision: bf16 there, fp32 now"):
-        precompute(recipe_for(images, autoencoder, output, "precompute.precision=fp32"))
+    with pytest.raises(StoreMismatch, match="precision: fp32 there, bf16 now"):
+        precompute(recipe_for(images, autoencoder, output, "precompute.precision=bf16"))
     job = Job(recipe_for(images, autoencoder, output))
     printed, errors = other.communicate(timeout=180)
     proxy.latency = 0.0
