@@ -119,6 +119,8 @@ class TrainingSection(_Section):
     """Between workers: a copy of the network each, or its parameters split over them."""
     use_gpu: bool = False
     cpus_per_worker: float = Field(1.0, gt=0.0)
+    threads_per_worker: int | None = Field(None, gt=0)
+    """Torch threads of a CPU worker; without it the run's workers share all the cores of their node."""
     log_every: int = Field(50, gt=0)
     validate_every: int = Field(1000, gt=0)
     checkpoint_every: int = Field(1000, gt=0)

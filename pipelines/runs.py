@@ -30,6 +30,7 @@ OPERATIONAL_KEYS = (
     "parallel",
     "use_gpu",
     "cpus_per_worker",
+    "threads_per_worker",
     "compile",
     "log_every",
     "validate_every",

@@ -110,7 +110,7 @@ def _worker(config: dict[str, Any]) -> None:
     recipe = Recipe.model_validate(config["recipe"])
     run_uri = storage.join(recipe.storage, str(recipe.run))
     device = ray.train.torch.get_device()
-    prepare_worker(device)
+    prepare_worker(device, recipe.autoencoder.training)
     is_first = ray.train.get_context().get_world_rank() == 0
     training, validation = runs.split_records(
         runs.read_plan(run_uri), recipe.data.validation_fraction

@@ -119,7 +119,7 @@ def _worker(config: dict[str, Any]) -> None:
     recipe = Recipe.model_validate(config["recipe"])
     run_uri = runs.run_folder(recipe)
     device = ray.train.torch.get_device()
-    prepare_worker(device)
+    prepare_worker(device, recipe.generator.training)
     is_first = ray.train.get_context().get_world_rank() == 0
     assert recipe.latents is not None
     store = LatentStore.open(recipe.latents)

@@ -212,7 +212,7 @@ def _worker(config: dict[str, Any]) -> None:
     section = recipe.pixel_decoder
     run_uri = runs.run_folder(recipe)
     device = ray.train.torch.get_device()
-    prepare_worker(device)
+    prepare_worker(device, recipe.pixel_decoder.training)
     is_first = ray.train.get_context().get_world_rank() == 0
     training, validation = runs.split_records(
         runs.read_plan(run_uri), recipe.data.validation_fraction

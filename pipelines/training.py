@@ -579,7 +579,7 @@ def _is_echo(failure: Exception) -> bool:
     )
 
 
-def prepare_worker(device: torch.device) -> None:
+def prepare_worker(device: torch.device, training: TrainingSection) -> None:
     """On a CPU, give this worker its share of the machine's cores (Ray's default is one thread); quiet its log."""
     import ray.data
     import ray.train
@@ -587,7 +587,8 @@ def prepare_worker(device: torch.device) -> None:
     quiet_logs()
     if device.type == "cpu":
         local_workers = ray.train.get_context().get_local_world_size()
-        torch.set_num_threads(max(1, (os.cpu_count() or 1) // local_workers))
+        share = max(1, (os.cpu_count() or 1) // local_workers)
+        torch.set_num_threads(training.threads_per_worker or share)
 
 
 def _tracker(recipe: Recipe, run_uri: str, tracking_uri: str) -> Tracker:

@@ -102,9 +102,11 @@ def with_trained_population(recipe: Recipe, settings: Sequence[Settings]) -> Rec
     """The recipe of the sweep that goes on with what population based training has made: a trial for each network."""
     import ray
 
-    at_once = concurrent_trials(recipe, plan_trial(recipe, {}), ray.cluster_resources())
+    cluster = ray.cluster_resources()
+    at_once = concurrent_trials(recipe, plan_trial(recipe, {}), cluster)
     made = recipe.model_copy(deep=True)
-    made.tune.points = train_population(recipe, settings, at_once)
+    sharing = with_shared_cores(recipe, int(cluster["CPU"]) // at_once)
+    made.tune.points = train_population(sharing, settings, at_once)
     made.tune.space, made.tune.algorithm, made.tune.scheduler = {}, "grid", "none"
     return made
 
@@ -162,6 +164,21 @@ def concurrent_trials(recipe: Recipe, trial: Trial, cluster: Mapping[str, float]
         if value
     ]
     return max(1, math.floor(min(fits, default=1.0)))
+
+
+def with_shared_cores(recipe: Recipe, cores: int) -> Recipe:
+    """The recipe of a trial that has `cores` for itself: its CPU workers and actors take no more threads than that."""
+    made = recipe.model_copy(deep=True)
+    for training in (
+        section.training for section in (made.autoencoder, made.pixel_decoder, made.generator)
+    ):
+        training.threads_per_worker = training.threads_per_worker or max(
+            1, cores // training.num_workers
+        )
+    made.precompute.threads_per_actor = made.precompute.threads_per_actor or max(
+        1, cores // made.precompute.num_actors
+    )
+    return made
 
 
 class _ReportValidation(TuneReportCallback):
@@ -226,8 +243,10 @@ def _run(recipe: Recipe, trials: list[Trial], folder: str) -> None:
     if judge is not None:
         # Those that have ended come first: the scheduler judges the others by them.
         todo = sorted(trials, key=lambda trial: trial.result() is None)
-    limit = concurrent_trials(recipe, plan_trial(recipe, {}), ray.cluster_resources())
+    cluster = ray.cluster_resources()
+    limit = concurrent_trials(recipe, plan_trial(recipe, {}), cluster)
     say(f"{limit} at a time")
+    recipe = with_shared_cores(recipe, int(cluster["CPU"]) // limit)
     recorder = _Recorder(recipe)
     options: dict[str, Any] = {"scheduler": judge, "max_concurrent_trials": limit}
     space: dict[str, Any] = {}

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from pipelines.config import RecipeError, load_recipe
-from tune.search import concurrent_trials, search
+from tune.search import concurrent_trials, search, with_shared_cores
 from tune.trials import plan_trial
 
 ROOT = Path(__file__).parents[2]
@@ -87,6 +87,21 @@ def test_as_many_trials_at_once_as_the_cluster_trains(photographs, tmp_path):
     assert [concurrent_trials(recipe, trial, {"CPU": n}) for n in (1, 2, 6)] == [1, 1, 4]
     recipe.tune.max_concurrent_trials = 3
     assert concurrent_trials(recipe, trial, {"CPU": 1}) == 3
+
+
+def test_trials_side_by_side_share_the_cores_and_are_the_same_trials(photographs, tmp_path):
+    recipe = load_recipe(
+        RECIPE,
+        values(
+            photographs, tmp_path, "chain.until=generator", "generator.training.num_workers=8",
+            "pixel_decoder.training.threads_per_worker=3",
+        ),
+    )  # fmt: skip
+    shared = with_shared_cores(recipe, 4)
+    trainings = (shared.autoencoder, shared.pixel_decoder, shared.generator)
+    assert [section.training.threads_per_worker for section in trainings] == [4, 3, 1]
+    assert shared.precompute.threads_per_actor == 4
+    assert plan_trial(shared, {}).uri == plan_trial(recipe, {}).uri
 
 
 @pytest.mark.faults
