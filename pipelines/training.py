@@ -24,6 +24,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
+from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from fae_core.errors import UserError
 from pipelines import storage
@@ -196,8 +197,8 @@ class TrainState:
     def update_ema(self) -> None:
         if self.ema_decay is not None:
             decay = ema_decay(self.step, self.ema_decay)
-            for average, parameter in zip(self.ema, self.networks["model"].parameters, strict=True):
-                average.lerp_(parameter, 1.0 - decay)
+            # All tensors in a few kernels: hundreds of small ones would keep a GPU waiting for the processor.
+            get_ema_multi_avg_fn(decay)(self.ema, self.networks["model"].parameters, self.step)
 
     @contextlib.contextmanager
     def averaged(self) -> Iterator[None]:
