@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import http.server
-import os
 import socket
-import subprocess
-import sys
 import threading
 import time
-from pathlib import Path
 
 import boto3
 import pytest
+from click.testing import Result
+from typer.testing import CliRunner
 
+from fae import app
 from fae_core.errors import UserError
 from pipelines import ray_session
 from pipelines.bucket_check import RULE_ID, check_bucket, clock_skew, covering_rule
@@ -22,7 +21,6 @@ from pipelines.config import TrackingSection, load_recipe
 from pipelines.doctor import check_tracking, doctor
 from pipelines.latent_store import versions
 
-ROOT = Path(__file__).parents[2]
 GIB = float(2**30)
 
 
@@ -232,16 +230,13 @@ def test_the_clock_is_compared_with_the_servers_date():
 
 
 def test_the_command_ends_with_one_where_there_is_a_problem(client):
-    def run(*arguments: str) -> subprocess.CompletedProcess[str]:
-        command = [sys.executable, "-m", "fae", "doctor", *arguments]
-        return subprocess.run(
-            command, cwd=ROOT, env=dict(os.environ), capture_output=True, text=True
-        )
+    def run(*arguments: str) -> Result:
+        return CliRunner().invoke(app, ["doctor", *arguments])
 
     good, bad = run("s3://doctor/latents"), run("s3://doctor/latents", "s3://nowhere/x")
-    assert good.returncode == 0 and "no problems" in good.stdout, good.stdout + good.stderr
-    assert bad.returncode == 1 and "1 problem" in bad.stdout
-    assert "not-for-messages" not in good.stdout + bad.stdout + bad.stderr
+    assert good.exit_code == 0 and "no problems" in good.output, good.output
+    assert bad.exit_code == 1 and "1 problem" in bad.output
+    assert "not-for-messages" not in good.output + bad.output
 
 
 # Tracking, and mistakes -----------------------------------------------------------------------------------------------

@@ -172,8 +172,8 @@ def test_what_is_not_given_is_asked_for(
         recipe = [*TINY, f"evaluate.images={originals}", "evaluate.scores=[inception_score,fid]"]
         evaluate(load_recipe("photos-dinov2s", recipe))
     with pytest.raises(RecipeError, match="no class token. Set evaluate.backbone_token=mean"):
-        siglip = ("backbone.name=vit_base_patch16_siglip_224", "backbone.image_size=null")
-        evaluate(recipe_of(originals, originals, *siglip))
+        without = ("backbone.name=test_vit2", "backbone.image_size=null")
+        evaluate(recipe_of(originals, originals, *without))
     monkeypatch.setenv("FAE_INCEPTION_WEIGHTS", str(tmp_path / "absent.pth"))
     with pytest.raises(WeightsError, match="No Inception weights at .*absent.pth"):
         evaluate(recipe_of(originals, originals, "evaluate.scores=[fid]"))

@@ -28,6 +28,7 @@ LATENT_SHAPE = (8, *GRID)
 RECIPE = [
     *TINY,
     *SMALLEST_BACKBONE,
+    *(f"{name}.training.precision=bf16" for name in ("autoencoder", "pixel_decoder", "generator")),
     "autoencoder.training.gradient_clip=1.0",
     "autoencoder.training.ema_decay=0.99",
     "pixel_decoder.width=32",
@@ -165,7 +166,6 @@ def test_a_training_step_waits_for_the_device_once(
 ) -> None:
     """Once, to ask of each micro-batch and each norm whether it is finite."""
     model, training, loss, batch, *adversaries = case(gpu)
-    assert training.precision == "bf16"
     adversary = adversaries[0] if adversaries else None
     state = TrainState(model.train(), training, adversary)
     judge = (adversary.module, adversary.loss) if adversary else ()
