@@ -1,5 +1,6 @@
 """From a latent store to pictures with real Ray: training survives a SIGKILL, samples are the same however they are drawn."""
 
+import functools
 import io
 import json
 import os
@@ -7,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -120,11 +122,22 @@ def local_ray():
     ray.shutdown()
 
 
+@pytest.fixture(scope="module")
+def train_once(local_ray, store, tmp_path_factory) -> Callable[[str], Path]:
+    """Trains a generator of a kind, once however the tests are ordered."""
+
+    @functools.cache
+    def train(kind: str) -> Path:
+        folder = tmp_path_factory.mktemp(kind)
+        train_generator(load_recipe("photos-dinov2s", overrides(store, folder, kind)))
+        return folder / "test" / "generator.safetensors"
+
+    return train
+
+
 @pytest.fixture(scope="module", params=["dit", "starflow"])
-def trained(request, local_ray, store, tmp_path_factory) -> tuple[str, Path]:
-    folder = tmp_path_factory.mktemp(request.param)
-    train_generator(load_recipe("photos-dinov2s", overrides(store, folder, request.param)))
-    return request.param, folder / "test" / "generator.safetensors"
+def trained(request, train_once) -> tuple[str, Path]:
+    return request.param, train_once(request.param)
 
 
 @pytest.mark.faults
