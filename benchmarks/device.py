@@ -173,7 +173,8 @@ def measure_encoder(encoder: Encoder, side: int, size: int, rate: float) -> list
     """Images/s from memory to memory and of the network alone, share of the matrix rate, and of the time in which the device waits."""
     device = encoder.device
     images = np.random.default_rng(0).integers(0, 256, (4 * size, side, side, 3), np.uint8)
-    there = torch.from_numpy(images[:size]).to(device)
+    with torch.inference_mode():  # as in the loop: another kind of tensor would be compiled anew
+        there = torch.from_numpy(images[:size]).to(device)
 
     def alone() -> None:
         with torch.inference_mode(), torch.autocast(device.type, torch.bfloat16):
@@ -185,7 +186,8 @@ def measure_encoder(encoder: Encoder, side: int, size: int, rate: float) -> list
 
     with torch.inference_mode(), FlopCounterMode(display=False) as counter:
         encoder.posterior(there[:1])
-    looped()  # kernels and, where asked for, compilation
+    for warm in (looped, alone):  # kernels and, where asked for, compilation
+        warm()
     in_loop, bare = seconds(looped, device, 3), seconds(alone, device, 3)
     share = counter.get_total_flops() * len(images) / in_loop / rate
     return [
