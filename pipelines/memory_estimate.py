@@ -159,7 +159,9 @@ def training_memory(recipe: Recipe, network: str) -> list[Process]:
 
 def sample_memory(recipe: Recipe) -> list[Process]:
     """Of `fae sample`; loads the three networks. Raises RecipeError, CheckpointError."""
-    options, artist = recipe.sample, Artist(recipe)
+    plain = recipe.model_copy(deep=True)
+    plain.sample.compile = False  # one image and two are not worth compiling for
+    options, artist = recipe.sample, Artist(plain)
     painter = artist.painter
     networks = _bytes(artist.model, painter.autoencoder, painter.pixel_decoder)
     size = min(options.batch_size, options.shard_size)

@@ -102,17 +102,18 @@ def with_trained_population(recipe: Recipe, settings: Sequence[Settings]) -> Rec
     """The recipe of the sweep that goes on with what population based training has made: a trial for each network."""
     import ray
 
-    cluster = ray.cluster_resources()
-    at_once = concurrent_trials(recipe, plan_trial(recipe, {}), cluster)
+    at_once = concurrent_trials(recipe, plan_trial(recipe, {}), ray.cluster_resources())
     made = recipe.model_copy(deep=True)
-    sharing = with_shared_cores(recipe, int(cluster["CPU"]) // at_once)
+    sharing = with_shared_cores(recipe, cores_of_each(at_once, _cpus_of_nodes()))
     made.tune.points = train_population(sharing, settings, at_once)
     made.tune.space, made.tune.algorithm, made.tune.scheduler = {}, "grid", "none"
     return made
 
 
-def run_trial(config: dict[str, Any], values: dict[str, Any]) -> None:
+def run_trial(config: dict[str, Any], values: dict[str, Any], cores: int) -> None:
     """What Ray Tune calls in a process of its own: the stages that are missing, each under its claim.
+
+    They run with `cores` for themselves; the trial's own recipe, which is recorded, says nothing of this cluster.
 
     A trial that is recorded already only reports again what it reported then; ASHA is told so after a restart.
     """
@@ -130,7 +131,7 @@ def run_trial(config: dict[str, Any], values: dict[str, Any]) -> None:
     tracker = trial_tracker(recipe, trial)
     tracker.log_file(begin(trial), "recipe.yaml")
     ran: dict[str, float] = {}
-    for stage in trial.stages:
+    for stage in plan_trial(with_shared_cores(recipe, cores), trial.settings).stages:
         if stage.result() is None:
             with claimed(stage.uri):
                 if stage.result() is None:
@@ -164,6 +165,17 @@ def concurrent_trials(recipe: Recipe, trial: Trial, cluster: Mapping[str, float]
         if value
     ]
     return max(1, math.floor(min(fits, default=1.0)))
+
+
+def cores_of_each(at_once: int, nodes: Sequence[float]) -> int:
+    """Of nodes with so many CPUs, what each of `at_once` trials has for itself: at most the largest node's."""
+    return max(1, min(int(max(nodes)), int(sum(nodes)) // at_once))
+
+
+def _cpus_of_nodes() -> list[float]:
+    import ray
+
+    return [node["Resources"].get("CPU", 0.0) for node in ray.nodes() if node["Alive"]]
 
 
 def with_shared_cores(recipe: Recipe, cores: int) -> Recipe:
@@ -243,10 +255,8 @@ def _run(recipe: Recipe, trials: list[Trial], folder: str) -> None:
     if judge is not None:
         # Those that have ended come first: the scheduler judges the others by them.
         todo = sorted(trials, key=lambda trial: trial.result() is None)
-    cluster = ray.cluster_resources()
-    limit = concurrent_trials(recipe, plan_trial(recipe, {}), cluster)
+    limit = concurrent_trials(recipe, plan_trial(recipe, {}), ray.cluster_resources())
     say(f"{limit} at a time")
-    recipe = with_shared_cores(recipe, int(cluster["CPU"]) // limit)
     recorder = _Recorder(recipe)
     options: dict[str, Any] = {"scheduler": judge, "max_concurrent_trials": limit}
     space: dict[str, Any] = {}
@@ -257,7 +267,8 @@ def _run(recipe: Recipe, trials: list[Trial], folder: str) -> None:
         options |= {"search_alg": searcher, "num_samples": missing}
     else:
         space[SETTINGS] = tune.grid_search([json.dumps(trial.settings) for trial in todo])
-    trainable = tune.with_parameters(run_trial, values=recipe.model_dump(mode="json"))
+    cores = cores_of_each(limit, _cpus_of_nodes())
+    trainable = tune.with_parameters(run_trial, values=recipe.model_dump(mode="json"), cores=cores)
     with tempfile.TemporaryDirectory() as scratch:
         tuner = tune.Tuner(
             # A trial itself only waits; its stages ask for what they need.

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from pipelines.config import RecipeError, load_recipe
-from tune.search import concurrent_trials, search, with_shared_cores
+from tune.search import concurrent_trials, cores_of_each, search, with_shared_cores
 from tune.trials import plan_trial
 
 ROOT = Path(__file__).parents[2]
@@ -102,6 +102,7 @@ def test_trials_side_by_side_share_the_cores_and_are_the_same_trials(photographs
     assert [section.training.threads_per_worker for section in trainings] == [4, 3, 1]
     assert shared.precompute.threads_per_actor == 4
     assert plan_trial(shared, {}).uri == plan_trial(recipe, {}).uri
+    assert [cores_of_each(n, [16.0, 16.0, 4.0]) for n in (1, 2, 3, 9, 100)] == [16, 16, 12, 4, 1]
 
 
 @pytest.mark.faults
