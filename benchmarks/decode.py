@@ -26,10 +26,10 @@ from PIL import Image
 from torchvision.io import ImageReadMode, decode_jpeg
 
 from benchmarks.environment import describe, write_photographs
+from fae.pipelines.config.recipe import load_recipe
+from fae.pipelines.data.crops import adm_center_crop, decode_image, fast_center_crop
+from fae.pipelines.networks.loading import backbone_of
 from fae_core.backbone import Backbone
-from pipelines.config import load_recipe
-from pipelines.images import adm_center_crop, decode_image, fast_center_crop
-from pipelines.models import backbone_of
 
 try:
     import simplejpeg

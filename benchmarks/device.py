@@ -25,16 +25,16 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.environment import describe
 from benchmarks.train import matrix_rate, seconds
+from fae.pipelines.config.recipe import Recipe, load_recipe
+from fae.pipelines.latents.encoder import LatentEncoder
+from fae.pipelines.networks.loading import backbone_of
+from fae.pipelines.networks.untrained import autoencoder_config
 from fae_core.autoencoder import AutoencoderConfig, FeatureAutoencoder
 from fae_core.flow_matching import flow_matching_loss
 from fae_core.generators.dit import DiT, DiTConfig
 from fae_core.generators.starflow import StarFlow, StarFlowConfig, flow_loss
 from fae_core.pixel_decoder import PixelDecoder, PixelDecoderConfig
 from fae_core.samplers import PAPER_GUIDANCE, sample_ode
-from pipelines.config import Recipe, load_recipe
-from pipelines.models import backbone_of
-from pipelines.precompute import Encoder
-from pipelines.train_autoencoder import autoencoder_config
 
 BOUNDS = {"fp32": 1e-3, "bf16": 5e-2}
 """Largest relative error: sums in another order, and eight bits of mantissa through a few dozen layers."""
@@ -160,16 +160,16 @@ def drawn(network: DiT | StarFlow, inputs: Sequence[Tensor], device: torch.devic
 
 def encoder_of(
     recipe: Recipe, device: torch.device, precision: str, compiled: bool = False
-) -> Encoder:
+) -> LatentEncoder:
     """The recipe's backbone with an untrained FAE encoder, the same at each call."""
     backbone = backbone_of(recipe)
     torch.manual_seed(1)
     autoencoder = FeatureAutoencoder(autoencoder_config(recipe, backbone)).eval()
     modules = backbone.to(device), autoencoder.to(device)
-    return Encoder(*modules, "", ["mean"], precision, device, compiled)
+    return LatentEncoder(*modules, "", ["mean"], precision, device, compiled)
 
 
-def measure_encoder(encoder: Encoder, side: int, size: int, rate: float) -> list[str]:
+def measure_encoder(encoder: LatentEncoder, side: int, size: int, rate: float) -> list[str]:
     """Images/s from memory to memory and of the network alone, share of the matrix rate, and of the time in which the device waits."""
     device = encoder.device
     images = np.random.default_rng(0).integers(0, 256, (4 * size, side, side, 3), np.uint8)

@@ -18,9 +18,10 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from pipelines import latent_store, storage
-from pipelines.config import DataSection
-from pipelines.sources import plan_images
+from fae.pipelines.config.sections import DataSection
+from fae.pipelines.data.sources import plan_images
+from fae.pipelines.latents.plan import PLAN, ensure_plan
+from fae.pipelines.storage import paths
 
 
 def measure(source: str) -> dict[str, float]:
@@ -30,8 +31,8 @@ def measure(source: str) -> dict[str, float]:
     table = plan_images(DataSection(path=source))
     listed = time.monotonic()
     with tempfile.TemporaryDirectory() as folder:
-        plan = latent_store.ensure_plan(folder, table, 512, {"backbone": "benchmark"})
-        (file,) = storage.list_files(storage.join(folder, latent_store.PLAN))
+        plan = ensure_plan(folder, table, 512, {"backbone": "benchmark"})
+        (file,) = paths.list_files(paths.join(folder, PLAN))
     ended = time.monotonic()
     rows = plan.num_images
     return {

@@ -25,23 +25,24 @@ import psutil
 from benchmarks.environment import describe, write_photographs
 from benchmarks.precompute import save_untrained
 from benchmarks.store import write_store
-from fae_core import checkpoint
-from fae_core.pixel_decoder import PixelDecoder
-from pipelines.config import load_recipe
-from pipelines.memory_estimate import (
+from fae.pipelines.config.recipe import load_recipe
+from fae.pipelines.doctor.memory import (
     Process,
     precompute_memory,
     sample_memory,
     total,
     training_memory,
 )
-from pipelines.models import backbone_spec
-from pipelines.precompute import precompute
-from pipelines.ray_session import start_ray
-from pipelines.sample import sample
-from pipelines.train_autoencoder import train_autoencoder
-from pipelines.train_generator import build_generator, train_generator
-from pipelines.train_pixel_decoder import pixel_decoder_config, train_pixel_decoder
+from fae.pipelines.latents.precompute_job import precompute
+from fae.pipelines.networks.loading import backbone_spec
+from fae.pipelines.networks.untrained import build_generator, pixel_decoder_config
+from fae.pipelines.runtime.session import start_ray
+from fae.pipelines.sampling.sample_job import sample
+from fae.pipelines.training.autoencoder import train_autoencoder
+from fae.pipelines.training.generator import train_generator
+from fae.pipelines.training.pixel_decoder import train_pixel_decoder
+from fae_core import checkpoint
+from fae_core.pixel_decoder import PixelDecoder
 
 SMALL = (
     "backbone.name=vit_tiny_patch16_224",

@@ -7,7 +7,7 @@
 2. Ray Data's documented batch inference: read_images -> map -> map_batches(class, ActorPoolStrategy) -> write_parquet.
 3. Ours, `fae precompute`.
 
-All three are ours in code, and run with one crop (ADM's, by Pillow), one Encoder, one precision and one batch size, each in a
+All three are ours in code, and run with one crop (ADM's, by Pillow), one LatentEncoder, one precision and one batch size, each in a
 process of its own; the model has the threads of all cores in each, and decoding what the others leave. Neither peer
 verifies, resumes or counts what it wrote. The steady rate is that of the middle half of the batches or shards.
 Ratios are to the bare model loop over crops in memory, before and after the three.
@@ -32,11 +32,12 @@ from torch.utils.data import DataLoader, Dataset
 
 from benchmarks.environment import describe, write_photographs
 from benchmarks.precompute import decode_only, model_only, save_untrained
-from pipelines.config import Recipe, load_recipe
-from pipelines.images import adm_center_crop
-from pipelines.precompute import Encoder, precompute
-from pipelines.progress import Progress
-from pipelines.ray_session import start_ray
+from fae.pipelines.config.recipe import Recipe, load_recipe
+from fae.pipelines.data.crops import adm_center_crop
+from fae.pipelines.latents.encoder import LatentEncoder
+from fae.pipelines.latents.precompute_job import precompute
+from fae.pipelines.runtime.progress import Progress
+from fae.pipelines.runtime.session import start_ray
 
 
 class Photographs(Dataset[tuple[str, np.ndarray]]):
@@ -61,7 +62,7 @@ def loop(recipe: Recipe) -> tuple[int, float]:
     torch.set_num_threads(os.cpu_count() or 1)
     options, output = recipe.precompute, Path(recipe.output)
     output.mkdir()
-    encoder = Encoder.of(recipe)
+    encoder = LatentEncoder.of(recipe)
     photographs = Photographs(recipe.data.path, recipe.image_size)
     loader = DataLoader(photographs, options.batch_size, num_workers=os.cpu_count() or 1)
     progress = Progress(len(loader), len(photographs), enabled=False)
@@ -86,7 +87,7 @@ class EncodeBatch:
 
     def __init__(self, recipe: Recipe) -> None:
         torch.set_num_threads(os.cpu_count() or 1)
-        self.encoder = Encoder.of(recipe)
+        self.encoder = LatentEncoder.of(recipe)
 
     def __call__(self, batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
         mean = self.encoder.encode(batch["image"], len(batch["image"]))["mean"]

@@ -20,15 +20,18 @@ import numpy as np
 import torch
 
 from benchmarks.environment import describe, write_photographs
+from fae.pipelines.config.recipe import Recipe, load_recipe
+from fae.pipelines.data.crops import decode_records
+from fae.pipelines.data.reading import read_records
+from fae.pipelines.data.records import ImageRecord
+from fae.pipelines.data.sources import list_images
+from fae.pipelines.latents.encoder import LatentEncoder
+from fae.pipelines.latents.precompute_job import precompute
+from fae.pipelines.networks.loading import backbone_fingerprints, backbone_of
+from fae.pipelines.networks.untrained import autoencoder_config
+from fae.pipelines.runtime.session import start_ray
 from fae_core import checkpoint
 from fae_core.autoencoder import FeatureAutoencoder
-from pipelines.config import Recipe, load_recipe
-from pipelines.images import decode_records, read_records
-from pipelines.models import backbone_fingerprints, backbone_of
-from pipelines.precompute import Encoder, precompute
-from pipelines.ray_session import start_ray
-from pipelines.sources import ImageRecord, list_images
-from pipelines.train_autoencoder import autoencoder_config
 
 MODEL_IMAGES = 192
 
@@ -62,7 +65,7 @@ def count_decoded(work: tuple[list[ImageRecord], Recipe]) -> int:
 def model_only(recipe: Recipe, crops: np.ndarray) -> float:
     """Images per second of a plain loop over crops in memory, with all cores' threads."""
     torch.set_num_threads(recipe.precompute.threads_per_actor or os.cpu_count() or 1)
-    encoder = Encoder.of(recipe)
+    encoder = LatentEncoder.of(recipe)
     size = recipe.precompute.batch_size
     encoder.encode(crops[:size], size)
     started = time.perf_counter()

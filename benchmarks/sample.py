@@ -16,17 +16,20 @@ import torch
 
 from benchmarks.environment import describe
 from benchmarks.train import LATENT_SHAPE, seconds
+from fae.pipelines.config.recipe import Recipe, load_recipe
+from fae.pipelines.networks.loading import backbone_spec
+from fae.pipelines.networks.untrained import (
+    autoencoder_config,
+    build_generator,
+    pixel_decoder_config,
+)
+from fae.pipelines.sampling.latent_decoder import LatentDecoder
+from fae.pipelines.sampling.latent_sampler import LatentSampler, image_noise, intervals
 from fae_core.autoencoder import FeatureAutoencoder
 from fae_core.generators.dit import DiT
 from fae_core.generators.starflow import StarFlow
 from fae_core.pixel_decoder import PixelDecoder
 from fae_core.samplers import guidance_scale, timestep_grid
-from pipelines.config import Recipe, load_recipe
-from pipelines.drawing import Draw, Painter, image_noise, intervals
-from pipelines.models import backbone_spec
-from pipelines.train_autoencoder import autoencoder_config
-from pipelines.train_generator import build_generator
-from pipelines.train_pixel_decoder import pixel_decoder_config
 
 SMALL = ("generator.size=S", "pixel_decoder.size=S", "sample.guidance=paper")
 """What two CPU cores can do; overridden by the command line."""
@@ -60,19 +63,19 @@ def measure(name: str, recipe: Recipe, images: int, device: torch.device) -> lis
     model = build_generator(section, LATENT_SHAPE).to(device).eval()
     autoencoder = FeatureAutoencoder(autoencoder_config(recipe, spec)).to(device).eval()
     decoder = PixelDecoder(pixel_decoder_config(recipe, spec)).to(device).eval()
-    painter = Painter(autoencoder, decoder, {})
+    decoder = LatentDecoder(autoencoder, decoder, {})
     if recipe.sample.compile and name == "dit":
         model.compile(dynamic=False, fullgraph=True)
-    draw = Draw(model, recipe.sample, recipe.seed, device)
+    draw = LatentSampler(model, recipe.sample, recipe.seed, device)
     noise = image_noise(recipe.seed, range(images), LATENT_SHAPE)
     labels = torch.arange(images) % section.num_classes
     there = noise.to(device), labels.to(device)
 
     with torch.inference_mode():
         latents = draw(noise, labels, list(range(images)))
-        painter(latents)
+        decoder(latents)
         drawing = seconds(lambda: draw(noise, labels, list(range(images))), device, 1)
-        painting = seconds(lambda: painter(latents), device, 3)
+        painting = seconds(lambda: decoder(latents), device, 3)
     alone = seconds(lambda: network_alone(model, recipe, *there), device, 1)
     total = drawing + painting
     return [name, str(images), f"{images / total:.3f}", f"{painting / total:.3f}", f"{alone / drawing:.3f}"]  # fmt: skip

@@ -24,15 +24,16 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
 from benchmarks.environment import describe
+from fae.pipelines.config.recipe import Recipe, load_recipe
+from fae.pipelines.data.crops import decode_records
+from fae.pipelines.data.reading import read_records
+from fae.pipelines.data.sources import list_images
+from fae.pipelines.networks.loading import backbone_of, load_checkpoint
+from fae.pipelines.sampling.sample_store import read_samples
 from fae_core.backbone import Backbone
 from fae_core.figures import picture_grid
 from fae_core.metrics.frechet import frechet_of_features
 from fae_core.pixel_decoder import to_uint8
-from pipelines.config import Recipe, load_recipe
-from pipelines.images import decode_records, read_records
-from pipelines.models import backbone_of, load_checkpoint
-from pipelines.sample_store import read_samples
-from pipelines.sources import list_images
 
 BATCH = 128
 NEIGHBOURS = 4

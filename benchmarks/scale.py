@@ -41,10 +41,15 @@ from scipy.optimize import nnls
 from benchmarks.environment import describe
 from benchmarks.forked_workers import forked_workers
 from benchmarks.sleeping import LATENT_SHAPE, SleepingEncoder
-from pipelines import latent_store, precompute, storage
-from pipelines.config import Recipe, load_recipe
-from pipelines.ray_session import start_ray
-from pipelines.sources import RECORDS, ImageRecord, plan_images
+from fae.pipelines.config.recipe import Recipe, load_recipe
+from fae.pipelines.data.records import RECORDS, ImageRecord
+from fae.pipelines.data.sources import plan_images
+from fae.pipelines.latents import precompute_job
+from fae.pipelines.latents.manifest import commit, describe_shards, missing_shards, read_manifest
+from fae.pipelines.latents.plan import ensure_plan, open_plan
+from fae.pipelines.latents.shards import encode_shard, shard_uri
+from fae.pipelines.runtime.session import start_ray
+from fae.pipelines.storage import paths
 
 IMAGES = 4
 """Images of a shard here; what the driver does does not depend on them."""
@@ -65,12 +70,12 @@ def simulate(
     recipe = sleeping_recipe(folder, num_actors, num_shards, gpus)
     assert recipe.output is not None
     parts = {"service seconds": str(seconds)}
-    plan = latent_store.ensure_plan(recipe.output, plan_images(recipe.data), IMAGES, parts)
-    todo = latent_store.missing_shards(recipe.output, plan)
+    plan = ensure_plan(recipe.output, plan_images(recipe.data), IMAGES, parts)
+    todo = missing_shards(recipe.output, plan)
     started = time.perf_counter()
     ends: list[float] = []
     used: list[dict[str, float]] = []
-    for row in precompute.finished_shards(recipe, todo, parts, SleepingEncoder):
+    for row in precompute_job.finished_shards(recipe, todo, parts, SleepingEncoder):
         ends.append(float(row["encoded_at"]))
         # A look at every process costs milliseconds: only where the middle half begins and ends.
         if len(ends) in (num_shards // 4, 3 * num_shards // 4):
@@ -78,7 +83,7 @@ def simulate(
                 {"at": len(ends), "clock": time.perf_counter(), **processor_seconds(workers)}
             )
     wall = time.perf_counter() - started
-    manifest = latent_store.commit(recipe.output, plan, {})
+    manifest = commit(recipe.output, plan, {})
     assert (manifest["stored"], manifest["errors"]) == (num_shards * IMAGES, 0)
     shutil.rmtree(folder)
     first, last = used
@@ -86,7 +91,7 @@ def simulate(
     begin, end = int(first["at"]) - 1, int(last["at"]) - 1
     rate = (end - begin) / (ends[end] - ends[begin])
     busy = {n: (last[n] - first[n]) / (last["clock"] - first["clock"]) for n in PROCESSES}
-    made = {"actors": num_actors, "num_lanes": precompute.lanes_for(num_actors)}
+    made = {"actors": num_actors, "num_lanes": precompute_job.lanes_for(num_actors)}
     return {**made, "seconds": seconds, "rate": rate, "wall": wall, **busy}
 
 
@@ -177,18 +182,18 @@ def steps_of(folder: str, num_shards: int) -> Iterator[tuple[str, Callable[[], A
     keys = pa.array([f"{index:010d}" for index in range(num_shards)], pa.large_string())
     nulls = pa.nulls(num_shards)
     records = pa.table({"key": keys, "uri": keys, "label": nulls, "caption": nulls}).cast(RECORDS)
-    yield "plan", lambda: latent_store.ensure_plan(folder, records, 1, {"backbone": "none"})
-    plan = latent_store.open_plan(folder)
-    yield "open the plan, as every worker does", lambda: latent_store.open_plan(folder)
+    yield "plan", lambda: ensure_plan(folder, records, 1, {"backbone": "none"})
+    plan = open_plan(folder)
+    yield "open the plan, as every worker does", lambda: open_plan(folder)
     yield "read a shard's records", lambda: plan.shard(num_shards // 2)
     described, footers = real_shards(f"{folder}/real")
     yield f"read the footers of {FOOTERS} shards, as workers do", footers
-    yield "list what is missing of none", lambda: latent_store.missing_shards(folder, plan)
+    yield "list what is missing of none", lambda: missing_shards(folder, plan)
     for index in range(num_shards):
-        path = Path(latent_store.shard_uri(folder, index))
+        path = Path(shard_uri(folder, index))
         path.parent.mkdir(exist_ok=True)
         path.touch()
-    yield "list what is missing of all", lambda: latent_store.missing_shards(folder, plan)
+    yield "list what is missing of all", lambda: missing_shards(folder, plan)
 
     def each(_: Any, items: Iterable[Any]) -> Iterator[Any]:
         (entry,), statistics, shapes = described
@@ -198,20 +203,20 @@ def steps_of(folder: str, num_shards: int) -> Iterator[tuple[str, Callable[[], A
             named = [{**entry, "name": f"{i:08d}.parquet", "etag": f"{i:032x}"} for i in numbers]
             yield named, statistics, shapes
 
-    yield "commit, the footers given", lambda: latent_store.commit(folder, plan, {}, each)
-    yield "read the manifest", lambda: latent_store.read_manifest(folder)
+    yield "commit, the footers given", lambda: commit(folder, plan, {}, each)
+    yield "read the manifest", lambda: read_manifest(folder)
 
 
 def real_shards(folder: str) -> tuple[Any, Callable[[], Any]]:
     """(what a worker tells of one real shard, a call that reads the footers of FOOTERS)."""
     values = {"mean": np.ones((1, *LATENT_SHAPE), np.float16)}
     for index in range(FOOTERS):
-        data = latent_store.encode_shard(index, [ImageRecord(str(index), "")], values, 0, "")
-        path = Path(latent_store.shard_uri(folder, index))
+        data = encode_shard(index, [ImageRecord(str(index), "")], values, 0, "")
+        path = Path(shard_uri(folder, index))
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(data)
-    files = sorted(storage.list_files(f"{folder}/shards"), key=lambda file: file.uri)
-    read = latent_store.describe_shards
+    files = sorted(paths.list_files(f"{folder}/shards"), key=lambda file: file.uri)
+    read = describe_shards
     return read((folder, "", 0, files[:1])), lambda: read((folder, "", 0, files))
 
 
@@ -236,7 +241,7 @@ def print_million(num_shards: int) -> None:
 
 def print_simulation(rows: list[dict[str, float]], gpu_rate: float, size: int) -> None:
     """The table of `simulate`, the fit, and where each process would be full."""
-    print(f"\nOne lane has {precompute.ACTORS_PER_LANE} actors at most.\n")
+    print(f"\nOne lane has {precompute_job.ACTORS_PER_LANE} actors at most.\n")
     names = " | ".join(f"{name} busy" for name in PROCESSES)
     print(
         f"| actors | a shard [s] | lanes | shards/s | efficiency | {names} (of its cores) | all [s] |"
@@ -327,7 +332,7 @@ def main() -> None:
         print_million(arguments.shards)
     if not arguments.runs:
         return
-    precompute.ACTORS_PER_LANE = arguments.lane or precompute.ACTORS_PER_LANE
+    precompute_job.ACTORS_PER_LANE = arguments.lane or precompute_job.ACTORS_PER_LANE
     rows, gpus = [], float(arguments.gpus > 0)
     with forked_workers() as workers, tempfile.TemporaryDirectory() as folder:
         believed = {"num_cpus": arguments.cpus, "num_gpus": arguments.gpus or None}

@@ -24,12 +24,15 @@ import pyarrow.parquet as pq
 import torch
 
 from benchmarks.environment import describe
-from pipelines import latent_store, storage
-from pipelines.config import GeneratorSection, GeneratorTraining
-from pipelines.epoch_order import EpochOrder
-from pipelines.latent_feed import latent_feed
-from pipelines.latent_reader import LatentStore
-from pipelines.sources import ImageRecord
+from fae.pipelines.config.sections import GeneratorSection, GeneratorTraining
+from fae.pipelines.data.order import EpochOrder
+from fae.pipelines.data.records import ImageRecord
+from fae.pipelines.latents.manifest import commit, encode_manifest
+from fae.pipelines.latents.plan import FORMAT, ensure_plan
+from fae.pipelines.latents.reader import LatentStore
+from fae.pipelines.latents.shards import write_shard
+from fae.pipelines.storage import paths
+from fae.pipelines.training.latent_feed import latent_feed
 
 SHARD = 512
 BATCH = 512
@@ -39,7 +42,7 @@ MEBI = 1 << 20
 def write_store(folder: str, num_rows: int, shape: tuple[int, ...]) -> tuple[float, float]:
     """Plan, write and commit `num_rows` random latents: seconds of all shards, and of the same bytes by `write_bytes` alone."""
     records = [ImageRecord(f"{i:08d}", f"/none/{i}", label=i % 1000) for i in range(num_rows)]
-    plan = latent_store.ensure_plan(folder, records, SHARD, {"autoencoder weights": "none"})
+    plan = ensure_plan(folder, records, SHARD, {"autoencoder weights": "none"})
     values = np.random.default_rng(0).normal(size=(SHARD, *shape)).astype(np.float16)
     ours = plain = 0.0
     for index in range(plan.num_shards):
@@ -47,17 +50,17 @@ def write_store(folder: str, num_rows: int, shape: tuple[int, ...]) -> tuple[flo
         latents = {"mean": np.roll(values, index, axis=0)[: len(rows)]}
         kept = list(range(len(rows)))
         started = time.perf_counter()
-        latent_store.write_shard(folder, index, rows, kept, latents, [], plan.fingerprint)
+        write_shard(folder, index, rows, kept, latents, [], plan.fingerprint)
         ours += time.perf_counter() - started
         started = time.perf_counter()
-        storage.write_bytes(storage.join(folder, "plain"), latents["mean"].tobytes())
+        paths.write_bytes(paths.join(folder, "plain"), latents["mean"].tobytes())
         plain += time.perf_counter() - started
-    latent_store.commit(folder, plan, {})
+    commit(folder, plan, {})
     return ours, plain
 
 
 def shard_files(folder: str) -> list[str]:
-    return sorted(file.uri for file in storage.list_files(storage.join(folder, "shards")))
+    return sorted(file.uri for file in paths.list_files(paths.join(folder, "shards")))
 
 
 def read_files(folder: str) -> None:
@@ -139,15 +142,15 @@ def write_manifest(folder: str, num_rows: int) -> int:
     ]  # fmt: skip
     counted = {"count": num_rows, "sums": ["1"] * 32, "squares": ["1"] * 32}
     manifest = {
-        "format": latent_store.FORMAT,
+        "format": FORMAT,
         "columns": ["mean"],
         "latent_shape": [32, 16, 16],
         "stored": num_rows,
         "statistics": {"mean": counted},
         "shards": shards,
     }
-    data = latent_store.encode_manifest(manifest)
-    storage.write_bytes(storage.join(folder, "manifest.json"), data)
+    data = encode_manifest(manifest)
+    paths.write_bytes(paths.join(folder, "manifest.json"), data)
     return len(data)
 
 

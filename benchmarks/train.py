@@ -25,20 +25,30 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.environment import describe
+from fae.pipelines.config.recipe import Recipe, load_recipe
+from fae.pipelines.config.sections import TrainingSection
+from fae.pipelines.data.records import ImageRecord
+from fae.pipelines.latents.manifest import commit
+from fae.pipelines.latents.plan import ensure_plan
+from fae.pipelines.latents.reader import LatentStore
+from fae.pipelines.latents.shards import write_shard
+from fae.pipelines.networks.loading import backbone_of
+from fae.pipelines.networks.untrained import (
+    autoencoder_config,
+    build_generator,
+    pixel_decoder_config,
+)
+from fae.pipelines.training.autoencoder import autoencoder_loss
+from fae.pipelines.training.batches import Batch
+from fae.pipelines.training.generator import generator_loss
+from fae.pipelines.training.job import Adversary, AdversaryLoss, LossFunction
+from fae.pipelines.training.latent_feed import latent_feed
+from fae.pipelines.training.pixel_decoder import Objective, make_adversary
+from fae.pipelines.training.state import TrainState
+from fae.pipelines.training.step import train_step
 from fae_core.autoencoder import FeatureAutoencoder
 from fae_core.layers import num_parameters
 from fae_core.pixel_decoder import PixelDecoder
-from pipelines import latent_store
-from pipelines.batches import Batch
-from pipelines.config import Recipe, TrainingSection, load_recipe
-from pipelines.latent_feed import latent_feed
-from pipelines.latent_reader import LatentStore
-from pipelines.models import backbone_of
-from pipelines.sources import ImageRecord
-from pipelines.train_autoencoder import autoencoder_config, autoencoder_loss
-from pipelines.train_generator import build_generator, generator_loss
-from pipelines.train_pixel_decoder import Objective, make_adversary, pixel_decoder_config
-from pipelines.training import Adversary, AdversaryLoss, LossFunction, TrainState, train_step
 
 NETWORKS = ("autoencoder", "pixel_decoder", "dit", "starflow")
 LATENT_SHAPE = (32, 16, 16)
@@ -79,15 +89,15 @@ def matrix_rate(device: torch.device, dtype: torch.dtype) -> float:
 
 def seconds(work: Callable[[], Any], device: torch.device, repeats: int) -> float:
     """Mean wall-clock seconds of `work`, the device's queue emptied before and after."""
-    synchronise(device)
+    synchronize(device)
     started = time.perf_counter()
     for _ in range(repeats):
         work()
-    synchronise(device)
+    synchronize(device)
     return (time.perf_counter() - started) / repeats
 
 
-def synchronise(device: torch.device) -> None:
+def synchronize(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.synchronize()
 
@@ -145,14 +155,14 @@ def generator_case(recipe: Recipe, kind: str, folder: Path, device: torch.device
 def write_store(folder: Path, rows: int) -> None:
     """A finished store of random latents, in shards of 256."""
     records = [ImageRecord(f"{i:06d}", f"/x/{i}", label=i % 1000) for i in range(rows)]
-    plan = latent_store.ensure_plan(str(folder), records, 256, {"autoencoder weights": "none"})
+    plan = ensure_plan(str(folder), records, 256, {"autoencoder weights": "none"})
     random = np.random.default_rng(0)
     for shard in range(plan.num_shards):
         part = plan.shard(shard)
         values = {"mean": random.normal(size=(len(part), *LATENT_SHAPE)).astype(np.float16)}
         places = list(range(len(part)))
-        latent_store.write_shard(str(folder), shard, part, places, values, [], plan.fingerprint)
-    latent_store.commit(str(folder), plan, {})
+        write_shard(str(folder), shard, part, places, values, [], plan.fingerprint)
+    commit(str(folder), plan, {})
 
 
 def measure(name: str, case: Case, steps: int, rate: float, device: torch.device) -> list[str]:

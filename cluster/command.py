@@ -12,8 +12,8 @@ from pathlib import Path
 
 import yaml
 
-from cluster.environment import refuse_password
-from cluster.errors import SubmitError
+from .environment import refuse_password
+from .errors import SubmitError
 
 MODULES = {
     "precompute": "pipelines.precompute",

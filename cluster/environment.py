@@ -10,7 +10,7 @@ import re
 from collections.abc import Mapping, Sequence
 from urllib.parse import urlsplit, urlunsplit
 
-from cluster.errors import SubmitError
+from .errors import SubmitError
 
 # Nothing of RAY_*: the cluster's own addresses and token would be overwritten, and Ray refuses a job
 # whose driver sets a variable that the job sets too.

@@ -13,9 +13,9 @@ from typing import Any
 
 import yaml
 
-from cluster.command import Command
-from cluster.environment import job_environment
-from cluster.errors import SubmitError
+from .command import Command
+from .environment import job_environment
+from .errors import SubmitError
 
 TEMPLATES = Path(__file__).parent / "kuberay"
 TEMPLATE_OF = {"tune": "rayjob-tune.yaml", "precompute": "rayjob-precompute.yaml"}

@@ -17,10 +17,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from cluster.command import Command
-from cluster.environment import job_environment
-from cluster.errors import SubmitError
-from cluster.working_tree import LIMIT, WorkingTree, working_tree
+from .command import Command
+from .environment import job_environment
+from .errors import SubmitError
+from .working_tree import LIMIT, WorkingTree, working_tree
 
 DEFAULT_ADDRESS = "http://127.0.0.1:8265"
 POLL_SECONDS = 1.0

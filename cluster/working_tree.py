@@ -14,7 +14,7 @@ from pathlib import Path
 
 from pathspec import GitIgnoreSpec
 
-from cluster.errors import SubmitError
+from .errors import SubmitError
 
 LIMIT = 50_000_000
 """Largest tree [bytes] that is sent without asking for more (`--max-size`); Ray's own end is 512 MiB."""

@@ -1,6 +1,6 @@
 """The frozen visual encoder: canonical uint8 crops in, patch features out.
 
-Any timm ViT by name; resize, normalisation and cast run on the module's own device, so only uint8 crosses
+Any timm ViT by name; resize, normalization and cast run on the module's own device, so only uint8 crosses
 processes. Presets name the encoders of arXiv 2512.07829 (DINOv2 and SigLIP2) and DINOv2's smaller sizes.
 """
 
@@ -17,7 +17,7 @@ from timm.data import resolve_model_data_config
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from fae_core.checkpoint import tensors_sha256
+from fae_core.hashing import tensors_sha256
 from fae_core.weights import WeightsError, load_weights
 
 
@@ -102,14 +102,14 @@ class Backbone(nn.Module):
         return self
 
     def preprocess(self, images: Tensor) -> Tensor:
-        """Normalised images [B, 3, size, size] float32 of uint8 crops [B, S, S, 3] (bicubic, antialiased)."""
+        """Normalized images [B, 3, size, size] float32 of uint8 crops [B, S, S, 3] (bicubic, antialiased)."""
         if images.dtype != torch.uint8 or images.ndim != 4 or images.shape[-1] != 3:
             raise ValueError(
                 f"Expected uint8 images [B, S, S, 3], not {images.dtype} {tuple(images.shape)}."
             )
-        return self.normalise(images.permute(0, 3, 1, 2).float() / 255.0)
+        return self.normalize(images.permute(0, 3, 1, 2).float() / 255.0)
 
-    def normalise(self, x: Tensor) -> Tensor:
+    def normalize(self, x: Tensor) -> Tensor:
         """The model's input [B, 3, size, size] of images [B, 3, S, S] float32 in [0, 1], differentiably."""
         if x.shape[-1] != self.spec.image_size or x.shape[-2] != self.spec.image_size:
             size = (self.spec.image_size, self.spec.image_size)
@@ -124,7 +124,7 @@ class Backbone(nn.Module):
         Differentiable in the images: perceptual distances and discriminators look through here.
         """
         tokens: list[Tensor] = self.model.forward_intermediates(
-            self.normalise(images), indices=list(blocks), output_fmt="NLC", intermediates_only=True
+            self.normalize(images), indices=list(blocks), output_fmt="NLC", intermediates_only=True
         )
         return tokens
 

@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import json
 import os
 from collections.abc import Mapping
@@ -15,13 +14,14 @@ from typing import Any
 
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
-from safetensors.torch import save as serialise
-from torch import Tensor, nn
+from safetensors.torch import save as serialize
+from torch import nn
 
 from fae_core.autoencoder import AutoencoderConfig, FeatureAutoencoder
 from fae_core.errors import UserError
 from fae_core.generators.dit import DiT, DiTConfig
 from fae_core.generators.starflow import StarFlow, StarFlowConfig
+from fae_core.hashing import tensors_sha256
 from fae_core.pixel_decoder import PixelDecoder, PixelDecoderConfig
 
 MODULES: dict[str, tuple[Any, Any]] = {
@@ -34,16 +34,6 @@ MODULES: dict[str, tuple[Any, Any]] = {
 
 class CheckpointError(UserError, ValueError):
     """A file that is no checkpoint of ours, or not a whole one."""
-
-
-def tensors_sha256(tensors: Mapping[str, Tensor]) -> str:
-    """SHA-256 over names, dtypes, shapes and contents in name order: the same for any file format and device."""
-    digest = hashlib.sha256()
-    for name in sorted(tensors):
-        tensor = tensors[name].detach().cpu().contiguous()
-        digest.update(f"{name}:{tensor.dtype}:{tuple(tensor.shape)};".encode())
-        digest.update(tensor.flatten().view(-1).numpy().tobytes())
-    return digest.hexdigest()
 
 
 def save(path: str | Path, module: nn.Module, fingerprints: Mapping[str, str]) -> str:
@@ -62,7 +52,7 @@ def save(path: str | Path, module: nn.Module, fingerprints: Mapping[str, str]) -
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    temporary.write_bytes(serialise(tensors, metadata))
+    temporary.write_bytes(serialize(tensors, metadata))
     temporary.replace(path)
     return sha256
 

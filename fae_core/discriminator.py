@@ -63,7 +63,7 @@ class PatchDiscriminator(nn.Module):
 
 
 class FeatureDiscriminator(nn.Module):
-    """Logits [B, heads*N] from spectrally normalised heads on the block outputs of a frozen backbone.
+    """Logits [B, heads*N] from spectrally normalized heads on the block outputs of a frozen backbone.
 
     The backbone is given at each call and is no part of the module, so checkpoints hold the heads alone. `blocks` are
     the depths whose tokens [B, N, D] are judged.
@@ -98,7 +98,7 @@ class FeatureDiscriminator(nn.Module):
 
 
 class LeCam(nn.Module):
-    """LeCam regularisation (arXiv 2104.03310) with running means of the logits; zero before the first update."""
+    """LeCam regularization (arXiv 2104.03310) with running means of the logits; zero before the first update."""
 
     real: Tensor
     fake: Tensor

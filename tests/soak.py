@@ -23,7 +23,9 @@ from pathlib import Path
 
 import psutil
 
-from pipelines import latent_store, s3, storage
+from fae.pipelines.latents.manifest import read_manifest
+from fae.pipelines.latents.verify import verify
+from fae.pipelines.storage import paths, s3
 from tests.fault_proxy import FaultProxy
 from tests.tiny import TINY, noisy_jpegs, save_autoencoder
 
@@ -37,7 +39,7 @@ class Driver:
     """`python -m pipelines.precompute` and the Ray that it starts."""
 
     def __init__(self, arguments: list[str], log: Path) -> None:
-        command = [sys.executable, "-m", "pipelines.precompute", "photos-dinov2s", *arguments]
+        command = [sys.executable, "-m", "fae", "precompute", "photos-dinov2s", *arguments]
         environment = {k: v for k, v in os.environ.items() if k != "RAY_ADDRESS"}
         self.log = log
         with log.open("wb") as file:
@@ -74,11 +76,11 @@ class Driver:
 
 
 def upload(images: str, count: int) -> None:
-    there = {file.uri for file in storage.list_files(images)}
+    there = {file.uri for file in paths.list_files(images)}
     wanted = ((f"{images}/{i:06d}.jpg", jpeg) for i, jpeg in enumerate(noisy_jpegs(count)))
     with ThreadPoolExecutor(16) as pool:
         missing = (item for item in wanted if item[0] not in there)
-        list(pool.map(lambda item: storage.write_bytes(*item), missing))
+        list(pool.map(lambda item: paths.write_bytes(*item), missing))
 
 
 def disturb(proxy: FaultProxy, driver: Driver) -> str:
@@ -151,8 +153,8 @@ def main() -> None:
                     print(f"the driver ended with {driver.process.returncode}:\n{driver.printed()}")
                     faults["driver ended by itself"] += 1
             stores += 1
-            problems = latent_store.verify(output)
-            manifest = latent_store.read_manifest(output) or {}
+            problems = verify(output)
+            manifest = read_manifest(output) or {}
             counts = {key: manifest.get(key) for key in ("planned", "stored", "errors")}
             print(f"{output}: {counts}, problems {problems}", flush=True)
             assert problems == [] and counts["planned"] == counts["stored"] == options.images

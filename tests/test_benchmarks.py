@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 
 from benchmarks import scale, store
-from pipelines import latent_store
-from pipelines.latent_reader import LatentStore
+from fae.pipelines.latents.reader import LatentStore
+from fae.pipelines.latents.verify import verify_store
 
 
 def test_a_process_is_full_where_its_fit_says_that_it_is_busy_all_the_time():
@@ -27,8 +27,8 @@ def test_what_the_directory_costs_is_told_apart_by_shards_and_by_actors():
 
 def test_a_made_up_store_of_many_shards_is_planned_committed_and_opened(tmp_path, monkeypatch):
     monkeypatch.setattr(scale, "FOOTERS", 20)
-    monkeypatch.setattr(latent_store, "SHARDS_AT_ONCE", 16)
-    monkeypatch.setattr(latent_store, "PLAN_GROUPS", 7)
+    monkeypatch.setattr("fae.pipelines.latents.manifest.SHARDS_AT_ONCE", 16)
+    monkeypatch.setattr("fae.pipelines.latents.plan.PLAN_GROUPS", 7)
     results = {name: step() for name, step in scale.steps_of(str(tmp_path), 50)}
     assert results["list what is missing of none"] == list(range(50))
     assert results["list what is missing of all"] == []
@@ -39,7 +39,7 @@ def test_a_made_up_store_of_many_shards_is_planned_committed_and_opened(tmp_path
 
 def test_a_written_store_reads_back_and_a_manifest_alone_opens(tmp_path):
     store.write_store(str(tmp_path), 1024, (2, 2, 2))
-    assert latent_store.verify(str(tmp_path)) == []
+    assert verify_store(str(tmp_path)) == []
     for read in (store.read_files, store.read_arrow, store.read_epoch):
         assert store.timed(read, str(tmp_path), cached=False) > 0
     store.write_manifest(str(tmp_path), 2000)

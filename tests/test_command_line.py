@@ -7,7 +7,7 @@ import pytest
 from typer.testing import CliRunner
 
 from fae import app, main
-from pipelines.config import load_recipe, recipe_names
+from fae.pipelines.config.recipe import load_recipe, recipe_names
 
 
 @pytest.mark.parametrize(

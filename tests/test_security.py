@@ -22,15 +22,21 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
+from fae.pipelines.config.recipe import RecipeError, load_recipe
+from fae.pipelines.config.sections import DataSection
+from fae.pipelines.data.crops import ImageError
+from fae.pipelines.data.reading import read_records
+from fae.pipelines.data.records import ImageRecord, SourceError
+from fae.pipelines.data.sources import list_images
+from fae.pipelines.latents.plan import open_plan
+from fae.pipelines.latents.reader import LatentStore
+from fae.pipelines.latents.shards import read_errors
+from fae.pipelines.latents.verify import verify_store
+from fae.pipelines.storage import paths
+from fae.pipelines.storage.secrets import redact
 from fae_core import checkpoint
 from fae_core.checkpoint import CheckpointError
 from fae_core.errors import UserError
-from pipelines import latent_store, storage
-from pipelines.config import DataSection, RecipeError, load_recipe
-from pipelines.images import ImageError, read_records
-from pipelines.latent_reader import LatentStore
-from pipelines.secrets import redact
-from pipelines.sources import ImageRecord, SourceError, list_images
 
 ROOT = Path(__file__).parents[1]
 
@@ -89,7 +95,7 @@ def test_a_pickle_in_a_stores_place_is_refused(
     (tmp_path / "store" / name).write_bytes(bomb)
     try:
         store = LatentStore.open(str(tmp_path / "store"))
-        assert latent_store.verify(store.uri)
+        assert verify_store(store.uri)
         store.read_shard(0)
     except (UserError, pa.ArrowException):
         pass
@@ -111,11 +117,11 @@ def test_pickled_values_in_a_stores_columns_are_not_looked_at(
     columns |= dict.fromkeys(("key", "uri", "caption", "stage", "message"), objects)
     pq.write_table(pa.table(columns).replace_schema_metadata(sound.schema.metadata), path)
     with pytest.raises((UserError, pa.ArrowException, UnicodeDecodeError)):
-        latent_store.open_plan(uri).shard(0)
+        open_plan(uri).shard(0)
         LatentStore.open(uri).read_shard(0)
-        list(latent_store.read_errors(uri))
+        list(read_errors(uri))
     with contextlib.suppress(UserError, pa.ArrowException, UnicodeDecodeError):
-        latent_store.verify(uri)
+        verify_store(uri)
     assert not exploded.exists()
 
 
@@ -339,14 +345,14 @@ def test_storage_errors_of_every_operation_hold_no_secret(monkeypatch: pytest.Mo
     monkeypatch.setenv("AWS_DEFAULT_REGION", "us-east-1")
     monkeypatch.setenv("FAE_S3_PATIENCE", "0")
     for operation in (
-        storage.read_bytes,
-        storage.open_input,
-        storage.exists,
-        storage.delete,
-        lambda uri: storage.write_bytes(uri, b""),
-        lambda uri: storage.write_once(uri, b""),
-        lambda uri: list(storage.list_files(uri)),
+        paths.read_bytes,
+        paths.open_input,
+        paths.exists,
+        paths.delete,
+        lambda uri: paths.write_bytes(uri, b""),
+        lambda uri: paths.write_once(uri, b""),
+        lambda uri: list(paths.list_files(uri)),
     ):
-        with pytest.raises(storage.StorageError, match="bucket 'b'.*key 'k'") as raised:
+        with pytest.raises(paths.StorageError, match="bucket 'b'.*key 'k'") as raised:
             operation("s3://b/k")
         assert MARKER not in str(raised.value)

@@ -11,11 +11,11 @@ import numpy as np
 import torch
 from PIL import Image
 
+from fae.pipelines.config.recipe import load_recipe
+from fae.pipelines.networks.loading import backbone_fingerprints, backbone_of
+from fae.pipelines.networks.untrained import autoencoder_config
 from fae_core import checkpoint
 from fae_core.autoencoder import FeatureAutoencoder
-from pipelines.config import load_recipe
-from pipelines.models import backbone_fingerprints, backbone_of
-from pipelines.train_autoencoder import autoencoder_config
 
 SHARD_SIZE = 8
 TINY = [

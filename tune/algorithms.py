@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from pipelines.config import Recipe, RecipeError
-from tune.spaces import tune_space
-from tune.trials import FINISHED, STEP, STOPPED, Trial, recorded
+from fae.pipelines.config import Recipe, RecipeError
+
+from .spaces import tune_space
+from .trials import FINISHED, STEP, STOPPED, Trial, recorded
 
 
 def scheduler(recipe: Recipe) -> Any:

@@ -13,12 +13,14 @@ from typing import Any
 
 import numpy as np
 
-from pipelines import storage
-from pipelines.config import ObjectiveSection, Recipe, RecipeError
-from pipelines.tracking import Tracker
-from tune.report_figures import LATENT_DIM, PANELS, SEED, Row, draw, draw_importance
-from tune.spaces import Settings, apply, label
-from tune.trials import FINISHED, recorded, sweep_folder
+from fae.pipelines.config import Recipe, RecipeError
+from fae.pipelines.config.sections import ObjectiveSection
+from fae.pipelines.storage import paths
+from fae.pipelines.training.tracking import Tracker
+
+from .report_figures import LATENT_DIM, PANELS, SEED, Row, draw, draw_importance
+from .spaces import Settings, apply, label
+from .trials import FINISHED, recorded, sweep_folder
 
 NUM_BINS = 4
 
@@ -47,7 +49,7 @@ def write_sweep_report(
     page = _page(recipe, rows, front, best, importances)
     files["report.md"] = page.encode()
     for name, data in files.items():
-        storage.write_bytes(storage.join(folder, name), data)
+        paths.write_bytes(paths.join(folder, name), data)
     chosen = by_settings(finished).get(json.dumps(best, sort_keys=True), [])
     if tracker:
         _log(tracker, page, files, best)
@@ -58,7 +60,7 @@ def write_sweep_report(
         }
         tracker.log_metrics({f"best/{metric}": value for metric, value in means.items()}, 0)
     return {
-        "report": storage.join(folder, "report.md"),
+        "report": paths.join(folder, "report.md"),
         "trials": len(rows),
         "finished": len(finished),
         "pareto": [row.settings for row in front],

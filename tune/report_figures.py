@@ -8,9 +8,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from pipelines.config import ObjectiveSection
-from tune.spaces import Settings, label
-from tune.trials import FINISHED
+from fae.pipelines.config.sections import ObjectiveSection
+
+from .spaces import Settings, label
+from .trials import FINISHED
 
 PANELS = (
     ("autoencoder/mse", "feature error (MSE)"),

@@ -10,7 +10,6 @@ from __future__ import annotations
 import json
 import math
 import os
-import sys
 import tempfile
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -18,20 +17,19 @@ from typing import Any
 from ray.tune import Callback
 from ray.tune.integration.ray_train import TuneReportCallback
 
-from pipelines import storage
-from pipelines.chain import run_stage, training_resources
-from pipelines.command import run_module
-from pipelines.config import Recipe, RecipeError
-from pipelines.ray_session import for_workers, quiet_logs, start_ray
-from pipelines.stages import needed_stages, plan_stages, training_of
-from pipelines.tracking import Tracker, resolve_uri
-from tune.algorithms import optuna_search, scheduler
-from tune.claims import claimed
-from tune.population import check_population, train_population
-from tune.report import write_sweep_report
-from tune.spaces import Settings, label, planned_settings
-from tune.sweep_tracking import log_stage, star_trials, sweep_tracker, trial_tracker
-from tune.trials import (
+from fae.pipelines.chain import run_stage, training_resources
+from fae.pipelines.chain.stages import needed_stages, plan_stages, training_of
+from fae.pipelines.config import Recipe, RecipeError, with_absolute_paths
+from fae.pipelines.runtime.session import quiet_logs, start_ray
+from fae.pipelines.storage import paths
+from fae.pipelines.training.tracking import Tracker, resolve_uri
+
+from .algorithms import optuna_search, scheduler
+from .report import write_sweep_report
+from .spaces import Settings, label, planned_settings
+from .stage_lock import stage_lock
+from .sweep_tracking import log_stage, star_trials, sweep_tracker, trial_tracker
+from .trials import (
     FINISHED,
     STEP,
     STOPPED,
@@ -56,16 +54,11 @@ def search(recipe: Recipe) -> dict[str, Any]:
     made = _with_places(recipe)
     folder, settings = sweep_folder(made), planned_settings(recipe)
     plan_trial(made, {})
-    if made.tune.scheduler == "pbt":
-        check_population(made, settings)
-    storage.write_bytes(storage.join(folder, "recipe.yaml"), recipe.to_yaml().encode())
+    paths.write_bytes(paths.join(folder, "recipe.yaml"), recipe.to_yaml().encode())
     start_ray()
     _quiet_tune()
     tracker = sweep_tracker(made)
     made = with_shared_decoder(made)
-    if made.tune.scheduler == "pbt":
-        made = with_trained_population(made, settings)
-        settings = made.tune.points
     trials = {trial.uri: trial for trial in (plan_trial(made, values) for values in settings)}
     todo = [trial for trial in trials.values() if trial.result() is None]
     suggested = made.tune.num_samples if made.tune.algorithm == "optuna" else 0
@@ -94,19 +87,7 @@ def with_shared_decoder(recipe: Recipe) -> Recipe:
     say(f"pixel decoder of all trials: {stage.uri}")
     run_stage(stage)
     made = recipe.model_copy(deep=True)
-    made.pixel_decoder.checkpoint = storage.join(stage.uri, "pixel_decoder.safetensors")
-    return made
-
-
-def with_trained_population(recipe: Recipe, settings: Sequence[Settings]) -> Recipe:
-    """The recipe of the sweep that goes on with what population based training has made: a trial for each network."""
-    import ray
-
-    at_once = concurrent_trials(recipe, plan_trial(recipe, {}), ray.cluster_resources())
-    made = recipe.model_copy(deep=True)
-    sharing = with_shared_cores(recipe, cores_of_each(at_once, _cpus_of_nodes()))
-    made.tune.points = train_population(sharing, settings, at_once)
-    made.tune.space, made.tune.algorithm, made.tune.scheduler = {}, "grid", "none"
+    made.pixel_decoder.checkpoint = paths.join(stage.uri, "pixel_decoder.safetensors")
     return made
 
 
@@ -133,7 +114,7 @@ def run_trial(config: dict[str, Any], values: dict[str, Any], cores: int) -> Non
     ran: dict[str, float] = {}
     for stage in plan_trial(with_shared_cores(recipe, cores), trial.settings).stages:
         if stage.result() is None:
-            with claimed(stage.uri):
+            with stage_lock(stage.uri):
                 if stage.result() is None:
                     callbacks = [_ReportValidation()] if stage.name == "autoencoder" else []
                     ran[stage.name] = run_stage(stage, callbacks)["seconds"]
@@ -312,18 +293,6 @@ def _report(recipe: Recipe, made: Recipe, tracker: Tracker) -> dict[str, Any]:
 
 def _with_places(recipe: Recipe) -> Recipe:
     """The recipe with absolute places: Ray's processes work in other folders."""
-    made = for_workers(recipe)
+    made = with_absolute_paths(recipe)
     made.tracking.uri = resolve_uri(recipe.tracking)
     return made
-
-
-def main() -> int:
-    """`python -m tune.search RECIPE key=value ...`; the exit status."""
-    return run_module("tune.search", search)
-
-
-if __name__ == "__main__":
-    # Under its own name, so that Ray ships functions and classes by reference.
-    from tune.search import main as _main
-
-    sys.exit(_main())

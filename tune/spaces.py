@@ -14,7 +14,8 @@ from typing import Any
 
 import numpy as np
 
-from pipelines.config import Recipe, RecipeError, SpaceSection, TuneSection, validate_recipe
+from fae.pipelines.config import Recipe, RecipeError, validate_recipe
+from fae.pipelines.config.sections import SpaceSection, TuneSection
 
 Settings = dict[str, Any]
 

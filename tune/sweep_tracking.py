@@ -5,14 +5,15 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping
 from typing import Any
 
-from pipelines import storage
-from pipelines.chain_report import stage_pictures
-from pipelines.config import Recipe
-from pipelines.history import read_history
-from pipelines.stages import Stage, training_of
-from pipelines.tracking import Tracker, flatten, resolve_uri
-from tune.spaces import label
-from tune.trials import BEGUN, Trial, sweep_folder
+from fae.pipelines.chain import stage_pictures
+from fae.pipelines.chain.stages import Stage, training_of
+from fae.pipelines.config import Recipe, flatten
+from fae.pipelines.storage import paths
+from fae.pipelines.training.metrics_log import read_metrics_log
+from fae.pipelines.training.tracking import Tracker, resolve_uri
+
+from .spaces import label
+from .trials import BEGUN, Trial, sweep_folder
 
 
 def sweep_tracker(recipe: Recipe) -> Tracker:
@@ -52,7 +53,7 @@ def log_stage(tracker: Tracker, stage: Stage) -> None:
     last = 0
     if training_of(stage):
         by_step: dict[int, dict[str, float]] = {}
-        for name, series in read_history(stage.uri).items():
+        for name, series in read_metrics_log(stage.uri).items():
             for step, value in series:
                 by_step.setdefault(step, {})[f"{stage.name}/{name}"] = value
         for step in sorted(by_step):
@@ -73,7 +74,7 @@ def star_trials(
     for key, record in records.items():
         if record["state"] == BEGUN:
             continue
-        address = storage.join(folder, "trials", key)
+        address = paths.join(folder, "trials", key)
         tracker = Tracker(recipe.tracking, uri, address, {}, parent=folder)
         tracker.rename(("★ " if key in best else "") + label(record["settings"]))
         tracker.set_tags({"fae.best": str(key in best).lower()})

@@ -14,13 +14,17 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from fae.pipelines.chain.stages import STAGES, Stage, fingerprint, needed_stages, plan_stages
+from fae.pipelines.config import Recipe, RecipeError
+from fae.pipelines.config.sections import DataSection
+from fae.pipelines.data import list_images
+from fae.pipelines.data.records import ImageRecord
+from fae.pipelines.storage import paths
+from fae.pipelines.training import run_folder
+from fae.pipelines.training.metrics_log import read_metrics_log
 from fae_core.errors import UserError
-from pipelines import runs, storage
-from pipelines.config import DataSection, Recipe, RecipeError
-from pipelines.history import read_history
-from pipelines.sources import ImageRecord, list_images
-from pipelines.stages import STAGES, Stage, fingerprint, needed_stages, plan_stages
-from tune.spaces import Settings, apply
+
+from .spaces import Settings, apply
 
 STEP = "autoencoder/step"
 FINISHED, STOPPED, BEGUN = "finished", "stopped early", "begun"
@@ -51,7 +55,7 @@ class Trial:
         for key, uri in self.settings.items():
             section, _, last = key.rpartition(".")
             if last == "checkpoint":
-                trained = runs.result(str(uri).rpartition("/")[0])
+                trained = run_folder.result(str(uri).rpartition("/")[0])
                 found[section.replace("_", "-")] = trained or {}
         return {
             f"{name}/{metric}": value
@@ -63,7 +67,7 @@ class Trial:
         """Every validation of its autoencoder so far, as the trial reports it to Tune: `autoencoder/step` and metrics."""
         uris = [stage.uri for stage in self.stages if stage.name == "autoencoder"]
         by_step: dict[int, dict[str, float]] = {}
-        for name, series in (item for uri in uris for item in read_history(uri).items()):
+        for name, series in (item for uri in uris for item in read_metrics_log(uri).items()):
             if name.startswith("validation/"):
                 for step, value in series:
                     named = f"autoencoder/{name.partition('/')[2]}"
@@ -87,7 +91,7 @@ def sweep_folder(recipe: Recipe) -> str:
     name = recipe.tune.name
     if not name or "/" in name or name.startswith("."):
         raise RecipeError(f"tune.name={name!r}: give the sweep a name; the same name goes on.")
-    return storage.join(recipe.storage, "tune", name)
+    return paths.join(recipe.storage, "tune", name)
 
 
 def plan_trial(recipe: Recipe, settings: Settings) -> Trial:
@@ -106,7 +110,7 @@ def plan_trial(recipe: Recipe, settings: Settings) -> Trial:
     # A report is for one chain; the sweep has its own.
     stages = [stage for stage in needed_stages(planned, wanted) if stage.name != "report"]
     key = fingerprint({stage.name: stage.key for stage in stages} or settings)
-    return Trial(settings, made, stages, storage.join(sweep_folder(recipe), "trials", key))
+    return Trial(settings, made, stages, paths.join(sweep_folder(recipe), "trials", key))
 
 
 def begin(trial: Trial) -> bytes:
@@ -122,12 +126,12 @@ def begin(trial: Trial) -> bytes:
 def recorded(folder: str) -> dict[str, dict[str, Any]]:
     """Every trial of the sweep by key: its result, or its settings with the state `begun`."""
     found: dict[str, dict[str, Any]] = {}
-    for file in storage.list_files(storage.join(folder, "trials")):
+    for file in paths.list_files(paths.join(folder, "trials")):
         *_, key, name = file.uri.split("/")
         if name == "result.json":
-            found[key] = json.loads(storage.read_bytes(file.uri))
+            found[key] = json.loads(paths.read_bytes(file.uri))
         elif name == "settings.json" and key not in found:
-            settings = json.loads(storage.read_bytes(file.uri))
+            settings = json.loads(paths.read_bytes(file.uri))
             found[key] = {"state": BEGUN, "settings": settings, "metrics": {}}
     return dict(sorted(found.items()))
 
@@ -162,9 +166,9 @@ def _listed(data: str) -> list[ImageRecord]:
 
 
 def _read(uri: str) -> dict[str, Any] | None:
-    result = storage.join(uri, "result.json")
-    return dict(json.loads(storage.read_bytes(result))) if storage.exists(result) else None
+    result = paths.join(uri, "result.json")
+    return dict(json.loads(paths.read_bytes(result))) if paths.exists(result) else None
 
 
 def _write(uri: str, name: str, text: str) -> None:
-    storage.write_bytes(storage.join(uri, name), text.encode())
+    paths.write_bytes(paths.join(uri, name), text.encode())

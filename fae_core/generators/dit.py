@@ -170,9 +170,9 @@ class DiT(LatentModel):
         cos, sin = rope_table(width // config.num_heads, self.tokens)
         self.register_buffer("rope_cos", cos, persistent=False)
         self.register_buffer("rope_sin", sin, persistent=False)
-        self._initialise()
+        self._initialize()
 
-    def _initialise(self) -> None:
+    def _initialize(self) -> None:
         """DiT's: Xavier for linear layers, 0.02 for embeddings, zeros for every adaLN and the output."""
         self.apply(init_linear)
         nn.init.normal_(self.label.weight, std=0.02)

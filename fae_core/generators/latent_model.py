@@ -1,4 +1,4 @@
-"""What both generators share: the statistics by which latents are normalised, kept inside the checkpoint."""
+"""What both generators share: the statistics by which latents are normalized, kept inside the checkpoint."""
 
 from __future__ import annotations
 
@@ -26,10 +26,10 @@ class LatentModel(nn.Module):
         self.latent_mean.copy_(mean)
         self.latent_std.copy_(std)
 
-    def normalise(self, latents: Tensor) -> Tensor:
-        """Normalised latents [B, C, H, W] float32 of raw ones."""
+    def normalize(self, latents: Tensor) -> Tensor:
+        """Normalized latents [B, C, H, W] float32 of raw ones."""
         return (latents.float() - self.latent_mean[:, None, None]) / self.latent_std[:, None, None]
 
-    def denormalise(self, latents: Tensor) -> Tensor:
-        """Raw latents [B, C, H, W] float32 of normalised ones."""
+    def denormalize(self, latents: Tensor) -> Tensor:
+        """Raw latents [B, C, H, W] float32 of normalized ones."""
         return latents.float() * self.latent_std[:, None, None] + self.latent_mean[:, None, None]

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from fae_core.checkpoint import tensors_sha256
+from fae_core.hashing import tensors_sha256
 from fae_core.weights import WeightsError, read_tensors
 
 POOL_DIM = 2048

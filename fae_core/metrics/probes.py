@@ -74,7 +74,7 @@ class LinearProbe:
     """Multinomial logistic regression on standardised vectors; the standardisation is part of the head."""
 
     head: Any
-    regularisation: float
+    regularization: float
 
     @classmethod
     def fit(
@@ -159,9 +159,9 @@ def object_patches(
     return min(members, key=lambda m: float(border.ravel()[m].mean()))
 
 
-def _head(regularisation: float, max_iterations: int) -> Any:
+def _head(regularization: float, max_iterations: int) -> Any:
     return make_pipeline(
-        StandardScaler(), LogisticRegression(C=regularisation, max_iter=max_iterations)
+        StandardScaler(), LogisticRegression(C=regularization, max_iter=max_iterations)
     )
 
 

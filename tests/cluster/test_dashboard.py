@@ -6,7 +6,7 @@ import json
 import re
 from pathlib import Path
 
-from pipelines.metrics import METRICS
+from fae.pipelines.runtime.metrics import METRICS
 
 DASHBOARD = Path(__file__).parents[2] / "cluster" / "grafana-dashboard.json"
 ENDINGS = {"counter": ("_total",), "histogram": ("_sum", "_count", "_bucket")}

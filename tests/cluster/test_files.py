@@ -12,8 +12,8 @@ import jsonschema
 import pytest
 import yaml
 
-from cluster.command import MODULES, Command
-from cluster.kuberay import ray_job
+from fae.cluster.command import MODULES, Command
+from fae.cluster.kuberay import ray_job
 
 ROOT = Path(__file__).parents[2]
 FILES = sorted((ROOT / "cluster" / "kuberay").glob("*.yaml"))
@@ -125,7 +125,7 @@ def gibibytes(text: str) -> int:
 
 
 def test_the_entrypoints_of_the_files_are_commands_with_valid_recipes():
-    from pipelines.config import load_recipe
+    from fae.pipelines.config.recipe import load_recipe
 
     jobs = [yaml.safe_load(p.read_text()) for p in FILES if p.name.startswith("rayjob")]
     assert len(jobs) == 3

@@ -23,7 +23,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from pipelines.metrics import METRICS
+from fae.pipelines.runtime.metrics import METRICS
 
 pytestmark = [pytest.mark.integration, pytest.mark.faults]
 ROOT = Path(__file__).parents[2]
@@ -116,11 +116,11 @@ def wait_for_server(url: str, process: subprocess.Popen[bytes]) -> None:
 def arguments(tmp_path_factory: pytest.TempPathFactory, photographs: Path) -> list[str]:
     import torch
 
+    from fae.pipelines.config.recipe import load_recipe
+    from fae.pipelines.networks.untrained import autoencoder_config
     from fae_core import checkpoint
     from fae_core.autoencoder import FeatureAutoencoder
     from fae_core.backbone import load_backbone
-    from pipelines.config import load_recipe
-    from pipelines.train_autoencoder import autoencoder_config
 
     folder = tmp_path_factory.mktemp("job")
     recipe = load_recipe("photos-dinov2s", TINY)

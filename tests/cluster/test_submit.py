@@ -11,14 +11,13 @@ import pytest
 import yaml
 from typer.testing import CliRunner
 
-from cluster import submit
-from cluster.command import MODULES, Command
-from cluster.environment import job_environment
-from cluster.errors import SubmitError
-from cluster.kuberay import ray_job
-from cluster.submit import connect, prepare
-from cluster.working_tree import working_tree
 from fae import app
+from fae.cluster.command import MODULES, Command
+from fae.cluster.environment import job_environment
+from fae.cluster.errors import SubmitError
+from fae.cluster.kuberay import ray_job
+from fae.cluster.submit import connect, prepare
+from fae.cluster.working_tree import working_tree
 from fae_core.errors import UserError
 
 ROOT = Path(__file__).parents[2]
@@ -215,7 +214,7 @@ def test_a_dry_run_says_what_would_be_sent(monkeypatch):
 
 @pytest.mark.parametrize("answers", [False, True])
 def test_an_address_without_a_job_server_is_an_error_at_once(monkeypatch, answers):
-    monkeypatch.setattr(submit, "ANSWER_SECONDS", 1.0)
+    monkeypatch.setattr("fae.cluster.submit.ANSWER_SECONDS", 1.0)
     monkeypatch.setenv("RAY_API_SERVER_ADDRESS", "")
     # Else a token in this machine's home would turn it on for all tests that come after.
     monkeypatch.setenv("RAY_AUTH_MODE", "disabled")

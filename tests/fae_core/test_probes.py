@@ -79,7 +79,7 @@ def test_the_linear_probe_is_scikit_learns_with_the_c_that_does_best_on_held_out
     assert len(set(scores.values())) > 1  # else any C would do
     best = max(scores, key=lambda c: scores[c])
     probe = LinearProbe.fit(train, train_labels, grid)
-    assert probe.regularisation == best
+    assert probe.regularization == best
     expected = right(head(np.ones(len(train), bool), best), test, test_labels)
     assert probe.accuracy(test, test_labels) == Accuracy(expected, 300)
 
@@ -88,7 +88,7 @@ def test_a_class_of_one_image_is_never_held_out():
     labels = np.array([7, 8, 8, 9])
     assert held_out(labels).tolist() == [False, False, True, False]
     features = np.eye(4)[:, :3]
-    assert LinearProbe.fit(features, np.array([1, 2, 3, 4]), [1.0, 0.1]).regularisation == 0.1
+    assert LinearProbe.fit(features, np.array([1, 2, 3, 4]), [1.0, 0.1]).regularization == 0.1
 
 
 def test_similarity_is_numpys_correlation_and_unmoved_by_rotation_and_scale():

@@ -4,8 +4,9 @@ import json
 
 import pytest
 
-from pipelines.config import ObjectiveSection, RecipeError, load_recipe
-from tune.report import Row, best_settings, importance, pareto_front, write_sweep_report
+from fae.pipelines.config.recipe import RecipeError, load_recipe
+from fae.pipelines.config.sections import ObjectiveSection
+from fae.tune.report import Row, best_settings, importance, pareto_front, write_sweep_report
 
 DIM, KIND = "autoencoder.latent_dim", "autoencoder.encoder.kind"
 OBJECTIVES = [

@@ -12,9 +12,9 @@ from pathlib import Path
 
 import pytest
 
-from pipelines.config import RecipeError, load_recipe
-from tune.search import concurrent_trials, cores_of_each, search, with_shared_cores
-from tune.trials import plan_trial
+from fae.pipelines.config.recipe import RecipeError, load_recipe
+from fae.tune.search import concurrent_trials, cores_of_each, search, with_shared_cores
+from fae.tune.trials import plan_trial
 
 ROOT = Path(__file__).parents[2]
 RECIPE = str(ROOT / "tests" / "tiny_chain.yaml")
@@ -52,7 +52,7 @@ def server(tmp_path_factory):
 def local_ray():
     import ray
 
-    from pipelines.ray_session import start_ray
+    from fae.pipelines.runtime.session import start_ray
 
     start_ray(num_cpus=4)
     yield
@@ -118,7 +118,7 @@ def test_a_killed_sweep_is_restored_and_trials_share_stages(
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     environment.pop("RAY_ADDRESS", None)
     process = subprocess.Popen(
-        [sys.executable, "-m", "tune.search", RECIPE, *overrides, "tune.max_concurrent_trials=1"],
+        [sys.executable, "-m", "fae", "tune", RECIPE, *overrides, "tune.max_concurrent_trials=1"],
         cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
     )  # fmt: skip
     deadline = time.monotonic() + 300

@@ -2,8 +2,8 @@
 
 import pytest
 
-from pipelines.config import RecipeError, load_recipe
-from tune.spaces import apply, label, planned_settings
+from fae.pipelines.config.recipe import RecipeError, load_recipe
+from fae.tune.spaces import apply, label, planned_settings
 
 
 def recipe(*overrides: str):

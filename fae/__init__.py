@@ -1,0 +1,1 @@
+"""Feature Auto-Encoders on Ray."""

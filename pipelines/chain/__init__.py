@@ -1,0 +1,5 @@
+"""The whole chain as one resumable command: stages, their results, the report, the demo."""
+
+import lazy_loader
+
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

@@ -1,0 +1,313 @@
+"""The chain's stages: what each one reads, what decides its result, and where that lives.
+
+A stage's key hashes the recipe's parts that decide its result, the keys of the stages that it builds on and, where it
+reads images, their list. Its folder is STORAGE/NAME-KEY: two recipes that agree up to a stage share it, and a change of the
+recipe leads to another folder instead of a mixed one. `fae run` and the trials of `fae tune` run what these plans say.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, get_args
+
+import torch
+from torch import nn
+
+from fae_core.autoencoder import FeatureAutoencoder
+from fae_core.pixel_decoder import PixelDecoder
+
+from ..config import Recipe, RecipeError, flatten, with_absolute_paths
+from ..config.sections import ChainSection, StageName, TrainingSection
+from ..data import list_images
+from ..data.records import ImageRecord, source_digest
+from ..networks import backbone_spec, load_checkpoint
+from ..networks.untrained import autoencoder_config, build_generator, pixel_decoder_config
+from ..storage import paths
+from ..training import OPERATIONAL_KEYS
+from ..training.tracking import resolve_uri
+
+STAGES: tuple[StageName, ...] = get_args(StageName)
+UNDECIDING_KEYS = (
+    *OPERATIONAL_KEYS,
+    "num_actors",
+    "gpus_per_actor",
+    "cpus_per_actor",
+    "threads_per_actor",
+    "cpus_per_decode",
+    "max_error_rate",
+    "formats",
+    "images",
+    "output",
+)
+"""Last parts of keys that change nothing in a stage's result, or that the chain itself fills in."""
+KEY_LENGTH = 12
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One job of the chain: `parts` decide its result, `recipe` is what its job is called with."""
+
+    name: StageName
+    parts: Mapping[str, Any]
+    recipe: Recipe
+    uri: str
+    needs: tuple[str, ...]
+    num_images: int
+    """Images that it reads or draws."""
+
+    @property
+    def key(self) -> str:
+        """The part of its folder's name that stands for `parts`."""
+        return self.uri.rpartition("-")[2]
+
+    def result(self) -> dict[str, Any] | None:
+        """What its job left when it finished (metrics, fingerprint, seconds), None where it has not."""
+        uri = paths.join(self.uri, "stage.json")
+        return dict(json.loads(paths.read_bytes(uri))) if paths.exists(uri) else None
+
+
+def plan_stages(recipe: Recipe, images: Sequence[ImageRecord] | None = None) -> list[Stage]:
+    """Every stage of the recipe's chain, in an order in which they can run; nothing is written.
+
+    `images` are those of data.path, listed now where they are not given.
+    A network that the recipe names (`autoencoder.checkpoint`, …) is used instead of the stage that would train it.
+    Raises RecipeError and SourceError.
+    """
+    base = with_absolute_paths(recipe)
+    base.tracking.uri = resolve_uri(recipe.tracking)
+    if base.data.path is None:
+        raise RecipeError("The chain begins with images: data.path=… (a folder, file or s3://).")
+    base.evaluate.reference = _absolute(base.evaluate.reference or base.data.path)
+    planner = _Planner()
+    records = list_images(base.data) if images is None else images
+    source = {"source": source_digest(records)}
+
+    training = ("seed", "data", "backbone")
+
+    autoencoder = planner.network("autoencoder", base.autoencoder.checkpoint)
+    if not autoencoder:
+        autoencoder = planner.add(
+            "autoencoder", base, (), (*training, "autoencoder"), source, len(records)
+        )
+
+    first = base.model_copy(deep=True)
+    first.autoencoder.checkpoint = first.pixel_decoder.start_from = None
+    first.pixel_decoder.stage = "noisy"
+    decoder = planner.network("pixel-decoder", base.pixel_decoder.checkpoint)
+    if not decoder:
+        decoder = planner.add(
+            "pixel-decoder", first, (), (*training, "pixel_decoder"), source, len(records)
+        )
+
+    encoding = base.model_copy(deep=True)
+    encoding.autoencoder.checkpoint = autoencoder
+    limits = [n for n in (base.data.limit, base.chain.latents_limit) if n is not None]
+    encoding.data.limit = min(limits, default=None)
+    num_encoded = min([len(records), *limits])
+    sections = ("data", "backbone", "precompute")
+    latents = planner.add("latents", encoding, ("autoencoder",), sections, source, num_encoded)
+
+    generating = encoding.model_copy(deep=True)
+    generating.latents = latents
+    generating.pixel_decoder.checkpoint = decoder
+    generator = planner.network("generator", base.generator.checkpoint)
+    if not generator:
+        generator = planner.add(
+            "generator", generating, ("latents",), ("seed", "generator"), {}, num_encoded
+        )
+
+    final = "pixel-decoder"
+    if base.chain.finetune and not base.pixel_decoder.checkpoint:
+        final = "finetune"
+        second = base.model_copy(deep=True)
+        second.autoencoder.checkpoint = autoencoder
+        second.pixel_decoder.stage = "finetune"
+        second.pixel_decoder.start_from = decoder
+        steps = base.chain.finetune_steps or base.pixel_decoder.training.steps
+        second.pixel_decoder.training.steps = steps
+        decoder = planner.add(
+            "finetune",
+            second,
+            ("autoencoder", "pixel-decoder"),
+            (*training, "pixel_decoder"),
+            source,
+            len(records),
+        )
+
+    drawing = generating.model_copy(deep=True)
+    drawing.data.limit = base.data.limit
+    drawing.generator.checkpoint = generator
+    drawing.pixel_decoder.checkpoint = decoder
+    samples = planner.add(
+        "samples",
+        drawing,
+        ("autoencoder", final, "generator"),
+        ("seed", "sample"),
+        {},
+        base.sample.num_images,
+    )
+
+    scoring = drawing.model_copy(deep=True)
+    scoring.evaluate.images = samples
+    planner.add("evaluation", scoring, ("samples",), ("data", "backbone", "evaluate"), {}, 0)
+    if base.chain.probe or base.chain.until == "probe":
+        sections = ("data", "backbone", "probe")
+        probing = base.model_copy(deep=True)
+        probing.autoencoder.checkpoint = autoencoder
+        planner.add("probe", probing, ("autoencoder",), sections, source, len(records))
+    planner.add("report", base, tuple(planner.stages), (), {}, 0)
+    return list(planner.stages.values())
+
+
+def select(stages: Sequence[Stage], section: ChainSection) -> list[Stage]:
+    """The stages that `section` asks for: what `until` needs, from `first` on.
+
+    Raises RecipeError where a stage is not part of this chain, or what comes before `first` has not finished.
+    """
+    by_name = {stage.name: stage for stage in stages}
+    for wanted in (section.first, section.until):
+        if wanted and wanted not in by_name:
+            raise RecipeError(
+                f"This chain has no stage {wanted!r}; it has {', '.join(by_name)}. A network that the recipe names is "
+                "not trained, finetune needs chain.finetune=true and probe chain.probe=true."
+            )
+    last = by_name[section.until] if section.until else stages[-1]
+    chosen = needed_stages(stages, {last.name})
+    if section.first is None:
+        return chosen
+    start = STAGES.index(section.first)
+    earlier = [stage for stage in chosen if STAGES.index(stage.name) < start]
+    absent = [stage.name for stage in earlier if stage.result() is None]
+    if absent:
+        raise RecipeError(
+            f"Before {section.first} come {', '.join(absent)}, and their results for this recipe are not in "
+            f"{last.recipe.storage}. Start earlier, or without --from."
+        )
+    return [stage for stage in chosen if STAGES.index(stage.name) >= start]
+
+
+def needed_stages(stages: Sequence[Stage], names: Collection[str]) -> list[Stage]:
+    """The stages `names` and all that they build on, in order."""
+    needed = set(names)
+    for stage in reversed(stages):
+        if stage.name in needed:
+            needed |= set(stage.needs)
+    return [stage for stage in stages if stage.name in needed]
+
+
+def training_of(stage: Stage) -> TrainingSection | None:
+    """How a stage that trains a network does it; None for the others."""
+    recipe = stage.recipe
+    return {
+        "autoencoder": recipe.autoencoder.training,
+        "pixel-decoder": recipe.pixel_decoder.training,
+        "finetune": recipe.pixel_decoder.training,
+        "generator": recipe.generator.training,
+    }.get(stage.name)
+
+
+def expected_bytes(stage: Stage) -> int:
+    """About what the stage writes: networks and their checkpoints, latents, or pictures; 0 for a few small files."""
+    recipe, training = stage.recipe, training_of(stage)
+    if training:
+        weights = 4 * sum(p.numel() for p in _network(stage).parameters())
+        # A checkpoint holds weights, AdamW's two moments and, where it is kept, the average.
+        copies = 4 if training.ema_decay else 3
+        return weights * (1 + copies * training.keep_checkpoints)
+    if stage.name == "latents":
+        channels, height, width = _latent_shape(recipe)
+        columns = len(recipe.precompute.columns)
+        return stage.num_images * columns * 2 * channels * height * width
+    if stage.name == "samples":
+        # A PNG is about two thirds of the pixels; Parquet holds one, a format each another copy.
+        pixels = stage.num_images * 3 * recipe.image_size**2
+        formats = recipe.sample.formats
+        return int(pixels * (2 / 3 + ("png" in formats) * 2 / 3 + ("npz" in formats)))
+    return 0
+
+
+def latent_bytes(recipe: Recipe) -> int:
+    """Bytes of one image's latent mean as the store keeps it, float16."""
+    channels, height, width = _latent_shape(recipe)
+    return 2 * channels * height * width
+
+
+class _Planner:
+    """Collects stages; each gets its key, its folder, and the places in its recipe that its own job writes to."""
+
+    def __init__(self) -> None:
+        self.stages: dict[str, Stage] = {}
+        self.identities: dict[str, str] = {}
+
+    def network(self, name: StageName, uri: str | None) -> str | None:
+        """`uri`, a network that the recipe names instead of stage `name`: its content hash stands for the key."""
+        if uri is not None:
+            kinds = {"pixel-decoder": ("pixel_decoder",), "generator": ("dit", "starflow")}
+            loaded = load_checkpoint(uri, *kinds.get(name, (name,)))
+            self.identities[name] = loaded.weights_sha256
+        return uri
+
+    def add(
+        self,
+        name: StageName,
+        recipe: Recipe,
+        needs: tuple[str, ...],
+        sections: Sequence[str],
+        extra: Mapping[str, Any],
+        num_images: int,
+    ) -> str:
+        """Plan the stage; the address of what it makes: a network's file, else its folder."""
+        made = recipe.model_copy(deep=True)
+        upstream = {need: self.identities[need] for need in needs}
+        parts = {**deciding(made, sections), **extra, **upstream}
+        if name == "finetune":
+            # Its upstream key says which first stage it is; where that lies decides nothing.
+            del parts["pixel_decoder.start_from"]
+        key = fingerprint(parts)
+        made.run = f"{name}-{key}"
+        uri = made.output = paths.join(made.storage, made.run)
+        made.evaluate.output = made.probe.output = uri
+        self.identities[name] = key
+        needs = tuple(need for need in needs if need in self.stages)
+        self.stages[name] = Stage(name, parts, made, uri, needs, num_images)
+        files = {"autoencoder": "autoencoder", "generator": "generator"}
+        files |= {"pixel-decoder": "pixel_decoder", "finetune": "pixel_decoder"}
+        return paths.join(uri, f"{files[name]}.safetensors") if name in files else uri
+
+
+def deciding(recipe: Recipe, sections: Sequence[str]) -> dict[str, Any]:
+    """The values of `sections` and the image size that decide a result, under dotted keys."""
+    values = recipe.model_dump(mode="json", include={"image_size", *sections})
+    return {
+        key: value
+        for key, value in flatten(values).items()
+        if key.rpartition(".")[2] not in UNDECIDING_KEYS
+    }
+
+
+def fingerprint(parts: Mapping[str, Any]) -> str:
+    """The first twelve hex digits of a SHA-256 over `parts`, independent of their order."""
+    text = json.dumps(dict(sorted(parts.items())))
+    return hashlib.sha256(text.encode()).hexdigest()[:KEY_LENGTH]
+
+
+def _absolute(path: str) -> str:
+    return path if paths.is_s3(path) else paths.filesystem(path)[1]
+
+
+def _latent_shape(recipe: Recipe) -> tuple[int, int, int]:
+    return (recipe.autoencoder.latent_dim, *backbone_spec(recipe).grid)
+
+
+def _network(stage: Stage) -> nn.Module:
+    """The network that the stage trains, without memory for its weights."""
+    recipe, spec = stage.recipe, backbone_spec(stage.recipe)
+    with torch.device("meta"):
+        if stage.name == "autoencoder":
+            return FeatureAutoencoder(autoencoder_config(recipe, spec))
+        if stage.name == "generator":
+            return build_generator(recipe.generator, _latent_shape(recipe), device="meta")
+        return PixelDecoder(pixel_decoder_config(recipe, spec))

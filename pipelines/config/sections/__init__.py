@@ -1,0 +1,53 @@
+"""The sections of a recipe; every key is a field with a docstring, and what a key is for is said on its field."""
+
+from .base import Section
+from .data import BackboneSection, DataSection
+from .jobs import (
+    ChainSection,
+    EvaluateSection,
+    GuidanceSection,
+    PrecomputeSection,
+    ProbeSection,
+    SampleSection,
+    StageName,
+    TrackingSection,
+)
+from .networks import (
+    AutoencoderSection,
+    DecoderSection,
+    EncoderSection,
+    GeneratorSection,
+    GeneratorTraining,
+    LossesSection,
+    PixelDecoderSection,
+    PixelDecoderTraining,
+)
+from .sweep import AshaSection, ObjectiveSection, SpaceSection, TuneSection
+from .training import TrainingSection
+
+__all__ = [
+    "AshaSection",
+    "AutoencoderSection",
+    "BackboneSection",
+    "ChainSection",
+    "DataSection",
+    "DecoderSection",
+    "EncoderSection",
+    "EvaluateSection",
+    "GeneratorSection",
+    "GeneratorTraining",
+    "GuidanceSection",
+    "LossesSection",
+    "ObjectiveSection",
+    "PixelDecoderSection",
+    "PixelDecoderTraining",
+    "PrecomputeSection",
+    "ProbeSection",
+    "SampleSection",
+    "Section",
+    "SpaceSection",
+    "StageName",
+    "TrackingSection",
+    "TrainingSection",
+    "TuneSection",
+]

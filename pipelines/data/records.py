@@ -1,0 +1,113 @@
+"""A planned image as a record, and many of them as an Arrow table: what a source is once it has been listed.
+
+A plan of ten million images stays in columns; Python objects would take several times as much memory."""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import json
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import TypeVar
+
+import pyarrow as pa
+
+from fae_core.errors import UserError
+
+ROWS_AT_ONCE = 2**16
+RECORDS = pa.schema(
+    [
+        ("key", pa.large_string()),
+        ("uri", pa.large_string()),
+        ("label", pa.int64()),
+        ("caption", pa.large_string()),
+    ]
+)
+"""A plan in memory: columns, because ten million records as Python objects take several times as much."""
+
+T = TypeVar("T")
+
+
+class SourceError(UserError, ValueError):
+    """A source that cannot be planned; the message is for the person who named it."""
+
+
+@dataclass(frozen=True)
+class ImageRecord:
+    """One planned image; `uri` is FILE, FILE#row=N (Parquet) or FILE#offset=O&size=S (tar)."""
+
+    key: str
+    uri: str
+    label: int | None = None
+    caption: str | None = None
+
+
+def records_table(records: Iterable[ImageRecord]) -> pa.Table:
+    """`records` as columns; an iterator is taken in as it goes, never held whole as objects."""
+    batches = []
+    for some in batched(records, ROWS_AT_ONCE):
+        try:
+            columns = [[getattr(record, name) for record in some] for name in RECORDS.names]
+            batches.append(pa.record_batch(columns, schema=RECORDS))
+        except UnicodeEncodeError:
+            for record in some:
+                check_text(record.key, record.uri, record.caption or "")
+            raise
+    return pa.Table.from_batches(batches, schema=RECORDS)
+
+
+def records_of(table: pa.Table) -> list[ImageRecord]:
+    """The rows of a table with the columns RECORDS."""
+    return [ImageRecord(**row) for row in table.select(RECORDS.names).cast(RECORDS).to_pylist()]
+
+
+def batched(items: Iterable[T], size: int) -> Iterator[list[T]]:
+    """`items` in lists of `size`, the last one shorter."""
+    iterator = iter(items)
+    while some := list(itertools.islice(iterator, size)):
+        yield some
+
+
+def check_text(*texts: str) -> None:
+    for text in texts:
+        try:
+            text.encode()
+        except UnicodeEncodeError:
+            raise SourceError(f"{text!r} is not valid Unicode. Rename the file.") from None
+
+
+def source_digest(records: pa.Table | Sequence[ImageRecord]) -> str:
+    """SHA-256 over key, uri, label and caption of every record in order."""
+    digest = hashlib.sha256()
+    table = records if isinstance(records, pa.Table) else records_table(records)
+    for batch in table.to_batches(max_chunksize=8192):
+        for row in zip(*(column.to_pylist() for column in batch.columns), strict=True):
+            digest.update(json.dumps(row).encode())
+    return digest.hexdigest()
+
+
+def key_hash(key: str) -> int:
+    """The first 64 bits of the key's SHA-256."""
+    return int.from_bytes(hashlib.sha256(key.encode()).digest()[:8])
+
+
+def hash_order(record: ImageRecord) -> tuple[int, str]:
+    """Sorts records into an order that has nothing to do with their names."""
+    return key_hash(record.key), record.key
+
+
+def split_records(
+    records: Sequence[ImageRecord], validation_fraction: float
+) -> tuple[list[ImageRecord], list[ImageRecord]]:
+    """(training, validation) records in the order of their keys' hashes; an image's side depends on its own key alone."""
+    threshold = int(validation_fraction * 2**64)
+    shuffled = sorted(records, key=hash_order)
+    training = [record for record in shuffled if key_hash(record.key) >= threshold]
+    validation = [record for record in shuffled if key_hash(record.key) < threshold]
+    if not training:
+        raise SourceError(
+            f"All {len(records)} images fall into the validation split. Lower data.validation_fraction "
+            f"({validation_fraction}) or add images."
+        )
+    return training, validation

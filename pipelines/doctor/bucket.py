@@ -1,0 +1,236 @@
+"""Is an s3:// prefix good for a latent store? Each thing that the store relies on is done once, for real, and removed.
+
+Part of `fae doctor`. Client and settings are those of every other command (s3.py), but the requests are bare, without its
+patience: a check says at once what does not work.
+"""
+
+from __future__ import annotations
+
+import time
+import uuid
+from collections.abc import Callable, Iterator
+from email.utils import parsedate_to_datetime
+from typing import Any
+
+from botocore.exceptions import BotoCoreError, ClientError
+
+from ..storage import paths, s3
+from .finding import Finding
+
+RULE_ID = "fae-abort-incomplete-uploads"
+RULE_DAYS = 7
+SKEW_WARNING, SKEW_PROBLEM = 60.0, 300.0
+"""Seconds; S3 refuses requests that are 15 minutes off."""
+CONTENT = b"fae doctor wrote this to see whether it can; it may be deleted.\n"
+
+
+def check_bucket(uri: str, fix: bool = False) -> Iterator[Finding]:
+    """Findings about `uri`, the first that everything else needs ending it; with `fix` the lifecycle rule is added."""
+    bucket, _, prefix = uri.removeprefix("s3://").rstrip("/").partition("/")
+    if not bucket:
+        yield Finding("problem", "bucket", f"{uri}: no bucket. Expected s3://BUCKET/PREFIX.")
+        return
+    client = s3.client()
+    folder = f"{prefix}/" if prefix else ""
+    probe = f"{folder}.fae-doctor-{uuid.uuid4().hex}"
+    try:
+        answer = client.list_objects_v2(Bucket=bucket, Prefix=folder, MaxKeys=1)
+    except (ClientError, BotoCoreError) as error:
+        if isinstance(error, ClientError):
+            yield from _clock(error.response)
+        yield Finding("problem", "list", str(paths.storage_error("list", uri, error)))
+        return
+    yield Finding("ok", "list", f"s3://{bucket}/{folder} at {client.meta.endpoint_url}")
+    yield from _clock(answer)
+    try:
+        written = _write_and_read(client, bucket, probe)
+        yield written
+        if written.level == "problem":
+            return
+        yield _conditional(client, bucket, probe)
+        yield _multipart(client, bucket, f"{probe}.parts")
+        yield _lifecycle(client, bucket, folder, fix)
+    finally:
+        yield from _clean(client, bucket, [probe, f"{probe}.parts"])
+
+
+def clock_skew(date: str, now: float) -> float:
+    """Seconds that this machine is ahead of the server whose HTTP `Date` header is given."""
+    return now - parsedate_to_datetime(date).timestamp()
+
+
+def covering_rule(rules: list[dict[str, Any]], folder: str) -> dict[str, Any] | None:
+    """The enabled lifecycle rule that aborts incomplete uploads of everything below `folder`, if there is one."""
+    for rule in rules:
+        scope = rule.get("Filter") or {}
+        # A rule for some tags or sizes alone does not cover the prefix.
+        if set(scope) - {"Prefix"}:
+            continue
+        prefix = scope.get("Prefix", rule.get("Prefix", ""))
+        aborts = "AbortIncompleteMultipartUpload" in rule
+        if aborts and rule.get("Status") == "Enabled" and folder.startswith(prefix):
+            return rule
+    return None
+
+
+def _clock(answer: dict[str, Any]) -> Iterator[Finding]:
+    date = answer.get("ResponseMetadata", {}).get("HTTPHeaders", {}).get("date")
+    if not date:
+        return
+    skew = clock_skew(date, time.time())
+    text = f"this machine is {abs(skew):.0f} s {'ahead of' if skew > 0 else 'behind'} the server"
+    if abs(skew) > SKEW_PROBLEM:
+        yield Finding("problem", "clock", f"{text}; S3 refuses more than 900 s. Set it with NTP.")
+    elif abs(skew) > SKEW_WARNING:
+        yield Finding("warning", "clock", f"{text}. Set it with NTP.")
+    else:
+        yield Finding("ok", "clock", f"{text} (its Date header has whole seconds)")
+
+
+def _write_and_read(client: Any, bucket: str, key: str) -> Finding:
+    settings = client.meta.config.request_checksum_calculation
+    error = _attempt("write and read", bucket, key, lambda: _round_trip(client, bucket, key))
+    if error is None:
+        return Finding("ok", "write, read", f"by boto3 and by Arrow; checksums {settings}")
+    if settings != "when_required":
+        # Ceph, for one, takes boto3's newer checksums and answers Arrow's with 411.
+        error += (
+            " If reading and writing are allowed, the server may not know the checksums of newer clients: set "
+            "AWS_REQUEST_CHECKSUM_CALCULATION=when_required and AWS_RESPONSE_CHECKSUM_VALIDATION=when_required, "
+            "on the nodes too, and ask again."
+        )
+    return Finding("problem", "write, read", error)
+
+
+def _round_trip(client: Any, bucket: str, key: str) -> None:
+    # Each of the two writes, and the other reads it back.
+    uri = f"s3://{bucket}/{key}"
+    client.put_object(Bucket=bucket, Key=key, Body=CONTENT)
+    with paths.open_input(uri) as file:
+        by_arrow = bytes(file.read())
+    filesystem, path = paths.filesystem(uri)
+    with filesystem.open_output_stream(path) as stream:
+        stream.write(CONTENT)
+    by_boto3 = client.get_object(Bucket=bucket, Key=key)["Body"].read()
+    if by_boto3 != CONTENT or by_arrow != CONTENT:
+        raise paths.StorageError(
+            f"{uri}: Arrow reads {len(by_arrow)} bytes and boto3 {len(by_boto3)} of {len(CONTENT)} written. "
+            "The server, or a proxy before it, changes what it stores."
+        )
+
+
+def _conditional(client: Any, bucket: str, key: str) -> Finding:
+    # The object is there: a PUT that must not replace has to be refused.
+    try:
+        client.put_object(Bucket=bucket, Key=key, Body=CONTENT, IfNoneMatch="*")
+    except ClientError as error:
+        code = error.response.get("Error", {}).get("Code", "")
+        if code in ("PreconditionFailed", "412"):
+            return Finding("ok", "write once", "a second PUT with If-None-Match: * was refused")
+        return Finding(
+            "problem", "write once",
+            f"a PUT with If-None-Match: * ended as {code}. A manifest could not be committed here; "
+            "the server needs conditional writes (AWS, Ceph, MinIO have them).",
+        )  # fmt: skip
+    except BotoCoreError as error:
+        return Finding("problem", "write once", str(paths.storage_error("write", key, error)))
+    return Finding(
+        "problem", "write once",
+        "the server ignored If-None-Match: *, so of two jobs that write one store both could commit. "
+        "Use a server with conditional writes, and never run two jobs on one output.",
+    )  # fmt: skip
+
+
+def _multipart(client: Any, bucket: str, key: str) -> Finding:
+    def upload() -> None:
+        started = client.create_multipart_upload(Bucket=bucket, Key=key)["UploadId"]
+        part = client.upload_part(
+            Bucket=bucket, Key=key, UploadId=started, PartNumber=1, Body=CONTENT
+        )
+        client.complete_multipart_upload(
+            Bucket=bucket,
+            Key=key,
+            UploadId=started,
+            MultipartUpload={"Parts": [{"PartNumber": 1, "ETag": part["ETag"]}]},
+        )
+        if client.head_object(Bucket=bucket, Key=key)["ContentLength"] != len(CONTENT):
+            raise paths.StorageError("a multipart upload has another size than its parts.")
+        abandoned = client.create_multipart_upload(Bucket=bucket, Key=key)["UploadId"]
+        client.abort_multipart_upload(Bucket=bucket, Key=key, UploadId=abandoned)
+
+    error = _attempt("upload in parts", bucket, key, upload)
+    if error is None:
+        return Finding("ok", "multipart", "an upload in parts completed, another was aborted")
+    return Finding("problem", "multipart", error)
+
+
+def _lifecycle(client: Any, bucket: str, folder: str, fix: bool) -> Finding:
+    try:
+        rules = _rules(client, bucket)
+        found = covering_rule(rules, folder)
+        if found:
+            days = found["AbortIncompleteMultipartUpload"].get("DaysAfterInitiation")
+            return Finding("ok", "lifecycle", f"incomplete uploads are aborted after {days} days")
+        rule = {
+            "ID": RULE_ID,
+            "Status": "Enabled",
+            "Filter": {"Prefix": folder},
+            "AbortIncompleteMultipartUpload": {"DaysAfterInitiation": RULE_DAYS},
+        }
+        if not fix:
+            return Finding(
+                "warning", "lifecycle",
+                f"nothing aborts incomplete uploads below {folder or 'the bucket'}: killed writers leave parts that are "
+                f"stored and paid for. `fae doctor s3://{bucket}/{folder} --fix` adds the rule {RULE_ID} ({RULE_DAYS} days) "
+                f"to the bucket's {len(rules)} others.",
+            )  # fmt: skip
+        kept = [other for other in rules if other.get("ID") != RULE_ID]
+        client.put_bucket_lifecycle_configuration(
+            Bucket=bucket, LifecycleConfiguration={"Rules": [*kept, rule]}
+        )
+        after = _rules(client, bucket)
+        if covering_rule(after, folder) and len(after) == len(kept) + 1:
+            return Finding(
+                "ok", "lifecycle", f"added {RULE_ID} ({RULE_DAYS} days); {len(kept)} others kept"
+            )
+        return Finding(
+            "problem", "lifecycle", f"the server took {RULE_ID} but does not show it with the {len(kept)} others. Look at the bucket's rules."
+        )  # fmt: skip
+    except (ClientError, BotoCoreError) as error:
+        advice = paths.storage_error("set or see lifecycle rules of", f"s3://{bucket}", error)
+        return Finding("warning", "lifecycle", str(advice))
+
+
+def _rules(client: Any, bucket: str) -> list[dict[str, Any]]:
+    try:
+        answer = client.get_bucket_lifecycle_configuration(Bucket=bucket)
+    except ClientError as error:
+        if error.response.get("Error", {}).get("Code") == "NoSuchLifecycleConfiguration":
+            return []
+        raise
+    rules: list[dict[str, Any]] = answer["Rules"]
+    return rules
+
+
+def _clean(client: Any, bucket: str, keys: list[str]) -> Iterator[Finding]:
+    for key in keys:
+
+        def remove(key: str = key) -> None:
+            client.delete_object(Bucket=bucket, Key=key)
+            pending = client.list_multipart_uploads(Bucket=bucket, Prefix=key).get("Uploads", [])
+            for upload in pending:
+                client.abort_multipart_upload(
+                    Bucket=bucket, Key=upload["Key"], UploadId=upload["UploadId"]
+                )
+
+        if error := _attempt("delete", bucket, key, remove):
+            yield Finding("warning", "delete", f"{error} Remove s3://{bucket}/{key} yourself.")
+
+
+def _attempt(operation: str, bucket: str, key: str, action: Callable[[], None]) -> str | None:
+    # None, or what went wrong as the rest of the project says it.
+    try:
+        action()
+    except (ClientError, BotoCoreError, OSError) as error:
+        return str(paths.storage_error(operation, f"s3://{bucket}/{key}", error))
+    return None

@@ -1,0 +1,110 @@
+"""`fae doctor`: is this cluster, this bucket, this tracking server usable, for this recipe? What to do where not.
+
+Also `python -m pipelines.doctor`, which `fae submit doctor` runs inside a cluster, where the answers count.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Iterator, Sequence
+from urllib.parse import urlsplit, urlunsplit
+
+from fae_core.errors import UserError
+
+from ..config import Recipe, load_recipe
+from ..config.sections import TrackingSection
+from ..runtime.session import start_ray
+from ..training.tracking import resolve_uri
+from .bucket import check_bucket
+from .cluster import check_fit, check_nodes, look_at_nodes, most_after_scaling
+from .finding import Finding
+
+
+def doctor(words: Sequence[str], address: str | None = None, fix: bool = False) -> bool:
+    """Print a line a finding; whether there was no problem. `words` are [RECIPE [key=value …]] and s3:// prefixes.
+
+    The recipe's own s3:// `output` is looked at too. Without a recipe and with a bucket, Ray is left alone unless
+    `address` names it. Raises UserError for words that are neither.
+    """
+    buckets = [word for word in words if word.startswith("s3://")]
+    rest = [word for word in words if not word.startswith("s3://")]
+    if rest and "=" in rest[0]:
+        raise UserError(
+            f"{rest[0]}: settings need a recipe before them: fae doctor RECIPE {rest[0]}"
+        )
+    recipe = load_recipe(rest[0], rest[1:]) if rest else None
+    for place in (recipe.output, recipe.storage) if recipe else ():
+        if place and place.startswith("s3://") and place not in buckets:
+            buckets.append(place)
+    problems = 0
+    if recipe or address or not buckets:
+        problems += _print(check_cluster(recipe, address))
+    if recipe or os.environ.get("MLFLOW_TRACKING_URI"):
+        problems += _print(check_tracking(recipe.tracking if recipe else TrackingSection()))
+    for bucket in buckets:
+        problems += _print(check_bucket(bucket, fix))
+    print(f"{problems} problem{'s' if problems != 1 else ''}" if problems else "no problems")
+    return problems == 0
+
+
+def check_cluster(recipe: Recipe | None, address: str | None = None) -> Iterator[Finding]:
+    """Connect to Ray and look. Raises UserError where there is none at `address`."""
+    if address and address.startswith(("http://", "https://")):
+        raise UserError(
+            f"--address {address} is a job server, which shows no nodes. Ask from inside the cluster: "
+            f"fae submit doctor RECIPE … --address {address}"
+        )
+    if address:
+        os.environ["RAY_ADDRESS"] = address
+    where = os.environ.get("RAY_ADDRESS")
+    try:
+        start_ray()
+    except (ConnectionError, RuntimeError, ValueError) as error:
+        line = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise UserError(
+            f"No Ray at {where or 'this machine'}: {line[:300]}. From outside a cluster use fae submit doctor; "
+            "with token authentication set RAY_AUTH_MODE=token and RAY_AUTH_TOKEN."
+        ) from None
+    if not where:
+        yield Finding("ok", "ray", "no RAY_ADDRESS: a local cluster, this machine alone")
+    nodes, findings = look_at_nodes()
+    yield from findings
+    yield from check_nodes(nodes)
+    if recipe:
+        yield from check_fit(recipe, nodes, most_after_scaling())
+
+
+def check_tracking(tracking: TrackingSection) -> Iterator[Finding]:
+    """Whether MLflow answers at the address that a run would use."""
+    if not tracking.enabled:
+        yield Finding("ok", "tracking", "off (tracking.enabled=false)")
+        return
+    uri = resolve_uri(tracking)
+    parts = urlsplit(uri)
+    shown = urlunsplit(parts._replace(netloc=parts.netloc.rpartition("@")[2]))
+    if parts.scheme not in ("http", "https"):
+        yield Finding(
+            "ok", "tracking", f"{shown}: a file of this machine. A cluster wants a server: MLFLOW_TRACKING_URI=http://…"
+        )  # fmt: skip
+        return
+    os.environ |= {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0", "MLFLOW_HTTP_REQUEST_TIMEOUT": "10"}
+    from mlflow.tracking import MlflowClient
+
+    try:
+        MlflowClient(tracking_uri=uri).search_experiments(max_results=1)
+    except Exception as error:  # whatever a tracker raises
+        yield Finding(
+            "problem", "tracking",
+            f"{shown} does not answer ({type(error).__name__}). Training would go on without metrics. Check "
+            "MLFLOW_TRACKING_URI, MLFLOW_TRACKING_USERNAME and _PASSWORD, or set tracking.enabled=false.",
+        )  # fmt: skip
+        return
+    yield Finding("ok", "tracking", f"MLflow answers at {shown}")
+
+
+def _print(findings: Iterable[Finding]) -> int:
+    problems = 0
+    for finding in findings:
+        print(finding, flush=True)
+        problems += finding.level == "problem"
+    return problems

@@ -1,0 +1,199 @@
+"""Images to what the probes need of them, by Ray Data: the half of `fae probe` that runs on many machines.
+
+decode (CPU tasks) -> backbone, autoencoder, pooling and patch comparison (actor pool). Patch tokens stay in the actors; of an
+image one pooled vector of each kind leaves, so 25,000 images are some hundred MB.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import numpy as np
+import torch
+
+from fae_core.errors import UserError
+from fae_core.metrics.probes import (
+    match_patches,
+    object_patches,
+    similarity_correlation,
+    within_one_patch,
+)
+
+from ..config import Recipe
+from ..data.records import ImageRecord
+from ..latents import LatentEncoder
+from ..networks import features_of
+from ..runtime import Progress
+from ..runtime.session import start_ray
+from .tasks import decode_batch
+
+KINDS = ("true", "reconstructed", "latent")
+Pair = tuple[ImageRecord, ImageRecord]
+
+
+class ProbeError(UserError, ValueError):
+    """Images on which nothing can be probed; the message says what is missing."""
+
+
+@dataclass(frozen=True)
+class Probed:
+    """What the actors found of one image."""
+
+    pooled: dict[str, np.ndarray]
+    """One vector by kind of token: [D], [D], [C]."""
+    similarity: float
+    matches: tuple[int, int]
+    """Of a pair's first image: its object's patches that latents and features match alike, and all of them; else 0, 0."""
+
+
+def extract(
+    recipe: Recipe,
+    images: Sequence[ImageRecord],
+    pairs: Sequence[Pair],
+    weights: dict[str, str],
+    show_progress: bool,
+) -> dict[str, Probed]:
+    """What the actors found, by key, of `images`, which hold those of `pairs`; without those that cannot be decoded.
+
+    Raises ProbeError once more failed than the recipe allows, and for features that are not finite.
+    """
+    start_ray()
+    rows = batches_of(images, pairs, recipe.probe.batch_size)
+    progress = Progress(len(rows), len(images), show_progress)
+    found: dict[str, Probed] = {}
+    errors: list[dict[str, str]] = []
+    for row in build_dataset(recipe, rows, weights).iter_rows():
+        keys, failed = json.loads(str(row["keys"])), json.loads(str(row["errors"]))
+        for index, key in enumerate(keys):
+            pooled = {kind: np.asarray(row[kind][index]) for kind in KINDS}
+            if not all(np.isfinite(vector).all() for vector in pooled.values()):
+                raise ProbeError(f"Features of {key!r} are not finite; is this checkpoint sound?")
+            right, total = row["matches"][index]
+            found[key] = Probed(pooled, float(row["similarity"][index]), (int(right), int(total)))
+        errors += failed
+        progress.add(len(keys), len(failed), float(row["probed_at"]))
+        if len(errors) > recipe.probe.max_error_rate * len(images):
+            first = "\n".join(f"  {e['key']} [{e['stage']}] {e['message']}" for e in errors[:10])
+            raise ProbeError(
+                f"{len(errors)} of {len(images)} images could not be decoded, more than probe.max_error_rate="
+                f"{recipe.probe.max_error_rate:g} allows. The first:\n{first}"
+            )
+    progress.close()
+    return found
+
+
+@dataclass
+class Networks:
+    """Backbone and autoencoder on one device: images to the three kinds of patch tokens."""
+
+    encoder: LatentEncoder
+
+    @classmethod
+    def of(cls, recipe: Recipe, encoder: LatentEncoder | None = None) -> Networks:
+        """Those of `encoder`, or load what the recipe names. Raises CheckpointError when the two do not belong together."""
+        encoder = encoder or LatentEncoder.of(recipe)
+        return cls(dataclasses.replace(encoder, precision=recipe.probe.precision))
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        return self.encoder.backbone.grid
+
+    @torch.inference_mode()
+    def tokens(self, images: np.ndarray) -> dict[str, np.ndarray]:
+        """Patch tokens float32 [n, N, D] (latents [n, N, C], the posterior's mean) of uint8 crops [n, S, S, 3]."""
+        encoder = self.encoder
+        if not len(images):
+            dims = (
+                encoder.backbone.dim,
+                encoder.backbone.dim,
+                encoder.autoencoder.config.latent_dim,
+            )
+            shapes = [(0, self.grid[0] * self.grid[1], dim) for dim in dims]
+            return {k: np.zeros(s, np.float32) for k, s in zip(KINDS, shapes, strict=True)}
+        (batch,) = encoder.micro_batches(images, len(images))
+        features = features_of(encoder.backbone, batch, encoder.precision)
+        enabled = encoder.precision == "bf16"
+        with torch.autocast(encoder.device.type, torch.bfloat16, enabled=enabled):
+            latents = encoder.autoencoder.encode(features).mode()
+            rebuilt = encoder.autoencoder.decode(latents)
+        found = dict(zip(KINDS, (features, rebuilt, latents), strict=True))
+        return {kind: value.float().cpu().numpy() for kind, value in found.items()}
+
+
+def batches_of(
+    images: Sequence[ImageRecord], pairs: Sequence[Pair], size: int
+) -> list[dict[str, Any]]:
+    """Rows of the data set: records as JSON. The pairs come first, and none is cut."""
+    paired = [record for pair in pairs for record in pair]
+    keys = {record.key for record in paired}
+    rest = [record for record in images if record.key not in keys]
+    even = size - size % 2
+    return [
+        {
+            "records": json.dumps([dataclasses.astuple(r) for r in some[i : i + step]]),
+            "paired": both,
+        }
+        for some, step, both in ((paired, even, True), (rest, size, False))
+        for i in range(0, len(some), step)
+    ]
+
+
+def build_dataset(recipe: Recipe, rows: list[dict[str, Any]], weights: dict[str, str]) -> Any:
+    """The Ray data set whose rows are probed batches. Nothing runs until it is read."""
+    import ray.data
+
+    options = recipe.probe
+    context = ray.data.DataContext.get_current()
+    context.enable_progress_bars = False
+    dataset = ray.data.from_items(rows, override_num_blocks=len(rows))
+    return dataset.map(
+        partial(decode_batch, recipe=recipe), num_cpus=recipe.precompute.cpus_per_decode
+    ).map_batches(
+        ProbeImages,
+        fn_constructor_args=(recipe, weights),
+        batch_size=1,
+        batch_format="numpy",
+        compute=ray.data.ActorPoolStrategy(size=options.num_actors),
+        num_cpus=options.cpus_per_actor,
+        num_gpus=options.gpus_per_actor,
+    )
+
+
+class ProbeImages:
+    """The actor: one accelerator (or the CPU) each, networks loaded once."""
+
+    def __init__(self, recipe: Recipe, weights: dict[str, str]) -> None:
+        self.recipe = recipe
+        encoder = LatentEncoder.for_actor(recipe, recipe.probe.gpus_per_actor, weights)
+        self.networks = Networks.of(recipe, encoder)
+
+    def __call__(self, batch: dict[str, np.ndarray]) -> dict[str, Any]:
+        images = np.asarray(batch["images"][0])
+        tokens = self.networks.tokens(images)
+        matches = np.zeros((len(images), 2), np.int64)
+        for first, second in json.loads(str(batch["pairs"][0])):
+            matches[first] = self.matches(tokens, first, second)
+        pool = np.max if self.recipe.probe.pooling == "max" else np.mean
+        return {
+            "keys": batch["keys"],
+            "errors": batch["errors"],
+            "probed_at": [time.time()],
+            "similarity": [similarity_correlation(tokens["latent"], tokens["true"])],
+            "matches": [matches],
+            **{kind: [pool(value, axis=1)] for kind, value in tokens.items()},
+        }
+
+    def matches(self, tokens: dict[str, np.ndarray], first: int, second: int) -> tuple[int, int]:
+        """Of the first image's object patches: (those matched within one patch of the features' match, all)."""
+        options, grid = self.recipe.probe, self.networks.grid
+        latents = tokens["latent"]
+        patches = object_patches(latents[first], grid, options.num_clusters, self.recipe.seed)
+        ours = match_patches(latents[first][patches], latents[second])
+        theirs = match_patches(tokens["true"][first][patches], tokens["true"][second])
+        return int(within_one_patch(ours, theirs, grid).sum()), len(patches)

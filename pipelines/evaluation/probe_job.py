@@ -1,0 +1,247 @@
+"""`fae probe`: what reconstructed features and latents still know of what the backbone's features know.
+
+list -> split by key hash -> pooled vectors and patch comparisons (`probe_features.py`, Ray Data) -> k-NN and linear probes
+here -> probe.json and two figures. Also `python -m pipelines.probe RECIPE key=value ...`.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from fae_core.figures import picture_grid
+from fae_core.metrics.probes import (
+    Accuracy,
+    LinearProbe,
+    cosine_matrix,
+    knn_accuracy,
+    match_patches,
+    object_patches,
+)
+from fae_core.similarity_figures import MatchedPair, matching_figure, similarity_rows
+
+from ..config import Recipe, RecipeError, with_absolute_paths
+from ..data import CROPS, decode_records, list_images, read_records
+from ..data.records import ImageRecord, source_digest, split_records
+from ..runtime import versions
+from ..storage import StoreMismatch, fingerprint_of, paths
+from .probe_features import KINDS, Networks, Pair, Probed, ProbeError, extract
+
+OPERATIONAL = ("output", "num_actors", "gpus_per_actor", "cpus_per_actor", "max_error_rate")
+
+
+def probe(recipe: Recipe, show_progress: bool = True) -> dict[str, float]:
+    """The scores of the recipe's autoencoder on the labelled images of data.path.
+
+    `knn_X` and `linear_X` are accuracies on test images for X of true and reconstructed features and latents;
+    `linear_transfer` is the head of true features, unmodified, on reconstructed ones (the paper's protocol). Each has
+    `_low` and `_high`, Wilson's 95 % interval. `retention_knn` and `retention_linear` are reconstructed / true,
+    `retention_transfer` is transfer / true. `similarity` is the correlation of the patches' cosine matrices of latent and
+    feature, averaged over test images; `matching` the share of the object's patches whose match in another image of the class by
+    latents is within one patch of the features' match (absent where no class has two test images).
+    `num_train`, `num_test`, `num_classes`, `num_errors` count.
+
+    With probe.output, writes matching.png, similarity.png and last probe.json there, or returns what is there already.
+    Raises RecipeError, SourceError, CheckpointError, ProbeError, StoreMismatch (the output holds another probe's).
+    """
+    if recipe.data.path is None or recipe.autoencoder.checkpoint is None:
+        raise RecipeError(
+            "probe needs data.path=… (labelled images) and autoencoder.checkpoint=…; probe.output=… keeps the figures."
+        )
+    recipe = with_absolute_paths(recipe)
+    records = list_images(recipe.data)
+    split = split_images(recipe, records)
+    networks = Networks.of(recipe)
+    parts = probe_parts(recipe, networks, records)
+    if found := _finished(recipe.probe.output, parts):
+        return found
+    probed = extract(recipe, [*split.test, *split.train], split.pairs, parts, show_progress)
+    scores = score(recipe, split, probed)
+    if recipe.probe.output is not None:
+        draw(recipe, networks, split, recipe.probe.output)
+        report = {
+            "fingerprint": fingerprint_of(parts),
+            "scores": scores,
+            "parts": parts,
+            "versions": versions(),
+        }
+        # Last: its presence says that the figures are there.
+        uri = paths.join(recipe.probe.output, "probe.json")
+        paths.write_bytes(uri, json.dumps(report, indent=1).encode())
+    return scores
+
+
+def summary(scores: dict[str, float]) -> str:
+    """The scores as lines for a terminal."""
+
+    def cell(name: str) -> str:
+        return f"{scores[name]:.3f} ({scores[name + '_low']:.3f}–{scores[name + '_high']:.3f})"
+
+    lines = [f"{'':22}{'k-NN':24}linear probe"]
+    lines += [f"{kind:22}{cell('knn_' + kind):24}{cell('linear_' + kind)}" for kind in KINDS]
+    lines += [f"{'true head on rebuilt':46}{cell('linear_transfer')}"]
+    for name in (
+        "retention_knn",
+        "retention_linear",
+        "retention_transfer",
+        "similarity",
+        "matching",
+    ):
+        if name in scores:
+            lines.append(f"{name:22}{scores[name]:.3f}")
+    counts = {name: int(scores[f"num_{name}"]) for name in ("train", "test", "classes", "errors")}
+    lines.append(", ".join(f"{count} {name}" for name, count in counts.items()))
+    return "\n".join(lines)
+
+
+def probe_parts(
+    recipe: Recipe, networks: Networks, records: Sequence[ImageRecord]
+) -> dict[str, str]:
+    """What decides the scores: networks by content, crop, images and labels, seed and the section's settings."""
+    settings = recipe.probe.model_dump(mode="json", exclude=set(OPERATIONAL))
+    return {
+        "backbone weights": networks.encoder.backbone.weights_sha256,
+        "autoencoder weights": networks.encoder.autoencoder_sha256,
+        "grid": str(networks.grid),
+        "image size": str(recipe.image_size),
+        "crop": CROPS[recipe.data.decoder],
+        "source": source_digest(records),
+        "seed": str(recipe.seed),
+        **{f"probe.{name}": str(value) for name, value in settings.items()},
+    }
+
+
+def _finished(output: str | None, parts: dict[str, str]) -> dict[str, float] | None:
+    if output is None or not paths.exists(uri := paths.join(output, "probe.json")):
+        return None
+    report = json.loads(paths.read_bytes(uri))
+    if report["fingerprint"] == fingerprint_of(parts):
+        return dict(report["scores"])
+    before = report["parts"]
+    differing = [k for k in sorted(before.keys() | parts.keys()) if before.get(k) != parts.get(k)]
+    lines = "\n".join(f"  {k}: {before.get(k)!r} there, {parts.get(k)!r} now" for k in differing)
+    raise StoreMismatch(f"{output} holds another probe:\n{lines}\nChoose another probe.output=….")
+
+
+@dataclass(frozen=True)
+class Split:
+    """Images that train and test the probes, and the pairs of test images whose patches are matched."""
+
+    train: list[ImageRecord]
+    test: list[ImageRecord]
+    pairs: list[Pair]
+
+
+def split_images(recipe: Recipe, records: Sequence[ImageRecord]) -> Split:
+    """Train and test by the hash of the key. Raises ProbeError for missing labels and for too few images or classes."""
+    options = recipe.probe
+    unlabelled = [record.key for record in records if record.label is None]
+    if unlabelled:
+        raise ProbeError(
+            f"{len(unlabelled)} of {len(records)} images of {recipe.data.path} have no label, the first is "
+            f"{unlabelled[0]!r}. A probe needs class folders, or an integer column named by data.label_column."
+        )
+    train, test = split_records(records, options.test_fraction)
+    train, test = train[: options.train_limit], test[: options.test_limit]
+    if len(train) < options.num_neighbors or not test:
+        raise ProbeError(
+            f"{len(train)} training and {len(test)} test images of {recipe.data.path} (probe.test_fraction="
+            f"{options.test_fraction:g}): probe.num_neighbors={options.num_neighbors} needs as many training "
+            "images, and testing at least one. Give more images, or lower probe.num_neighbors."
+        )
+    if len({record.label for record in train}) < 2:
+        raise ProbeError(f"The training images of {recipe.data.path} are of one class; give two.")
+    return Split(train, test, image_pairs(test, options.num_image_pairs))
+
+
+def image_pairs(test: Sequence[ImageRecord], num_pairs: int) -> list[Pair]:
+    """At most so many pairs of neighbours of one class, every class in turn; no image is in two."""
+    by_label: dict[int | None, list[ImageRecord]] = {}
+    for record in test:
+        by_label.setdefault(record.label, []).append(record)
+    found = [
+        (turn, label, (images[2 * turn], images[2 * turn + 1]))
+        for label, images in by_label.items()
+        for turn in range(len(images) // 2)
+    ]
+    return [pair for _, _, pair in sorted(found, key=lambda item: item[:2])][:num_pairs]
+
+
+def score(recipe: Recipe, split: Split, found: dict[str, Probed]) -> dict[str, float]:
+    """The scores that `probe` returns, of what `extract` found."""
+    options = recipe.probe
+    train = [record for record in split.train if record.key in found]
+    test = [record for record in split.test if record.key in found]
+    train_labels, test_labels = (np.array([r.label for r in part]) for part in (train, test))
+    accuracies: dict[str, Accuracy] = {}
+    chosen: dict[str, float] = {}
+    for kind in KINDS:
+        x, y = (np.stack([found[r.key].pooled[kind] for r in part]) for part in (train, test))
+        accuracies[f"knn_{kind}"] = knn_accuracy(
+            x, train_labels, y, test_labels, options.num_neighbors
+        )
+        head = LinearProbe.fit(x, train_labels, options.regularization, options.max_iterations)
+        accuracies[f"linear_{kind}"] = head.accuracy(y, test_labels)
+        chosen[f"linear_{kind}_c"] = head.regularization
+        if kind == "true":
+            rebuilt = np.stack([found[r.key].pooled["reconstructed"] for r in test])
+            accuracies["linear_transfer"] = head.accuracy(rebuilt, test_labels)
+    scores: dict[str, float] = {}
+    for name, accuracy in accuracies.items():
+        scores[name] = accuracy.value
+        scores[f"{name}_low"], scores[f"{name}_high"] = accuracy.interval
+    ratios = {
+        "retention_knn": ("knn_reconstructed", "knn_true"),
+        "retention_linear": ("linear_reconstructed", "linear_true"),
+        "retention_transfer": ("linear_transfer", "linear_true"),
+    }
+    for name, (ours, theirs) in ratios.items():
+        # A probe that is never right has nothing to retain.
+        scores[name] = scores[ours] / scores[theirs] if scores[theirs] else 0.0
+    scores["similarity"] = float(np.mean([found[r.key].similarity for r in test]))
+    right, all_patches = np.sum([found[r.key].matches for r in test], axis=0)
+    if all_patches:
+        scores["matching"] = float(right / all_patches)
+    counts = {
+        "num_train": len(train),
+        "num_test": len(test),
+        "num_classes": len({*train_labels.tolist(), *test_labels.tolist()}),
+        "num_errors": len(split.train) + len(split.test) - len(train) - len(test),
+    }
+    return {**scores, **chosen, **{name: float(count) for name, count in counts.items()}}
+
+
+def draw(recipe: Recipe, networks: Networks, split: Split, output: str) -> None:
+    """Write matching.png, of pairs, and similarity.png, of their first images; nothing where there are no pairs."""
+    options, grid = recipe.probe, networks.grid
+    random = np.random.default_rng(recipe.seed)
+    pictures: list[np.ndarray] = []
+    chosen: list[int] = []
+    maps: list[list[np.ndarray]] = []
+    matched: list[MatchedPair] = []
+    for pair in split.pairs[: options.figure_rows]:
+        blobs = read_records(pair, recipe.data)
+        images, ok, _ = decode_records(pair, blobs, recipe.image_size, recipe.data)
+        if len(ok) < 2:
+            continue
+        tokens = networks.tokens(images)
+        true, latents = tokens["true"], tokens["latent"]
+        inside = object_patches(latents[0], grid, options.num_clusters, recipe.seed)
+        patches = random.choice(inside, min(options.num_pairs, len(inside)), replace=False)
+        matches = match_patches(latents[0][patches], latents[1])
+        reference = match_patches(true[0][patches], true[1])
+        matched.append(MatchedPair(images[0], images[1], patches, matches, reference))
+        pictures.append(images[0])
+        chosen.append(int(patches[0]))
+        maps.append([cosine_matrix(kind[0])[patches[0]] for kind in (true, latents)])
+    if not matched:
+        return
+    note = "lines: matches by latents; rings: by the backbone's features"
+    figure = matching_figure(matched, grid, note)
+    paths.write_bytes(paths.join(output, "matching.png"), figure)
+    rows = similarity_rows(np.stack(pictures), chosen, maps, grid)
+    titles = ("image and patch", "cosine of features", "cosine of latents")
+    paths.write_bytes(paths.join(output, "similarity.png"), picture_grid(rows, titles))

@@ -1,0 +1,139 @@
+"""`fae export`: a finished latent store in the layouts that other trainers read.
+
+lightningdit: safetensors files with latents, latents_flip, labels, and latents_stats.pt, which LightningDiT's
+ImgLatentDataset opens as its own. webdataset: tar shards of KEY.npy, KEY.cls. npy: one .npy an image in folders of a
+thousand, as REPA has it, and labels in dataset.json. Values are the store's, raw, not normalized.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import tarfile
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors.numpy import save
+
+from fae_core.errors import UserError
+
+from ..storage import paths
+from .reader import LatentStore
+
+ROWS_PER_FILE = 10_000
+FILES_PER_FOLDER = 1_000
+
+
+class ExportError(UserError, ValueError):
+    """A store that the wanted layout cannot hold."""
+
+
+def export(uri: str, layout: str, output: str, dtype: str = "float32") -> dict[str, int]:
+    """Write the finished store `uri` to `output`; {"rows", "files"}. Raises StoreError, ExportError."""
+    layouts: dict[str, Callable[[LatentStore, str, np.dtype[Any]], int]] = {
+        "lightningdit": _lightningdit,
+        "webdataset": _webdataset,
+        "npy": _npy,
+    }
+    if layout not in layouts:
+        raise ExportError(f"No layout {layout!r}; there are {', '.join(layouts)}.")
+    if dtype not in ("float32", "float16"):
+        raise ExportError(f"dtype {dtype!r} is neither float32 nor float16.")
+    if next(iter(paths.list_files(output)), None) is not None:
+        raise ExportError(f"{output} is not empty: an export is written whole into an empty place.")
+    store = LatentStore.open(uri)
+    return {"rows": len(store), "files": layouts[layout](store, output, np.dtype(dtype))}
+
+
+def _shards(store: LatentStore) -> Iterator[dict[str, Any]]:
+    for index in range(store.num_shards):
+        if store.manifest["shards"][index]["rows"]:
+            yield store.read_shard(index)
+
+
+def _label(value: int | None, where: str) -> int:
+    if value is None:
+        raise ExportError(f"{where} has no label, and this layout needs one for each image.")
+    return int(value)
+
+
+def _lightningdit(store: LatentStore, output: str, dtype: np.dtype[Any]) -> int:
+    if "mean_flip" not in store.columns:
+        raise ExportError(
+            f"{store.uri} has no mean_flip, and LightningDiT's loader takes it for every second image. "
+            "Precompute with precompute.columns=[mean,mean_flip]."
+        )
+    files = 0
+    held: dict[str, list[np.ndarray]] = {"latents": [], "latents_flip": [], "labels": []}
+
+    def flush() -> None:
+        nonlocal files
+        arrays = {name: np.concatenate(values) for name, values in held.items()}
+        name = f"latents_rank00_shard{files:03d}.safetensors"
+        paths.write_bytes(paths.join(output, name), save(arrays))
+        files += 1
+        for values in held.values():
+            values.clear()
+
+    for shard in _shards(store):
+        labels = [_label(v, k) for v, k in zip(shard["label"], shard["key"], strict=True)]
+        held["latents"].append(shard["mean"].astype(dtype))
+        held["latents_flip"].append(shard["mean_flip"].astype(dtype))
+        held["labels"].append(np.array(labels, np.int64))
+        if sum(map(len, held["labels"])) >= ROWS_PER_FILE:
+            flush()
+    if held["labels"]:
+        flush()
+    buffer = io.BytesIO()
+    stats = {
+        "mean": torch.tensor(store.stats.mean, dtype=torch.float32).view(1, -1, 1, 1),
+        "std": torch.tensor(store.stats.std, dtype=torch.float32).view(1, -1, 1, 1),
+    }
+    torch.save(stats, buffer)
+    paths.write_bytes(paths.join(output, "latents_stats.pt"), buffer.getvalue())
+    return files + 1
+
+
+def _array_bytes(array: np.ndarray) -> bytes:
+    buffer = io.BytesIO()
+    np.save(buffer, array)
+    return buffer.getvalue()
+
+
+def _webdataset(store: LatentStore, output: str, dtype: np.dtype[Any]) -> int:
+    files = 0
+    for shard in _shards(store):
+        buffer = io.BytesIO()
+        with tarfile.open(fileobj=buffer, mode="w") as archive:
+            for row, key in enumerate(shard["key"]):
+                # A dot or a slash in a name would end WebDataset's key early or move it to another folder.
+                name = hashlib.sha256(key.encode()).hexdigest()[:16]
+                members = {"json": json.dumps({"key": key}).encode()}
+                if shard["label"][row] is not None:
+                    members["cls"] = str(shard["label"][row]).encode()
+                for column in store.columns:
+                    members[f"{column}.npy"] = _array_bytes(shard[column][row].astype(dtype))
+                for suffix, data in members.items():
+                    member = tarfile.TarInfo(f"{name}.{suffix}")
+                    member.size = len(data)
+                    archive.addfile(member, io.BytesIO(data))
+        paths.write_bytes(paths.join(output, f"{files:06d}.tar"), buffer.getvalue())
+        files += 1
+    return files
+
+
+def _npy(store: LatentStore, output: str, dtype: np.dtype[Any]) -> int:
+    labels, row = [], 0
+    for shard in _shards(store):
+        for place, key in enumerate(shard["key"]):
+            name = f"{row // FILES_PER_FOLDER:05d}/img-latents-{row:08d}.npy"
+            paths.write_bytes(
+                paths.join(output, name), _array_bytes(shard["mean"][place].astype(dtype))
+            )
+            labels.append([name, _label(shard["label"][place], key)])
+            row += 1
+    paths.write_bytes(paths.join(output, "dataset.json"), json.dumps({"labels": labels}).encode())
+    return row + 1

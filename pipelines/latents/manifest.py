@@ -1,0 +1,192 @@
+"""manifest.json of a latent store: what is missing, and the commit that writes the manifest once, last."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from fae_core.latent_stats import ChannelStats
+
+from ..runtime import versions
+from ..storage import StoreError, StoreMismatch, paths
+from .plan import FORMAT, Plan
+from .shards import LATENT_COLUMNS, SHARDS_AT_ONCE, THREADS, Each, latent_offsets, read_errors
+
+
+def missing_shards(uri: str, plan: Plan) -> list[int]:
+    """Shards still to be encoded: not there, or not as the manifest (where there is one) recorded them."""
+    there = {f.uri.rpartition("/")[2]: f for f in paths.list_files(paths.join(uri, "shards"))}
+    recorded = {entry["name"]: entry for entry in (read_manifest(uri) or {"shards": []})["shards"]}
+    missing = []
+    for index in range(plan.num_shards):
+        name = f"{index:08d}.parquet"
+        file, entry = there.get(name), recorded.get(name)
+        same = entry is None or (
+            file is not None
+            and (file.size, file.etag or entry["etag"]) == (entry["bytes"], entry["etag"])
+        )
+        if file is None or not same:
+            missing.append(index)
+    return missing
+
+
+def read_manifest(uri: str) -> dict[str, Any] | None:
+    """The manifest, or None where the store is not finished. Raises StoreError for another format."""
+    manifest_uri = paths.join(uri, "manifest.json")
+    if not paths.exists(manifest_uri):
+        return None
+    try:
+        manifest: dict[str, Any] = json.loads(paths.read_bytes(manifest_uri))
+    except ValueError as error:
+        raise StoreError(f"{manifest_uri} is not JSON: {error}") from None
+    if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
+        raise StoreError(f"{manifest_uri} is not of format {FORMAT}.")
+    return manifest
+
+
+def commit(uri: str, plan: Plan, run: Mapping[str, Any], each: Each = map) -> dict[str, Any]:
+    """Check that every planned image is in exactly one place, then write the manifest; returns it.
+
+    What depends on when and where it ran is under "run"; the rest depends on images, model and recipe alone. Where a
+    manifest is there already its content must be the same. `each` is `map`, or spreads its calls over a cluster: every
+    shard's footer is read. Raises StoreError where something is missing.
+    """
+    files = {f.uri.rpartition("/")[2]: f for f in paths.list_files(paths.join(uri, "shards"))}
+    names = [f"{i:08d}.parquet" for i in range(plan.num_shards)]
+    absent = [i for i, name in enumerate(names) if name not in files]
+    if absent:
+        raise StoreError(
+            f"{uri}: {len(absent)} of {plan.num_shards} shards are missing, the first {absent[0]}."
+        )
+    entries: list[dict[str, Any]] = []
+    statistics: dict[str, ChannelStats] = {}
+    shapes: dict[str, tuple[int, ...]] = {}
+    some_at_once = (
+        (uri, plan.fingerprint, start, [files[name] for name in names[start : start + SHARDS_AT_ONCE]])
+        for start in range(0, len(names), SHARDS_AT_ONCE)
+    )  # fmt: skip
+    for described, some_statistics, some_shapes in each(describe_shards, some_at_once):
+        for index, entry in enumerate(described, len(entries)):
+            planned = plan.shard_rows(index)
+            if entry["rows"] + entry["errors"] != planned:
+                raise StoreError(
+                    f"{uri}: shard {index} holds {entry['rows']} latents and {entry['errors']} errors "
+                    f"of {planned} planned images."
+                )
+        entries += described
+        shapes = some_shapes
+        _merge(statistics, some_statistics)
+    del files, names
+    recorded = sum(1 for _ in read_errors(uri, each))
+    errors = sum(entry["errors"] for entry in entries)
+    if recorded != errors:
+        raise StoreError(f"{uri}: {errors} errors in the shards, {recorded} recorded in errors/.")
+    manifest = {
+        "format": FORMAT,
+        "fingerprint": plan.fingerprint,
+        "parts": dict(plan.parts),
+        "source": plan.source,
+        "shard_size": plan.shard_size,
+        "planned": plan.num_images,
+        "stored": sum(entry["rows"] for entry in entries),
+        "errors": errors,
+        "columns": list(shapes),
+        "latent_shape": list(next(iter(shapes.values()))),
+        "statistics": {
+            name: {**stats.to_dict(), "mean": stats.mean.tolist(), "std": stats.std.tolist()}
+            for name, stats in statistics.items()
+        },
+        "shards": entries,
+    }
+    assert manifest["planned"] == manifest["stored"] + manifest["errors"]
+    whole = manifest | {"run": {**run, "versions": versions()}}
+    try:
+        paths.write_once(paths.join(uri, "manifest.json"), encode_manifest(whole))
+        return whole
+    except FileExistsError:
+        existing = read_manifest(uri) or {}
+        differing = [key for key in manifest if manifest[key] != existing.get(key)]
+        if differing:
+            raise StoreMismatch(
+                f"{uri}/manifest.json is there and says otherwise in: {', '.join(differing)}. "
+                "The store changed after it was finished; `fae inspect --verify` says where."
+            ) from None
+        return existing
+
+
+def encode_manifest(manifest: Mapping[str, Any]) -> bytes:
+    """JSON with one line a shard: json's own indentation takes twice as long and three times the memory."""
+    head = json.dumps({**manifest, "shards": []}, indent=1, ensure_ascii=False)
+    lines = ",\n  ".join(json.dumps(entry, ensure_ascii=False) for entry in manifest["shards"])
+    # Inside a string the quotes would have a backslash, so this is the key itself.
+    return head.replace('"shards": []', f'"shards": [\n  {lines}\n ]', 1).encode()
+
+
+def describe_shards(
+    some: tuple[str, str, int, Sequence[paths.FileInfo]],
+) -> tuple[list[dict[str, Any]], dict[str, ChannelStats], dict[str, tuple[int, ...]]]:
+    """Manifest entries, merged statistics and column shapes of (store, fingerprint, first shard's number, shard files)."""
+    uri, fingerprint, start, files = some
+    entries: list[dict[str, Any]] = []
+    statistics: dict[str, ChannelStats] = {}
+    shapes: dict[str, tuple[int, ...]] = {}
+    with ThreadPoolExecutor(THREADS) as pool:
+        for index, (entry, info, some_shapes) in enumerate(pool.map(_describe, files), start):
+            if info["fingerprint"] != fingerprint or info["shard"] != index:
+                raise StoreError(
+                    f"{uri}: shard {index} belongs to another store; delete it and run again."
+                )
+            entries.append(entry)
+            shapes = some_shapes
+            of_shard = {n: ChannelStats.from_dict(v) for n, v in info["statistics"].items()}
+            _merge(statistics, of_shard)
+    return entries, statistics, shapes
+
+
+def _merge(totals: dict[str, ChannelStats], more: Mapping[str, ChannelStats]) -> None:
+    for name, stats in more.items():
+        if name in totals:
+            totals[name].merge(stats)
+        else:
+            totals[name] = stats
+
+
+def _describe(
+    file: paths.FileInfo,
+) -> tuple[dict[str, Any], dict[str, Any], dict[str, tuple[int, ...]]]:
+    """(manifest entry, what the writer noted in the footer, shapes of the latent columns) of a shard file."""
+    name = file.uri.rpartition("/")[2]
+    try:
+        with paths.open_input(file.uri) as handle:
+            etag = file.etag or _md5(handle)
+            parquet = pq.ParquetFile(handle)
+            metadata, schema = parquet.metadata, parquet.schema_arrow
+        info = json.loads(schema.metadata[b"fae"])
+    except (pa.ArrowException, KeyError, TypeError, ValueError) as error:
+        raise StoreError(
+            f"{file.uri} is not a whole shard ({error}); delete it and run again."
+        ) from None
+    shapes = {f.name: tuple(f.type.shape) for f in schema if f.name in LATENT_COLUMNS}
+    entry = {
+        "name": name,
+        "rows": metadata.num_rows,
+        "errors": info["errors"],
+        "bytes": file.size,
+        "etag": etag,
+        "offsets": latent_offsets(metadata, shapes),
+    }
+    return entry, info, shapes
+
+
+def _md5(handle: pa.NativeFile) -> str:
+    digest = hashlib.md5(usedforsecurity=False)
+    while chunk := handle.read(1 << 22):
+        digest.update(chunk)
+    handle.seek(0)
+    return digest.hexdigest()

@@ -1,0 +1,169 @@
+"""plan.parquet of a latent store: which image belongs to which shard, fixed before the first image is read."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from ..data.records import RECORDS, ImageRecord, records_of, records_table, source_digest
+from ..storage import StoreError, StoreMismatch, fingerprint_of, paths
+
+FORMAT = "fae-latents-1"
+PLAN = "plan.parquet"
+PLAN_GROUPS = 16384
+"""Row groups of a plan at most. A million would be a footer of a gigabyte, which every worker has to read."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Which image belongs to which shard; `parts` are what the fingerprint hashes, in words."""
+
+    uri: str
+    num_images: int
+    num_shards: int
+    shard_size: int
+    parts: Mapping[str, str]
+    source: str
+    _file: pq.ParquetFile = field(repr=False, compare=False)
+    _group_size: int = field(repr=False, compare=False)
+
+    @property
+    def fingerprint(self) -> str:
+        """SHA-256 over `parts`: everything but its image that decides a latent's bits."""
+        return fingerprint_of(self.parts)
+
+    def shard(self, index: int) -> list[ImageRecord]:
+        """The records of shard `index` in key order; reads one row group, which holds this shard and few others."""
+        group, start = divmod(index * self.shard_size, self._group_size)
+        try:
+            table = self._file.read_row_group(group, columns=RECORDS.names)
+            return records_of(table.slice(start, self.shard_size))
+        except OSError as error:
+            raise paths.storage_error("read", paths.join(self.uri, PLAN), error) from None
+
+    def table(self) -> pa.Table:
+        """All records, with the columns RECORDS."""
+        return self._file.read(columns=RECORDS.names).cast(RECORDS)
+
+    def shard_rows(self, index: int) -> int:
+        """How many images shard `index` holds."""
+        return min(self.shard_size, self.num_images - index * self.shard_size)
+
+
+def ensure_plan(
+    uri: str,
+    records: pa.Table | Sequence[ImageRecord],
+    shard_size: int,
+    parts: Mapping[str, str],
+) -> Plan:
+    """The store's plan, written now unless it is there. Raises StoreMismatch where the one that is there differs.
+
+    `records` is what `plan_images` gives, or records in key order. Images that vanished from the source since it was planned do not differ: they become errors of their shards.
+    """
+    if not isinstance(records, pa.Table):
+        records = records_table(records)
+    source = source_digest(records)
+    plan_uri = paths.join(uri, PLAN)
+    if not paths.exists(plan_uri):
+        # Where another driver was first, its plan is compared like any other.
+        with contextlib.suppress(FileExistsError):
+            paths.write_once(plan_uri, _encode_plan(records, shard_size, parts, source))
+    plan = open_plan(uri)
+    differing = [
+        f"{name}: {plan.parts.get(name, 'nothing')} there, {parts.get(name, 'nothing')} now"
+        for name in sorted(plan.parts.keys() | parts.keys())
+        if plan.parts.get(name) != parts.get(name)
+    ]
+    if plan.shard_size != shard_size:
+        differing.append(f"shard size: {plan.shard_size} there, {shard_size} now")
+    if plan.source != source:
+        differing += _source_differences(plan, records)
+    if differing:
+        raise StoreMismatch(
+            f"{uri} holds a store that was planned otherwise:\n  "
+            + "\n  ".join(differing)
+            + "\nNothing was changed. Choose another output=, or give what it was planned with."
+        )
+    return plan
+
+
+def open_plan(uri: str) -> Plan:
+    """The plan of the store at `uri`. Raises StorageError, or StoreError where the file is no plan."""
+    plan_uri = paths.join(uri, PLAN)
+    try:
+        # Read in ranges: a worker wants the footer and now and then a row group of a plan that may be large.
+        file = pq.ParquetFile(paths.open_input(plan_uri), pre_buffer=True)
+        info = json.loads(file.schema_arrow.metadata[b"fae"])
+    except (pa.ArrowException, KeyError, TypeError, ValueError) as error:
+        raise StoreError(f"{plan_uri} is no plan of a latent store: {error}") from None
+    rows, shard_size = file.metadata.num_rows, int(info["shard_size"])
+    # Shards of one group are whole ones, so its rows are a multiple of theirs, save where it is the only group.
+    group_size = max(shard_size, file.metadata.row_group(0).num_rows) if rows else shard_size
+    return Plan(
+        uri,
+        rows,
+        -(-rows // shard_size),
+        shard_size,
+        info["parts"],
+        str(info["source"]),
+        file,
+        group_size,
+    )
+
+
+def _encode_plan(
+    records: pa.Table, shard_size: int, parts: Mapping[str, str], source: str
+) -> bytes:
+    info = {"format": FORMAT, "shard_size": shard_size, "parts": dict(parts), "source": source}
+    schema = pa.schema(
+        [
+            ("shard", pa.int64()),
+            ("key", pa.string()),
+            ("uri", pa.string()),
+            ("label", pa.int64()),
+            ("caption", pa.string()),
+        ],
+        metadata={"fae": json.dumps(info)},
+    )
+    num_shards = -(-len(records) // shard_size)
+    group_size = shard_size * max(1, -(-num_shards // PLAN_GROUPS))
+    buffer = io.BytesIO()
+    with pq.ParquetWriter(buffer, schema, compression="zstd") as writer:
+        for start in range(0, len(records), group_size):
+            rows = records.slice(start, group_size)
+            numbers = pa.array((start + np.arange(len(rows))) // shard_size, pa.int64())
+            rows = rows.add_column(0, "shard", numbers).cast(schema)
+            writer.write_table(rows, row_group_size=group_size)
+    return buffer.getvalue()
+
+
+def _source_differences(plan: Plan, records: pa.Table) -> list[str]:
+    planned = plan.table()
+    places = pc.index_in(records["key"], value_set=planned["key"])
+    added = records.filter(pc.is_null(places))
+    now, then = records.filter(pc.is_valid(places)), planned.take(places.drop_null())
+    changed = np.zeros(len(now), bool)
+    for name in ("uri", "label", "caption"):
+        unequal = pc.not_equal(now[name], then[name])
+        one_is_null = pc.xor(pc.is_null(now[name]), pc.is_null(then[name]))
+        changed |= pc.coalesce(unequal, one_is_null).to_numpy()
+    found = []
+    if len(added):
+        key = added["key"][0].as_py()
+        found.append(f"source: {len(added)} images more than planned, the first {key!r}")
+    if changed.any():
+        first = int(changed.argmax())
+        ((there,), (here,)) = (records_of(table.slice(first, 1)) for table in (then, now))
+        found.append(
+            f"source: {int(changed.sum())} images with another address, label or caption, the first "
+            f"{here.key!r} ({there} there, {here} now)"
+        )
+    return found

@@ -1,0 +1,190 @@
+"""The latent store on disk or S3: plan, one Parquet object a shard, and a manifest written once, last.
+
+```
+plan.parquet               immutable: shard, key, uri, label, caption; sorted by key, a row group holds whole shards
+shards/00000042.parquet    key, label, caption and the latents of shard 42, written whole
+errors/00000042.parquet    key, stage, message of its images that could not be encoded; absent where there are none
+manifest.json              written once; readers trust it alone
+```
+Latents are uncompressed in one page a shard, so a row is one range of the file (`offsets` in the manifest), while any
+Parquet reader sees `arrow.fixed_shape_tensor<float16>`. latent_reader.py reads; this module writes and verifies.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from fae_core.latent_stats import ChannelStats
+
+from ..data.records import ImageRecord, batched
+from ..storage import paths
+from .plan import FORMAT
+
+LATENT_COLUMNS = ("mean", "logvar", "mean_flip", "logvar_flip")
+THREADS = 16
+SHARDS_AT_ONCE = 2048
+"""Shards that are described together when a store is committed."""
+WORD_COLUMNS = {"key": pa.string(), "label": pa.int64(), "caption": pa.string()}
+"""Cast to these before a value is looked at: those of some extension types would run code."""
+Each = Callable[[Callable[[Any], Any], Iterable[Any]], Iterable[Any]]
+"""`map`, or what spreads its calls over a cluster and gives their results in order."""
+_ERROR_SCHEMA = pa.schema([("key", pa.string()), ("stage", pa.string()), ("message", pa.string())])
+# One data page a column: Parquet's own limits are set out of reach.
+_ONE_PAGE = {"data_page_size": 2**31 - 1, "max_rows_per_page": 2**31 - 1}
+
+
+def shard_uri(uri: str, index: int) -> str:
+    """Address of shard `index` of the store `uri`."""
+    return paths.join(uri, "shards", f"{index:08d}.parquet")
+
+
+def errors_uri(uri: str, index: int) -> str:
+    """Address of the errors of shard `index`; the file exists only where there are errors."""
+    return paths.join(uri, "errors", f"{index:08d}.parquet")
+
+
+def write_shard(
+    uri: str,
+    index: int,
+    records: Sequence[ImageRecord],
+    kept: Sequence[int],
+    latents: Mapping[str, np.ndarray],
+    errors: Sequence[Mapping[str, str]],
+    fingerprint: str,
+) -> str:
+    """Write shard `index` and its errors; returns the shard's ETag.
+
+    `records` is the plan's shard, `kept` the places of those that have latents (float16 [n, C, H, W] each), `errors`
+    the others' key, stage and message. Writing again replaces a file by the same bytes. The errors come first:
+    a shard that is there has its errors beside it. Raises ValueError where an image is in both places or in none.
+    """
+    accounted = sorted([records[i].key for i in kept] + [e["key"] for e in errors])
+    if accounted != sorted(r.key for r in records):
+        raise ValueError(
+            f"Shard {index}: {len(records)} images planned, but latents and errors do not name each once."
+        )
+    if errors:
+        table = pa.Table.from_pylist(sorted((dict(e) for e in errors), key=lambda e: e["key"]))
+        buffer = io.BytesIO()
+        pq.write_table(table.cast(_ERROR_SCHEMA), buffer, compression="zstd")
+        paths.write_bytes(errors_uri(uri, index), buffer.getvalue())
+    elif paths.exists(errors_uri(uri, index)):
+        paths.delete(errors_uri(uri, index))
+    rows = [records[i] for i in kept]
+    data = encode_shard(index, rows, latents, len(errors), fingerprint)
+    return paths.write_bytes(shard_uri(uri, index), data)
+
+
+def encode_shard(
+    index: int,
+    records: Sequence[ImageRecord],
+    latents: Mapping[str, np.ndarray],
+    num_errors: int,
+    fingerprint: str,
+) -> bytes:
+    """The Parquet bytes of a shard: the same for the same input and version of pyarrow."""
+    statistics = {}
+    columns: dict[str, Any] = {
+        "key": pa.array([r.key for r in records], pa.string()),
+        "label": pa.array([r.label for r in records], pa.int64()),
+        "caption": pa.array([r.caption for r in records], pa.string()),
+    }
+    for name, values in latents.items():
+        values = np.ascontiguousarray(values, np.float16)
+        if len(values) != len(records):
+            raise ValueError(
+                f"Shard {index}: {len(values)} rows of {name} for {len(records)} keys."
+            )
+        stats = ChannelStats.empty(values.shape[1])
+        stats.update(np.moveaxis(values, 1, -1))
+        statistics[name] = stats.to_dict()
+        columns[name] = _tensor_array(values)
+    info = {
+        "format": FORMAT,
+        "shard": index,
+        "fingerprint": fingerprint,
+        "errors": num_errors,
+        "statistics": statistics,
+    }
+    table = pa.table(columns).replace_schema_metadata({"fae": json.dumps(info)})
+    buffer = io.BytesIO()
+    compression = {name: "none" if name in latents else "zstd" for name in columns}
+    options: dict[str, Any] = {"compression": compression, **_ONE_PAGE}
+    pq.write_table(
+        table,
+        buffer,
+        row_group_size=max(len(records), 1),
+        use_dictionary=False,
+        write_statistics=["key"],
+        write_page_checksum=True,
+        **options,
+    )
+    data = buffer.getvalue()
+    offsets = latent_offsets(
+        pq.read_metadata(io.BytesIO(data)), {n: v.shape for n, v in latents.items()}
+    )
+    for name, values in latents.items():
+        start = offsets[name]
+        size = values.size * 2
+        if data[start : start + size] != np.ascontiguousarray(values, np.float16).tobytes():
+            raise AssertionError(f"Parquet did not lay {name} out in one page.")
+    return data
+
+
+def _tensor_array(values: np.ndarray) -> pa.Array:
+    shape = values.shape[1:]
+    storage_array = pa.FixedSizeListArray.from_arrays(
+        pa.array(values.reshape(-1)), int(np.prod(shape))
+    )
+    return pa.ExtensionArray.from_storage(pa.fixed_shape_tensor(pa.float16(), shape), storage_array)
+
+
+def latent_offsets(
+    metadata: pq.FileMetaData, shapes: Mapping[str, tuple[int, ...]]
+) -> dict[str, int]:
+    """Byte offset in the file of each latent column's values: the end of its one uncompressed page."""
+    offsets = {}
+    if metadata.num_row_groups == 0:
+        return dict.fromkeys(shapes, 0)
+    group = metadata.row_group(0)
+    for i in range(group.num_columns):
+        column = group.column(i)
+        name = column.path_in_schema.partition(".")[0]
+        if name in shapes:
+            end = column.data_page_offset + column.total_compressed_size
+            offsets[name] = end - metadata.num_rows * int(np.prod(shapes[name][-3:])) * 2
+    return offsets
+
+
+def read_errors(uri: str, each: Each = map) -> Iterator[dict[str, str]]:
+    """Every recorded error (key, stage, message) of finished shards, in shard order; `each` as for `commit`."""
+    files = sorted(f.uri for f in paths.list_files(paths.join(uri, "errors")))
+    for rows in each(_read_error_files, batched(files, SHARDS_AT_ONCE)):
+        yield from rows
+
+
+def _read_error_files(uris: Sequence[str]) -> list[dict[str, str]]:
+    with ThreadPoolExecutor(THREADS) as pool:
+        return [row for rows in pool.map(read_shard_errors, uris) for row in rows]
+
+
+def read_shard_errors(uri: str) -> list[dict[str, str]]:
+    table = pq.read_table(pa.BufferReader(paths.read_bytes(uri)))
+    rows: list[dict[str, str]] = table.select(_ERROR_SCHEMA.names).cast(_ERROR_SCHEMA).to_pylist()
+    return rows
+
+
+def tensor_values(column: pa.ChunkedArray) -> np.ndarray:
+    """A fixed-shape tensor column as float16 [n, C, H, W]."""
+    shape = tuple(column.type.shape)
+    parts = [chunk.storage.flatten().to_numpy() for chunk in column.chunks]
+    flat = np.concatenate(parts) if parts else np.empty(0, np.float16)
+    return flat.reshape(-1, *shape)

@@ -1,0 +1,107 @@
+"""A latent store read again, every byte, against its manifest and its plan."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from fae_core.latent_stats import ChannelStats
+
+from ..storage import paths
+from .manifest import missing_shards, read_manifest
+from .plan import open_plan
+from .shards import LATENT_COLUMNS, WORD_COLUMNS, read_shard_errors, shard_uri, tensor_values
+
+_MD5 = re.compile(r"[0-9a-f]{32}")
+
+
+def verify_store(uri: str, on_shard: Callable[[int, int], None] | None = None) -> list[str]:
+    """Re-read every shard against the manifest and the plan; the problems in words, none if the store is sound.
+
+    Finds a missing, truncated, changed, swapped or extra shard, a flipped byte anywhere in it, an image that is in two
+    places or in none, and statistics that are not the latents'. `on_shard(done, of)` is called as it goes on.
+    """
+    manifest = read_manifest(uri)
+    plan = open_plan(uri)
+    if manifest is None:
+        done = plan.num_shards - len(missing_shards(uri, plan))
+        return [f"not finished: {done} of {plan.num_shards} shards, no manifest.json"]
+    problems = []
+    if plan.fingerprint != manifest["fingerprint"] or plan.source != manifest["source"]:
+        problems.append("plan.parquet is not the plan that the manifest was made from")
+    errors: dict[str, set[str]] = {}
+    for file in paths.list_files(paths.join(uri, "errors")):
+        name = file.uri.rpartition("/")[2]
+        try:
+            errors[name] = {row["key"] for row in read_shard_errors(file.uri)}
+        except (pa.ArrowException, KeyError, OSError) as error:
+            problems.append(f"errors/{name} is not readable: {error}")
+    there = {f.uri.rpartition("/")[2] for f in paths.list_files(paths.join(uri, "shards"))}
+    names = {entry["name"] for entry in manifest["shards"]}
+    problems += [f"shards/{name} is not in the manifest" for name in sorted(there - names)]
+    problems += [f"errors/{name} has no shard" for name in sorted(errors.keys() - names)]
+    totals: dict[str, ChannelStats] = {}
+    for done, (index, entry) in enumerate(enumerate(manifest["shards"]), 1):
+        planned = {r.key for r in plan.shard(index)} if index < plan.num_shards else set()
+        lost = errors.get(entry["name"], set())
+        problems += [
+            f"shards/{entry['name']} {problem}"
+            for problem in _verify_shard(uri, index, entry, planned, lost, totals)
+        ]
+        if on_shard:
+            on_shard(done, len(manifest["shards"]))
+    if not problems:
+        for name, stats in totals.items():
+            recorded = manifest["statistics"][name]
+            if stats.to_dict() != {key: recorded[key] for key in ("count", "sums", "squares")}:
+                problems.append(f"the manifest's statistics of {name} are not the latents'")
+        counted = sum(e["rows"] for e in manifest["shards"]), sum(map(len, errors.values()))
+        if (
+            counted != (manifest["stored"], manifest["errors"])
+            or sum(counted) != manifest["planned"]
+        ):
+            problems.append("the manifest's totals are not the shards'")
+    return problems
+
+
+def _verify_shard(
+    uri: str,
+    index: int,
+    entry: Mapping[str, Any],
+    planned: set[str],
+    lost: set[str],
+    totals: dict[str, ChannelStats],
+) -> list[str]:
+    if not paths.exists(shard_uri(uri, index)):
+        return ["is missing"]
+    data = paths.read_bytes(shard_uri(uri, index))
+    if len(data) != entry["bytes"]:
+        return [f"has {len(data)} bytes, the manifest says {entry['bytes']}"]
+    # The ETag of a multipart or KMS-encrypted object is no MD5; page checksums and statistics remain.
+    content = hashlib.md5(data, usedforsecurity=False).hexdigest()
+    if _MD5.fullmatch(entry["etag"]) and content != entry["etag"]:
+        return ["has the right size and other bytes than when it was written"]
+    try:
+        table = pq.read_table(pa.BufferReader(data), page_checksum_verification=True)
+    except (pa.ArrowException, OSError) as error:
+        return [f"is not readable: {error}"]
+    keys = table["key"].cast(WORD_COLUMNS["key"]).to_pylist()
+    problems = []
+    if len(keys) != entry["rows"] or len(lost) != entry["errors"]:
+        problems.append(
+            f"has {len(keys)} rows and {len(lost)} errors, the manifest says {entry['rows']} and {entry['errors']}"
+        )
+    if len(set(keys)) != len(keys) or set(keys) & lost or set(keys) | lost != planned:
+        problems.append("and its errors do not name each planned image once")
+    for name in table.column_names:
+        if name in LATENT_COLUMNS:
+            values = tensor_values(table[name])
+            stats = totals.setdefault(name, ChannelStats.empty(values.shape[1]))
+            stats.update(np.moveaxis(values, 1, -1))
+    return problems

@@ -1,0 +1,78 @@
+"""The networks that a recipe names, loaded from local or s3:// paths, and the check that they belong together."""
+
+from __future__ import annotations
+
+import dataclasses
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from fae_core import checkpoint
+from fae_core.backbone import Backbone, BackboneSpec, load_backbone, resolve_spec
+from fae_core.checkpoint import CheckpointError, Loaded
+
+from ..config import Recipe
+from ..storage import paths
+
+
+def load_checkpoint(uri: str, *kinds: str) -> Loaded:
+    """A checkpoint of one of `kinds` from a local path or s3:// address. Raises CheckpointError."""
+    if not paths.is_s3(uri):
+        return checkpoint.load(uri, *kinds)
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "checkpoint.safetensors"
+        path.write_bytes(paths.read_bytes(uri))
+        return checkpoint.load(path, *kinds)
+
+
+def backbone_of(recipe: Recipe) -> Backbone:
+    """The recipe's frozen backbone on the CPU. Raises WeightsError."""
+    section = recipe.backbone
+    return load_backbone(section.name, section.weights, section.image_size)
+
+
+def backbone_spec(recipe: Recipe) -> BackboneSpec:
+    """Width and grid of the recipe's backbone without its weights. Raises WeightsError."""
+    spec, size = resolve_spec(recipe.backbone.name), recipe.backbone.image_size
+    return spec if size is None else dataclasses.replace(spec, image_size=size)
+
+
+def backbone_fingerprints(recipe: Recipe, backbone: Backbone) -> dict[str, str]:
+    """What decides the features of an image: backbone, its weights and its input size, and the crop's size."""
+    name = recipe.backbone.name
+    if recipe.backbone.image_size is not None:
+        name += f"@{recipe.backbone.image_size}"
+    return {
+        "backbone": f"{name}:{backbone.weights_sha256}",
+        "image_size": str(recipe.image_size),
+    }
+
+
+def check_fingerprints(uri: str, loaded: Loaded, expected: Mapping[str, str]) -> None:
+    """Raises CheckpointError that names what the checkpoint was trained with and what it is to be used with."""
+    for part, value in expected.items():
+        theirs = loaded.fingerprints.get(part)
+        if theirs != value:
+            raise CheckpointError(f"{uri} was trained with {part} {theirs}, here it is {value}.")
+
+
+def autoencoder_of(recipe: Recipe, backbone: Backbone) -> Loaded:
+    """The recipe's trained autoencoder. Raises CheckpointError when it is another backbone's."""
+    assert recipe.autoencoder.checkpoint is not None
+    uri = recipe.autoencoder.checkpoint
+    loaded = load_checkpoint(uri, "autoencoder")
+    check_fingerprints(uri, loaded, backbone_fingerprints(recipe, backbone))
+    if loaded.module.config.grid != backbone.grid:
+        raise CheckpointError(
+            f"{uri}: its grid {loaded.module.config.grid} is not the backbone's {backbone.grid}."
+        )
+    return loaded
+
+
+def features_of(backbone: Backbone, images: Tensor, precision: str) -> Tensor:
+    """Patch features [B, N, D] float32 of uint8 crops, computed in `precision`."""
+    with torch.autocast(images.device.type, torch.bfloat16, enabled=precision == "bf16"):
+        return backbone(images).float()

@@ -1,0 +1,123 @@
+"""The one place that connects to Ray: a cluster named by RAY_ADDRESS, or a quiet local one.
+
+Every command calls `start_ray` first. A local cluster is this process's own and ends with it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import random
+import socket
+from typing import Any
+
+from fae_core.errors import UserError
+
+QUIET = {
+    "RAY_DATA_DISABLE_PROGRESS_BARS": "1",
+    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+    "RAY_TRAIN_ENABLE_PRINT_PATCH": "0",  # else every print of a worker appears twice
+}
+CONNECT_SECONDS = 10.0
+HTTP2_GREETING = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + bytes([0, 0, 0, 4, 0, 0, 0, 0, 0])
+"""RFC 9113: the client's preface and an empty SETTINGS frame, type 4, which a server answers with its own."""
+GCS_PORT = "RAY_GCS_SERVER_PORT"
+
+
+def start_ray(**local: Any) -> None:
+    """Attach to RAY_ADDRESS, else start a local cluster (`local` goes to ray.init); nothing if connected already.
+
+    Raises UserError where no server of Ray's kind answers at RAY_ADDRESS.
+    """
+    for key, value in QUIET.items():
+        os.environ.setdefault(key, value)
+    import ray
+    import ray.data  # it sets its own log levels when imported; ours come after
+
+    if ray.is_initialized():
+        prepare_data()  # a trial's process is connected by Ray Tune
+        return
+    quiet_logs()
+    for_tasks = {key: os.environ[key] for key in QUIET}
+    if address := os.environ.get("RAY_ADDRESS"):
+        _refuse_silence(address)
+        local = {}
+    else:
+        # Without an address Ray would join any cluster that happens to run on this machine. Ray Train asks the
+        # dashboard's state API about its controller, and complains every second without it.
+        local = {"address": "local", "include_dashboard": True, **local}
+        # Ray Train's own actors look for that API on this machine, and give up where they find a second cluster or
+        # what a killed one left behind, unless they are told where theirs is. So its port is chosen here.
+        port = os.environ[GCS_PORT] = str(free_port())
+        for_tasks["RAY_API_SERVER_ADDRESS"] = f"127.0.0.1:{port}"
+    try:
+        ray.init(
+            ignore_reinit_error=True,
+            logging_level=logging.WARNING,
+            runtime_env={"env_vars": for_tasks},
+            **local,
+        )
+    finally:
+        os.environ.pop(GCS_PORT, None)
+    prepare_data()
+
+
+def prepare_data() -> None:
+    """Ray Data's settings of a process that runs data sets: errors keep their class, and torch's size is no issue."""
+    import ray.data
+
+    context = ray.data.DataContext.get_current()
+    # Else a task's error comes wrapped in one that forgets its cause on the way, and `plain_error` finds none.
+    context.raise_original_map_exception = True
+    # It warns every half minute of each process that has imported torch.
+    context.issue_detectors_config.high_memory_detector_config.detection_time_interval_s = -1
+
+
+def free_port() -> int:
+    """A free port below the range that the kernel hands out by itself, so that nobody takes it before Ray does."""
+    for port in random.sample(range(20_000, 32_000), 100):
+        with socket.socket() as candidate, contextlib.suppress(OSError):
+            candidate.bind(("", port))
+            return port
+    raise OSError("A hundred ports between 20000 and 32000 were all taken.")
+
+
+def plain_error(error: Exception) -> Exception:
+    """The UserError that a task on some worker raised, out of what Ray wrapped it in; else `error` itself."""
+    from ray.exceptions import RayError
+
+    cause: BaseException | None = error
+    while cause is not None:
+        if isinstance(cause, UserError) and not isinstance(cause, RayError):
+            return type(cause)(str(cause))
+        cause = getattr(cause, "cause", None) or cause.__cause__
+    return error
+
+
+def _refuse_silence(address: str) -> None:
+    """Raises UserError where no gRPC server answers at HOST:PORT or ray://HOST:PORT; Ray itself would wait for minutes."""
+    host, _, port = address.rpartition("://")[2].rpartition(":")
+    if not host or not port.isdigit():
+        return  # `auto` and whatever else Ray alone understands
+    try:
+        with socket.create_connection((host.strip("[]"), int(port)), CONNECT_SECONDS) as server:
+            if os.environ.get("RAY_USE_TLS", "0") == "0":
+                server.sendall(HTTP2_GREETING)
+                if server.recv(4)[3:] != b"\x04":
+                    raise OSError("another kind of server answers there")
+    except (OSError, OverflowError) as error:
+        raise UserError(
+            f"No Ray at {address}: tried port {port} of {host} for at most {CONNECT_SECONDS:g} s ({error}). "
+            "Check the address (--address or RAY_ADDRESS) and that the head runs: its own port is 6379 unless `ray start "
+            "--port` said another, and ray:// has 10001. From outside a cluster use fae submit, which speaks to port 8265."
+        ) from None
+
+
+def quiet_logs() -> None:
+    """Leave warnings and errors of Ray's libraries; drop their announcements."""
+    for name in ("ray.data", "ray.train"):
+        logging.getLogger(name).setLevel(logging.WARNING)
+    # Token authentication stays on and progress is our own; neither is worth a warning to the user.
+    for name in ("ray._private.authentication", "ray.data._internal.progress"):
+        logging.getLogger(name).setLevel(logging.ERROR)

@@ -1,0 +1,41 @@
+"""One PNG of samples: classes in rows, samples or guidance scales in columns."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+
+from fae_core.figures import picture_grid
+
+from ..config import Recipe
+from ..config.sections import GuidanceSection
+from .image_sampler import ImageSampler
+
+
+def draw_grid(recipe: Recipe, path: str, columns: int = 8, scales: tuple[float, ...] = ()) -> None:
+    """One PNG for a look: a class in each row; with `scales`, a guidance scale in each column from the same noise."""
+    sampler = ImageSampler(recipe)
+    classes = recipe.sample.classes or list(range(min(sampler.num_classes, 10)))
+    settings: list[tuple[str, Recipe]] = [("", recipe)] * columns
+    if scales:
+        settings = [(f"scale {scale:g}", _with_scale(recipe, scale)) for scale in scales]
+    rows: list[list[np.ndarray | None]] = []
+    for row, label in enumerate(classes):
+        tiles: list[np.ndarray | None] = []
+        if scales:
+            for _, changed in settings:
+                sampler.recipe = changed
+                tiles.append(sampler([row], [label])[0])
+        else:
+            first = row * columns
+            tiles += list(sampler(list(range(first, first + columns)), [label] * columns))
+        rows.append(tiles)
+    Path(path).write_bytes(picture_grid(rows, [title for title, _ in settings]))
+
+
+def _with_scale(recipe: Recipe, scale: float) -> Recipe:
+    made = recipe.model_copy(deep=True)
+    made.sample.guidance = [GuidanceSection(start=1.0, end=0.0, scale=scale)]
+    made.sample.flow_guidance = scale
+    return made

@@ -1,0 +1,67 @@
+"""Generator and decoders together on one device: image indices and labels to images."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+
+from fae_core.generators.dit import DiT
+
+from ..config import Recipe, RecipeError
+from ..networks import load_checkpoint
+from .latent_decoder import LatentDecoder
+from .latent_sampler import LatentSampler, image_noise
+
+
+class ImageSampler:
+    """Generator and decoders on one device, and what identifies them."""
+
+    def __init__(self, recipe: Recipe, device: str = "cpu") -> None:
+        if not (
+            recipe.generator.checkpoint
+            and recipe.autoencoder.checkpoint
+            and recipe.pixel_decoder.checkpoint
+        ):
+            raise RecipeError(
+                "sample needs generator.checkpoint=…, autoencoder.checkpoint=… and pixel_decoder.checkpoint=… "
+                "(three .safetensors that `fae train` wrote)."
+            )
+        self.recipe = recipe
+        self.device = torch.device(device)
+        loaded = load_checkpoint(recipe.generator.checkpoint, "dit", "starflow")
+        self.decoder = LatentDecoder.of(recipe, self.device, loaded.fingerprints["autoencoder"])
+        self.model = loaded.module.to(self.device)
+        self.compiled = recipe.sample.compile and isinstance(self.model, DiT)
+        if self.compiled:
+            self.model.compile(dynamic=False, fullgraph=True)
+        config = self.model.config
+        self.shape = (config.latent_dim, *config.grid)
+        self.num_classes: int = config.num_classes
+        self.fingerprints = {"generator": loaded.weights_sha256, **self.decoder.fingerprints}
+        wrong = [c for c in recipe.sample.classes or [] if not 0 <= c < self.num_classes]
+        if wrong:
+            raise RecipeError(
+                f"sample.classes: {wrong[0]} is none of the generator's {self.num_classes} classes."
+            )
+
+    def labels(self, indices: list[int]) -> list[int]:
+        """The class of each image: the recipe's classes in turn."""
+        classes = self.recipe.sample.classes or range(self.num_classes)
+        return [classes[i % len(classes)] for i in indices]
+
+    @torch.inference_mode()
+    def __call__(self, indices: list[int], labels: list[int]) -> np.ndarray:
+        """Pictures uint8 [n, S, S, 3] of image `indices`, in batches of the recipe's size."""
+        options = self.recipe.sample
+        size, full = options.batch_size, min(options.batch_size, options.shard_size)
+        draw = LatentSampler(self.model, self.recipe.sample, self.recipe.seed, self.device)
+        parts = []
+        for start in range(0, len(indices), size):
+            some, wanted = indices[start : start + size], labels[start : start + size]
+            count = len(some)
+            if self.compiled:  # another size would be compiled anew
+                some, wanted = (part + part[-1:] * (full - count) for part in (some, wanted))
+            noise = image_noise(self.recipe.seed, some, self.shape)
+            latents = draw(noise, torch.tensor(wanted), some)[:count]
+            parts.append(self.decoder(latents).cpu().numpy())
+        return np.concatenate(parts)

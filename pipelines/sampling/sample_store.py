@@ -1,0 +1,141 @@
+"""The pictures of `fae sample` where they are kept: a plan, Parquet shards (index, label, PNG), PNG folders, one NPZ, a manifest.
+
+Without torch, as pipelines/cpu_tasks.py.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import zipfile
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from PIL import Image
+
+from ..config import Recipe
+from ..runtime import versions
+from ..storage import StoreError, StoreMismatch, paths
+
+FORMAT = "fae-samples-1"
+
+
+def claim(uri: str, parts: dict[str, Any]) -> None:
+    """Write what decides the pictures, or raise StoreMismatch where something else is there."""
+    plan_uri = paths.join(uri, "plan.json")
+    try:
+        paths.write_once(plan_uri, json.dumps(parts, indent=1).encode())
+        return
+    except FileExistsError:
+        before = json.loads(paths.read_bytes(plan_uri))
+    differing = [k for k in sorted(before.keys() | parts.keys()) if before.get(k) != parts.get(k)]
+    if differing:
+        lines = "\n".join(
+            f"  {k}: {before.get(k)!r} there, {parts.get(k)!r} now" for k in differing
+        )
+        raise StoreMismatch(f"{uri} holds other samples:\n{lines}\nChoose another output=….")
+
+
+def missing_shards(uri: str, num_shards: int) -> list[int]:
+    """Numbers of the shards that are not there."""
+    sizes = _sizes(uri)
+    return [index for index in range(num_shards) if _name(index) not in sizes]
+
+
+def write_shard(row: dict[str, Any], recipe: Recipe) -> dict[str, Any]:
+    """Write one shard of pictures, and its PNG files where they are wanted; returns {shard, rows, drawn_at}."""
+    images = [encode_png(image) for image in np.asarray(row["images"])]
+    indices, labels = np.asarray(row["indices"]), np.asarray(row["labels"])
+    if "png" in recipe.sample.formats:
+        for index, label, data in zip(indices, labels, images, strict=True):
+            name = f"png/{int(label):04d}/{int(index):08d}.png"
+            paths.write_bytes(_join(recipe, name), data)
+    table = pa.table(
+        {
+            "index": pa.array(indices, pa.int64()),
+            "label": pa.array(labels, pa.int64()),
+            "image": images,
+        }
+    )
+    buffer = io.BytesIO()
+    pq.write_table(table, buffer, compression="none", write_page_checksum=True)
+    # After the PNG files: a shard that is there has all of its pictures.
+    paths.write_bytes(_join(recipe, "shards", _name(int(row["shard"]))), buffer.getvalue())
+    return {"shard": int(row["shard"]), "rows": len(images), "drawn_at": row["drawn_at"]}
+
+
+def encode_png(image: np.ndarray) -> bytes:
+    """The PNG of a uint8 image [S, S, 3]."""
+    buffer = io.BytesIO()
+    Image.fromarray(image).save(buffer, "PNG", compress_level=1)
+    return buffer.getvalue()
+
+
+def read_samples(uri: str, num_shards: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """(images uint8 [n, S, S, 3], labels int64 [n]) of each shard, in order of the images' indices."""
+    for shard in range(num_shards):
+        data = paths.read_bytes(paths.join(uri, "shards", _name(shard)))
+        table = pq.read_table(pa.BufferReader(data), page_checksum_verification=True)
+        pngs = table["image"].cast(pa.binary()).to_pylist()
+        images = [np.asarray(Image.open(io.BytesIO(png))) for png in pngs]
+        yield np.stack(images), table["label"].to_numpy()
+
+
+def commit(
+    recipe: Recipe, parts: dict[str, Any], num_shards: int, run: dict[str, Any]
+) -> dict[str, Any]:
+    """Check that every image is there, write samples.npz where it is wanted, then the manifest; returns it."""
+    assert recipe.output is not None
+    manifest_uri = _join(recipe, "manifest.json")
+    if paths.exists(manifest_uri):
+        return dict(json.loads(paths.read_bytes(manifest_uri)))
+    sizes, names = _sizes(recipe.output), [_name(index) for index in range(num_shards)]
+    absent = sum(name not in sizes for name in names)
+    if absent:
+        raise StoreError(f"{recipe.output}: {absent} of {num_shards} shards are missing.")
+    if "npz" in recipe.sample.formats:
+        write_npz(recipe.output, num_shards, recipe.sample.num_images)
+    manifest = {
+        **parts,
+        "stored": recipe.sample.num_images,
+        "shards": [{"name": name, "bytes": sizes[name]} for name in names],
+        "run": {**run, "versions": versions()},
+    }
+    paths.write_once(manifest_uri, json.dumps(manifest, indent=1).encode())
+    return manifest
+
+
+def write_npz(uri: str, num_shards: int, num_images: int) -> None:
+    """samples.npz with arr_0 uint8 [n, S, S, 3], as ADM's evaluator reads it; shard by shard, in bounded memory."""
+    shards = read_samples(uri, num_shards)
+    first, _ = next(shards)
+    shape = (num_images, *first.shape[1:])
+    header = {"descr": "|u1", "fortran_order": False, "shape": shape}
+    filesystem, path = paths.filesystem(paths.join(uri, "samples.npz"))
+    with (
+        filesystem.open_output_stream(path) as stream,
+        zipfile.ZipFile(stream, "w", zipfile.ZIP_STORED) as archive,
+        archive.open("arr_0.npy", "w", force_zip64=True) as member,
+    ):
+        np.lib.format.write_array_header_1_0(member, header)
+        member.write(first.tobytes())
+        for images, _ in shards:
+            member.write(images.tobytes())
+
+
+def _join(recipe: Recipe, *parts: str) -> str:
+    assert recipe.output is not None
+    return paths.join(recipe.output, *parts)
+
+
+def _sizes(uri: str) -> dict[str, int]:
+    """Bytes of the shards that are there, by name."""
+    files = paths.list_files(paths.join(uri, "shards"))
+    return {file.uri.rpartition("/")[2]: file.size for file in files}
+
+
+def _name(shard: int) -> str:
+    return f"{shard:08d}.parquet"

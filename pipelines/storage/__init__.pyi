@@ -1,0 +1,10 @@
+"""Local and s3:// paths: whole reads and writes, retries, secrets, fingerprints, claims."""
+
+from . import paths as paths
+from . import s3 as s3
+from .claims import StoreError as StoreError
+from .claims import StoreMismatch as StoreMismatch
+from .fingerprints import fingerprint_of as fingerprint_of
+from .secrets import redact as redact
+
+__all__ = ["StoreError", "StoreMismatch", "fingerprint_of", "paths", "redact", "s3"]

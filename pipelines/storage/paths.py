@@ -1,0 +1,348 @@
+"""The one way to open a local or s3:// path: whole reads and writes, listing, Arrow filesystems.
+
+A write is whole or absent: a temporary file renamed into place locally, one PUT on S3; `write_once`
+never replaces (hard link locally, `If-None-Match: *` on S3). s3.py says which environment variables
+apply on S3, and for how long a faltering server is tried again.
+"""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import os
+import uuid
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+from botocore.exceptions import BotoCoreError, ClientError, NoCredentialsError
+from pyarrow import fs
+
+from fae_core.errors import UserError
+
+from . import s3
+
+_THERE_ALREADY = ("PreconditionFailed", "412", "ConditionalRequestConflict", "409")
+
+
+class StorageError(UserError, OSError):
+    """A path that cannot be read, written or listed; the message says what to check."""
+
+
+@dataclass(frozen=True, slots=True)
+class FileInfo:
+    """One file or object: its whole address, its bytes, and on S3 its ETag."""
+
+    uri: str
+    size: int
+    etag: str | None = None
+
+
+def is_s3(uri: str) -> bool:
+    """Whether `uri` is an s3:// address. Raises StorageError for any scheme but s3 and file."""
+    scheme, separator, _ = uri.partition("://")
+    if separator and scheme not in ("s3", "file") and scheme.isalnum():
+        raise StorageError(f"{uri}: {scheme}:// is not supported. Give a local path or s3://.")
+    return bool(separator) and scheme == "s3"
+
+
+def filesystem(uri: str) -> tuple[fs.FileSystem, str]:
+    """The Arrow filesystem of `uri` and the path inside it, without scheme, absolute if local."""
+    if is_s3(uri):
+        return s3.arrow_filesystem(), uri.removeprefix("s3://").rstrip("/")
+    return fs.LocalFileSystem(), _local(uri)
+
+
+def join(uri: str, *parts: str) -> str:
+    """`uri` and `parts` with one slash between them; parts are relative."""
+    return "/".join([uri.rstrip("/"), *(part.strip("/") for part in parts)]) if parts else uri
+
+
+def open_input(uri: str) -> pa.NativeFile:
+    """`uri` open for reading at any offset; on S3 a read is a ranged GET. Raises StorageError."""
+    filesystem_, path = filesystem(uri)
+    try:
+        return filesystem_.open_input_file(path)
+    except OSError as error:
+        raise storage_error("open", uri, error) from None
+
+
+def read_bytes(uri: str) -> bytes:
+    """The whole content of `uri`. Raises StorageError."""
+    try:
+        if is_s3(uri):
+            bucket, key = _bucket_key(uri)
+            return s3.with_retries("read", lambda: _get(bucket, key))
+        return Path(_local(uri)).read_bytes()
+    except (ClientError, BotoCoreError, OSError) as error:
+        raise storage_error("read", uri, error) from None
+
+
+def exists(uri: str) -> bool:
+    """Whether there is a file, folder or object, or any object below `uri`. Raises StorageError."""
+    if not is_s3(uri):
+        return os.path.exists(_local(uri))
+    bucket, key = _bucket_key(uri)
+    prefixes = [key, f"{key}/"] if key else [""]
+    try:
+        for prefix in prefixes:
+            # The object itself sorts before every longer key that begins with it: one is enough.
+            page = _first_page(bucket, prefix)
+            found = [item["Key"] for item in page.get("Contents", [])]
+            if found and (prefix != key or found[0] == key or not key):
+                return True
+    except (ClientError, BotoCoreError) as error:
+        raise storage_error("look up", uri, error) from None
+    return False
+
+
+def write_bytes(uri: str, data: bytes) -> str:
+    """Writes or replaces `uri` whole; returns its ETag (locally the MD5). Raises StorageError."""
+    try:
+        if is_s3(uri):
+            bucket, key = _bucket_key(uri)
+            return s3.with_retries("write", lambda: _put(bucket, key, data))
+        path = _local(uri)
+        temporary = _write_temporary(path, data)
+        try:
+            os.replace(temporary, path)
+        except OSError:
+            os.unlink(temporary)
+            raise
+        _sync_folder(path)
+    except (ClientError, BotoCoreError, OSError) as error:
+        raise storage_error("write", uri, error) from None
+    return hashlib.md5(data, usedforsecurity=False).hexdigest()
+
+
+def write_once(uri: str, data: bytes) -> str:
+    """Like `write_bytes`, but raises FileExistsError if `uri` is there already, even in a race."""
+    try:
+        if is_s3(uri):
+            bucket, key = _bucket_key(uri)
+            return _put_once(uri, bucket, key, data)
+        path = _local(uri)
+        temporary = _write_temporary(path, data)
+        try:
+            os.link(temporary, path)
+        finally:
+            os.unlink(temporary)
+        _sync_folder(path)
+    except FileExistsError:
+        raise FileExistsError(errno.EEXIST, "Written once and there already", uri) from None
+    except (ClientError, BotoCoreError, OSError) as error:
+        raise storage_error("write", uri, error) from None
+    return hashlib.md5(data, usedforsecurity=False).hexdigest()
+
+
+def delete(uri: str) -> None:
+    """Removes the file or object; nothing happens where there is none. Raises StorageError."""
+    try:
+        if is_s3(uri):
+            bucket, key = _bucket_key(uri)
+            s3.with_retries("delete", lambda: s3.client().delete_object(Bucket=bucket, Key=key))
+        else:
+            Path(_local(uri)).unlink(missing_ok=True)
+    except (ClientError, BotoCoreError, OSError) as error:
+        raise storage_error("delete", uri, error) from None
+
+
+def list_files(uri: str, recursive: bool = True) -> Iterator[FileInfo]:
+    """Every file under `uri`, or `uri` itself where it is a file; nothing where there is nothing.
+
+    Streams in no promised order. Local folders that are symbolic links are not entered, and file
+    links that leave `uri` are left out. Raises StorageError.
+    """
+    if is_s3(uri):
+        yield from _list_s3(uri, recursive)
+        return
+    root = _local(uri)
+    if os.path.isfile(root):
+        yield FileInfo(root, os.path.getsize(root))
+    elif os.path.isdir(root):
+        yield from _list_local(root, os.path.realpath(root), recursive)
+
+
+def storage_error(operation: str, uri: str, error: Exception) -> StorageError:
+    """`error` as a StorageError: operation, address, what to check; no secret, no request id."""
+    if isinstance(error, StorageError):
+        return error
+    where = uri
+    if uri.startswith("s3://"):
+        bucket, key = _bucket_key(uri)
+        where = f"bucket {bucket!r}, key {key!r}"
+    return StorageError(f"Cannot {operation} {where}: {_advice(error)}")
+
+
+def _advice(error: Exception) -> str:
+    code = s3.code_of(error)
+    text = f"{code} {error}".upper()
+    if isinstance(error, NoCredentialsError) or "CREDENTIAL" in text:
+        return "no AWS credentials. Check AWS_PROFILE, AWS_ACCESS_KEY_ID or the machine's role."
+    if code in ("NoSuchBucket",) or "NO_SUCH_BUCKET" in text:
+        return "the bucket does not exist (404). Check its name, AWS_ENDPOINT_URL and the region."
+    if isinstance(error, FileNotFoundError) or code in ("NoSuchKey", "NotFound", "404"):
+        return "it is not there (404). Check the path; it may have been removed meanwhile."
+    if any(
+        word in text for word in ("ACCESS_DENIED", "ACCESSDENIED", "FORBIDDEN", "403")
+    ) or code in (
+        "InvalidAccessKeyId",
+        "SignatureDoesNotMatch",
+    ):
+        return "access denied (403). Check the credentials and their right to list, read and write."
+    patience = "It was tried again for FAE_S3_PATIENCE seconds."
+    if code in ("SlowDown", "ServiceUnavailable") or "HTTP STATUS 503" in text:
+        return (
+            f"the server is too busy (503). {patience} Ask its operator, or read with fewer tasks."
+        )
+    if isinstance(error, BotoCoreError) or any(
+        word in text for word in ("NETWORK_CONNECTION", "CURLCODE", "CONNECT TO", "TIMED OUT")
+    ):
+        name = type(error).__name__
+        return f"no connection ({name}). Check AWS_ENDPOINT_URL, the region and the network. {patience}"
+    if code == "RequestTimeTooSkewed":
+        return (
+            "this machine's clock is not the server's (403). Set the clock, with NTP for example."
+        )
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return "no space left there. Free some; the same command then goes on from here."
+    if isinstance(error, ClientError):
+        return f"the server answered {code}."
+    if isinstance(error, OSError) and error.strerror:
+        return f"{os.strerror(error.errno) if error.errno else error.strerror}."
+    return f"{type(error).__name__}."
+
+
+def _local(uri: str) -> str:
+    return os.path.abspath(os.path.expanduser(uri.removeprefix("file://")))
+
+
+def _write_temporary(path: str, data: bytes) -> str:
+    folder, name = os.path.split(path)
+    os.makedirs(folder, exist_ok=True)
+    temporary = os.path.join(folder, f".{name[:100]}.{uuid.uuid4().hex}.tmp")
+    try:
+        with open(temporary, "xb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+    except OSError:
+        if os.path.exists(temporary):
+            os.unlink(temporary)
+        raise
+    return temporary
+
+
+def _sync_folder(path: str) -> None:
+    # The new name itself survives a power cut only once its folder is synced.
+    descriptor = os.open(os.path.dirname(path), os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _list_local(folder: str, root: str, recursive: bool) -> Iterator[FileInfo]:
+    try:
+        with os.scandir(folder) as entries:
+            found = list(entries)
+    except OSError as error:
+        raise storage_error("list", folder, error) from None
+    for entry in found:
+        if entry.is_dir(follow_symlinks=False):
+            if recursive:
+                yield from _list_local(entry.path, root, recursive)
+            continue
+        target = os.path.realpath(entry.path) if entry.is_symlink() else ""
+        if target and not target.startswith(root.rstrip("/") + "/"):
+            continue
+        try:
+            if entry.is_file():
+                yield FileInfo(entry.path, entry.stat().st_size)
+        except FileNotFoundError:
+            continue
+
+
+def _list_s3(uri: str, recursive: bool) -> Iterator[FileInfo]:
+    bucket, key = _bucket_key(uri)
+    try:
+        if key:
+            page = _first_page(bucket, key)
+            for item in page.get("Contents", []):
+                if item["Key"] == key:
+                    yield FileInfo(f"s3://{bucket}/{key}", item["Size"], _etag(item))
+        for page in _pages(bucket, f"{key}/" if key else "", recursive):
+            for item in page.get("Contents", []):
+                # Consoles mark a folder with an empty object whose name ends in a slash.
+                if not item["Key"].endswith("/"):
+                    yield FileInfo(f"s3://{bucket}/{item['Key']}", item["Size"], _etag(item))
+    except (ClientError, BotoCoreError) as error:
+        raise storage_error("list", uri, error) from None
+
+
+def _first_page(bucket: str, prefix: str) -> dict[str, Any]:
+    def ask() -> dict[str, Any]:
+        page: dict[str, Any] = s3.client().list_objects_v2(Bucket=bucket, Prefix=prefix, MaxKeys=1)
+        return page
+
+    return s3.with_retries("list", ask)
+
+
+def _pages(bucket: str, prefix: str, recursive: bool) -> Iterator[dict[str, Any]]:
+    asked: dict[str, Any] = {"Bucket": bucket, "Prefix": prefix}
+    if not recursive:
+        asked["Delimiter"] = "/"
+    while True:
+        page = s3.with_retries("list", lambda: s3.client().list_objects_v2(**asked))
+        yield page
+        if not page.get("IsTruncated"):
+            return
+        asked["ContinuationToken"] = page["NextContinuationToken"]
+
+
+def _get(bucket: str, key: str) -> bytes:
+    content: bytes = s3.client().get_object(Bucket=bucket, Key=key)["Body"].read()
+    return content
+
+
+def _put(bucket: str, key: str, data: bytes, **condition: str) -> str:
+    return _etag(s3.client().put_object(Bucket=bucket, Key=key, Body=data, **condition))
+
+
+def _put_once(uri: str, bucket: str, key: str, data: bytes) -> str:
+    attempts = 0
+
+    def attempt() -> str:
+        nonlocal attempts
+        attempts += 1
+        return _put(bucket, key, data, IfNoneMatch="*")
+
+    try:
+        return s3.with_retries("write", attempt)
+    except ClientError as error:
+        # 409 is S3's answer to the loser of two conditional writes that overlap.
+        if s3.code_of(error) not in _THERE_ALREADY:
+            raise
+        # The first attempt may have been ours and done, and only its answer lost.
+        if attempts > 1 and read_bytes(uri) == data:
+            return hashlib.md5(data, usedforsecurity=False).hexdigest()
+        raise FileExistsError(errno.EEXIST, "Written once and there already", uri) from None
+
+
+def _bucket_key(uri: str) -> tuple[str, str]:
+    bucket, _, key = uri.removeprefix("s3://").partition("/")
+    if not bucket:
+        raise StorageError(f"{uri}: no bucket. Expected s3://BUCKET/KEY.")
+    if "@" in bucket or ":" in bucket:
+        # Not echoed: it may hold a secret.
+        raise StorageError(
+            "An s3:// address holds no credentials or port: s3://BUCKET/KEY. Set AWS_ACCESS_KEY_ID, "
+            "AWS_SECRET_ACCESS_KEY and AWS_ENDPOINT_URL instead."
+        )
+    return bucket, key.rstrip("/")
+
+
+def _etag(answer: dict[str, Any]) -> str:
+    return str(answer["ETag"]).strip('"')

@@ -1,0 +1,180 @@
+"""S3 for storage.py: clients made from the environment, and patience with servers that are busy or away.
+
+AWS_ENDPOINT_URL (or AWS_ENDPOINT_URL_S3), AWS_DEFAULT_REGION and the usual credentials apply. AWS_NO_SIGN_REQUEST=1 reads
+public buckets without credentials, FAE_S3_ADDRESSING=path|virtual says how buckets are addressed (path is the default of an
+own endpoint), and FAE_S3_PATIENCE is for how many seconds an operation is tried again (default 180).
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+import math
+import os
+import random
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, TypeVar
+from urllib.parse import urlsplit
+
+import boto3
+from botocore import UNSIGNED
+from botocore.config import Config
+from botocore.exceptions import (
+    BotoCoreError,
+    ClientError,
+    HTTPClientError,
+    IncompleteReadError,
+    SSLError,
+)
+from botocore.exceptions import ConnectionError as BotoConnectionError
+from pyarrow import fs
+
+from fae_core.errors import UserError
+
+from .retry_metrics import count_retry
+
+PATIENCE = 180.0
+CONNECTIONS = 32
+"""Requests that one process has in flight at most."""
+CONNECT_TIMEOUT, READ_TIMEOUT = 5, 30
+FIRST_PAUSE, LONGEST_PAUSE = 0.1, 10.0
+SAID_AFTER = 5.0
+ARROW_FIRST_PAUSE = 0.025
+
+_BUSY_STATUS = (429, 500, 502, 503, 504)
+_BUSY_CODES = ("SlowDown", "RequestTimeout", "InternalError", "ServiceUnavailable", "Throttling")
+_PASSING = (HTTPClientError, BotoConnectionError, IncompleteReadError)
+_TRUE = ("1", "true", "yes", "on")
+
+T = TypeVar("T")
+
+
+class S3SettingsError(UserError, ValueError):
+    """An environment variable about S3 that cannot be used."""
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Where S3 is and how it is spoken to; a hashable key of its clients."""
+
+    endpoint: str | None
+    region: str | None
+    anonymous: bool
+    addressing: str
+    patience: float
+
+    @classmethod
+    def from_environment(cls) -> Settings:
+        """Raises S3SettingsError for a value that means nothing."""
+        endpoint = os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL")
+        region = os.environ.get("AWS_DEFAULT_REGION") or os.environ.get("AWS_REGION")
+        addressing = os.environ.get("FAE_S3_ADDRESSING") or ("path" if endpoint else "auto")
+        if addressing not in ("auto", "path", "virtual"):
+            raise S3SettingsError(f"FAE_S3_ADDRESSING={addressing!r}: expected path or virtual.")
+        given = os.environ.get("FAE_S3_PATIENCE", str(PATIENCE))
+        try:
+            patience = float(given)
+        except ValueError:
+            patience = -1.0
+        if not 0.0 <= patience < math.inf:
+            raise S3SettingsError(f"FAE_S3_PATIENCE={given!r}: expected seconds, 0 or more.")
+        anonymous = os.environ.get("AWS_NO_SIGN_REQUEST", "").lower() in _TRUE
+        return cls(endpoint or None, region or None, anonymous, addressing, patience)
+
+
+def client() -> Any:
+    """The boto3 client of this environment; its own retries are off, `with_retries` has them."""
+    return _client(Settings.from_environment())
+
+
+def arrow_filesystem() -> fs.S3FileSystem:
+    """Arrow's file system of this environment, as patient as `with_retries`."""
+    return _arrow(Settings.from_environment())
+
+
+def with_retries(operation: str, request: Callable[[], T]) -> T:
+    """What `request` returns; tried again after growing pauses while its error is one that passes.
+
+    Each time is counted under the name `operation` (retry_metrics.py), where this is a process of Ray's.
+
+    That is 429, 5xx, a timeout and a connection that fails or breaks; never 403 or 404. boto3's own retries count attempts
+    from a quota that all threads share, which a short outage under many reads uses up; and they end before the body.
+    """
+    settings = Settings.from_environment()
+    started = time.monotonic()
+    attempt, said = 0, False
+    while True:
+        try:
+            return request()
+        except (ClientError, BotoCoreError) as error:
+            pause = random.uniform(0.5, 1.0) * min(FIRST_PAUSE * 2**attempt, LONGEST_PAUSE)
+            waited = time.monotonic() - started
+            if not is_transient(error) or waited + pause > settings.patience:
+                raise
+            count_retry(operation, code_of(error) or type(error).__name__)
+            if waited > SAID_AFTER and not said:
+                logging.getLogger(__name__).warning(
+                    "S3 at %s: %s; trying for %.0f s in all (FAE_S3_PATIENCE).",
+                    settings.endpoint or "AWS",
+                    code_of(error) or type(error).__name__,
+                    settings.patience,
+                )
+                said = True
+        time.sleep(pause)
+        attempt += 1
+
+
+def is_transient(error: Exception) -> bool:
+    """Whether the same request may succeed a little later."""
+    if isinstance(error, ClientError):
+        status = error.response.get("ResponseMetadata", {}).get("HTTPStatusCode")
+        return status in _BUSY_STATUS or code_of(error) in _BUSY_CODES
+    return isinstance(error, _PASSING) and not isinstance(error, SSLError)
+
+
+def code_of(error: Exception) -> str:
+    """The server's word for the error, like NoSuchKey; empty where it gave none."""
+    if isinstance(error, ClientError):
+        return str(error.response.get("Error", {}).get("Code", ""))
+    return ""
+
+
+@functools.cache
+def _client(settings: Settings) -> Any:
+    config = Config(
+        retries={"mode": "standard", "total_max_attempts": 1},
+        s3={"addressing_style": settings.addressing},
+        max_pool_connections=CONNECTIONS,
+        connect_timeout=CONNECT_TIMEOUT,
+        read_timeout=READ_TIMEOUT,
+        signature_version=UNSIGNED if settings.anonymous else None,
+    )
+    return boto3.Session().client(
+        "s3", endpoint_url=settings.endpoint, region_name=settings.region, config=config
+    )
+
+
+@functools.cache
+def _arrow(settings: Settings) -> fs.S3FileSystem:
+    # Arrow pauses 25 ms, 50 ms, ... between attempts: so many of them last as long as our patience. Its "standard"
+    # strategy, the default, ends after three attempts, and all threads share its quota.
+    attempts = math.ceil(math.log2(settings.patience / ARROW_FIRST_PAUSE + 1))
+    options: dict[str, Any] = {
+        "retry_strategy": fs.AwsDefaultS3RetryStrategy(max_attempts=attempts),
+        "connect_timeout": CONNECT_TIMEOUT,
+        # Seconds without a byte; Arrow's documentation says that Linux ignores it, and Arrow 25 does not.
+        "request_timeout": READ_TIMEOUT,
+        "anonymous": settings.anonymous,
+        "force_virtual_addressing": settings.addressing == "virtual",
+    }
+    if settings.region:
+        options["region"] = settings.region
+    if settings.endpoint:
+        given = settings.endpoint
+        parts = urlsplit(given if "://" in given else f"https://{given}")
+        options |= {"endpoint_override": parts.netloc, "scheme": parts.scheme}
+        # Without a region Arrow asks AWS where the bucket is, which another server cannot answer.
+        options.setdefault("region", "us-east-1")
+    return fs.S3FileSystem(**options)

@@ -1,0 +1,85 @@
+"""Exact channel statistics of a backbone's features over the first training images, made once a run by its first worker."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+
+import numpy as np
+import safetensors.numpy
+import torch
+from torch import Tensor
+
+from fae_core.backbone import Backbone
+from fae_core.latent_stats import ChannelStats
+from fae_core.linear_baseline import Covariance, LinearBaseline
+
+from ..config import Recipe
+from ..data import decoded
+from ..data.records import ImageRecord
+from ..networks import features_of
+from ..storage import paths
+from .job import TrainingError
+
+EVALUATION_BATCH = 32
+SMALLEST_STD = 1e-6
+
+
+def image_batches(records: Sequence[ImageRecord]) -> list[list[ImageRecord]]:
+    """The records in batches that a backbone takes at once outside of training."""
+    size = EVALUATION_BATCH
+    return [list(records[start : start + size]) for start in range(0, len(records), size)]
+
+
+def fit_statistics(
+    records: Sequence[ImageRecord],
+    recipe: Recipe,
+    run_uri: str,
+    backbone: Backbone,
+    precision: str,
+    num_components: int | None = None,
+) -> None:
+    """Write mean and variance of the features of `records`, and linear PCA of `num_components`, into the run's folder.
+
+    Nothing where they are there already. Raises TrainingError where no image can be decoded.
+    """
+    if paths.exists(_stats_uri(run_uri)):
+        return
+    device = backbone.mean.device
+    print(f"feature statistics over {len(records)} images", flush=True)
+    stats, covariance = ChannelStats.empty(backbone.dim), Covariance(backbone.dim)
+    for images, kept, _ in decoded(image_batches(records), recipe.data, recipe.image_size):
+        if kept:
+            crops = torch.from_numpy(np.array(images)).to(device)
+            features = features_of(backbone, crops, precision).cpu().numpy()
+            stats.update(features)
+            if num_components:
+                covariance.update(features)
+    if not stats.count:
+        raise TrainingError(f"None of the first {len(records)} training images could be decoded.")
+    if num_components:
+        baseline = covariance.fit(min(num_components, backbone.dim))
+        arrays = {name: np.ascontiguousarray(value) for name, value in vars(baseline).items()}
+        paths.write_bytes(_baseline_uri(run_uri), safetensors.numpy.save(arrays))
+    # Last: its presence says that both are there.
+    paths.write_bytes(_stats_uri(run_uri), json.dumps(stats.to_dict()).encode())
+
+
+def read_statistics(run_uri: str) -> tuple[Tensor, Tensor]:
+    """Mean and standard deviation [D] float32 that `fit_statistics` wrote; no deviation is under 1e-6."""
+    stats = ChannelStats.from_dict(json.loads(paths.read_bytes(_stats_uri(run_uri))))
+    mean, std = stats.mean, np.maximum(stats.std, SMALLEST_STD)
+    return torch.from_numpy(mean).float(), torch.from_numpy(std).float()
+
+
+def read_baseline(run_uri: str) -> LinearBaseline:
+    """The linear PCA that `fit_statistics` wrote."""
+    return LinearBaseline(**safetensors.numpy.load(paths.read_bytes(_baseline_uri(run_uri))))
+
+
+def _stats_uri(run_uri: str) -> str:
+    return paths.join(run_uri, "feature_stats.json")
+
+
+def _baseline_uri(run_uri: str) -> str:
+    return paths.join(run_uri, "linear_baseline.safetensors")

@@ -1,0 +1,149 @@
+"""`fae train generator`: a diffusion transformer or STARFlow on the latents of a finished store, under Ray Train.
+
+The store is only read; its statistics normalize the latents and travel inside the checkpoint, with the fingerprints of
+autoencoder and backbone, so that sampling refuses to decode with another one. Every `validate_every` steps a grid of
+samples from the same noise goes to MLflow: pictures where the recipe names decoders, else PCA maps of latents.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from fae_core.figures import pca_map, picture_grid, principal_basis
+from fae_core.flow_matching import flow_matching_loss, timesteps
+from fae_core.generators.dit import DiT
+from fae_core.generators.latent_model import LatentModel
+from fae_core.generators.starflow import StarFlow, flow_loss
+
+from ..config import Recipe, RecipeError, with_absolute_paths
+from ..config.sections import GeneratorSection
+from ..latents import LatentStore
+from ..networks.untrained import build_generator
+from ..runtime.session import start_ray
+from ..sampling import LatentDecoder, LatentSampler, image_noise
+from ..storage import paths
+from . import run_folder
+from .batches import Batch
+from .job import Job
+from .latent_feed import latent_feed, needed_columns
+from .launch import TrainResult, fit, prepare_worker
+from .loop import run_job
+from .tracking import resolve_uri
+
+GRID_CLASSES = 4
+GRID_COLUMNS = 6
+PREVIEW_STEPS = 50
+
+
+def train_generator(recipe: Recipe, callbacks: Sequence[Any] = ()) -> TrainResult:
+    """Train, resume or, where the run is finished, return at once; `callbacks` are Ray Train's.
+
+    Raises RecipeError, StoreError for a store that is not finished or lacks columns, NonFiniteError.
+    """
+    run_uri = run_folder.run_folder(recipe)
+    if recipe.latents is None:
+        raise RecipeError(
+            "train generator needs latents=STORE, a finished `fae precompute` output."
+        )
+    store = LatentStore.open(with_absolute_paths(recipe).latents or "")
+    needed_columns(store, recipe.generator)
+    build_generator(recipe.generator, store.latent_shape, device="meta")
+    run_folder.claim_run(recipe, run_uri, ("latents", "generator"))
+    if run_folder.result(run_uri) is None:
+        start_ray()
+        values = with_absolute_paths(recipe).model_dump(mode="json")
+        config = {"recipe": values, "tracking_uri": resolve_uri(recipe.tracking)}
+        fit(_worker, config, recipe, recipe.generator.training, callbacks)
+    return TrainResult(
+        paths.join(run_uri, "generator.safetensors"), run_folder.result(run_uri) or {}
+    )
+
+
+def generator_loss(section: GeneratorSection, model: nn.Module, batch: Batch) -> dict[str, Tensor]:
+    """The loss terms of one micro-batch from `latent_feed`; `model` may be wrapped for data parallelism."""
+    inner = getattr(model, "module", model)
+    assert isinstance(inner, LatentModel)
+    latents = inner.normalize(batch["latents"])
+    if section.kind == "starflow":
+        return flow_loss(model, latents, batch["noise"], batch["labels"], section.noise_std)
+    t = timesteps(batch["time"], section.timesteps, section.shift)
+    return flow_matching_loss(
+        model, latents, batch["noise"], t, batch["labels"], section.cosine_weight
+    )
+
+
+def _worker(config: dict[str, Any]) -> None:
+    import ray.train
+    import ray.train.torch
+
+    recipe = Recipe.model_validate(config["recipe"])
+    run_uri = run_folder.run_folder(recipe)
+    device = ray.train.torch.get_device()
+    prepare_worker(device, recipe.generator.training)
+    is_first = ray.train.get_context().get_world_rank() == 0
+    assert recipe.latents is not None
+    store = LatentStore.open(recipe.latents)
+    section = recipe.generator
+    torch.manual_seed(recipe.seed)
+    model = build_generator(section, store.latent_shape)
+    mean, std = (
+        torch.from_numpy(np.asarray(v)).float() for v in (store.stats.mean, store.stats.std)
+    )
+    model.set_latent_stats(mean, std.clamp_min(1e-6))
+
+    def loss(wrapped: nn.Module, batch: Batch) -> dict[str, Tensor]:
+        return generator_loss(section, wrapped, batch)
+
+    preview = _Preview(recipe, store, device) if is_first else None
+    job = Job(model, latent_feed(store, section, recipe.seed), loss, preview)
+    trained, metrics = run_job(job, section.training, recipe, run_uri, config["tracking_uri"])
+    if is_first:
+        fingerprints = {
+            "latents": store.manifest["fingerprint"],
+            "autoencoder": store.manifest["parts"]["autoencoder weights"],
+        }
+        run_folder.finish(run_uri, "generator", trained, fingerprints, metrics)
+
+
+class _Preview:
+    """Samples from the same noise at every validation: pictures if the recipe names both decoders, else PCA maps."""
+
+    def __init__(self, recipe: Recipe, store: LatentStore, device: torch.device) -> None:
+        self.recipe = recipe
+        self.store = store
+        self.device = device
+        self.decoder: LatentDecoder | None = None
+        if recipe.autoencoder.checkpoint and recipe.pixel_decoder.checkpoint:
+            autoencoder = store.manifest["parts"]["autoencoder weights"]
+            self.decoder = LatentDecoder.of(recipe, device, autoencoder)
+
+    def __call__(self, model: nn.Module, step: int) -> tuple[dict[str, float], bytes | None]:
+        assert isinstance(model, DiT | StarFlow)
+        num_classes = min(GRID_CLASSES, self.recipe.generator.num_classes)
+        labels = torch.arange(num_classes).repeat_interleave(GRID_COLUMNS)
+        noise = image_noise(self.recipe.seed, range(len(labels)), self.store.latent_shape)
+        sample = self.recipe.sample.model_copy(
+            update={"num_steps": min(self.recipe.sample.num_steps, PREVIEW_STEPS)}
+        )
+        with torch.inference_mode():
+            draw = LatentSampler(model, sample, self.recipe.seed, self.device)
+            latents = draw(noise, labels, list(range(len(labels))))
+            if self.decoder:
+                tiles: list[np.ndarray] = list(self.decoder(latents).cpu().numpy())
+            else:
+                tiles = _maps(model.normalize(latents).float().cpu().numpy())
+        rows = [tiles[i : i + GRID_COLUMNS] for i in range(0, len(tiles), GRID_COLUMNS)]
+        titles = [""] * GRID_COLUMNS
+        return {"sample_std": float(model.normalize(latents).std())}, picture_grid(rows, titles)
+
+
+def _maps(latents: np.ndarray) -> list[np.ndarray]:
+    n, channels, height, width = latents.shape
+    tokens = latents.reshape(n, channels, -1).transpose(0, 2, 1)
+    basis = principal_basis(tokens)
+    return [pca_map(t, (height, width), basis) for t in tokens]

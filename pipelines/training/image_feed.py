@@ -1,0 +1,93 @@
+"""Images for training: which of them make a step, and Ray Data tasks that decode them on CPUs in that order."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from ..config.sections import DataSection, TrainingSection
+from ..data import WINDOW_BATCHES, EpochOrder, decoded
+from ..data.records import ImageRecord
+from .batches import Batch, to_device
+from .job import Feed, TrainingError
+
+
+@dataclass(frozen=True)
+class Part:
+    """One planned micro-batch: item numbers of the training images and their places in the global batch."""
+
+    step: int
+    items: list[int]
+    samples: list[int]
+
+
+def step_parts(
+    order: EpochOrder, training: TrainingSection, step: int, rank: int, world_size: int
+) -> list[Part]:
+    """The micro-batches of worker `rank` at `step`: an equal slice of the global batch for each (micro, rank)."""
+    slices = world_size * training.accumulation
+    if training.batch_size % slices:
+        raise TrainingError(
+            f"training.batch_size={training.batch_size} is not divisible by num_workers x accumulation = "
+            f"{world_size} x {training.accumulation}."
+        )
+    size = training.batch_size // slices
+    items, _ = order.batch(step, training.batch_size, 0, 1)
+    starts = [(micro * world_size + rank) * size for micro in range(training.accumulation)]
+    return [
+        Part(
+            step,
+            [int(item) for item in items[start : start + size]],
+            list(range(start, start + size)),
+        )
+        for start in starts
+    ]
+
+
+def image_feed(
+    records: Sequence[ImageRecord],
+    data: DataSection,
+    size: int,
+    seed: int,
+    training: TrainingSection,
+) -> Feed:
+    """The feed of a job that trains on images: `batch["images"]` uint8 [n, size, size, 3], in EpochOrder's order."""
+    order = EpochOrder(len(records), seed)
+
+    def windows(start_step: int, rank: int, world_size: int) -> Iterator[Batch]:
+        steps_per_window = max(1, WINDOW_BATCHES // training.accumulation)
+        for first in range(start_step, training.steps, steps_per_window):
+            steps = range(first, min(first + steps_per_window, training.steps))
+            parts = [
+                part
+                for step in steps
+                for part in step_parts(order, training, step, rank, world_size)
+            ]
+            wanted = [[records[item] for item in part.items] for part in parts]
+            made = decoded(wanted, data, size)
+            for part, planned, (images, kept, errors) in zip(parts, wanted, made, strict=True):
+                yield _batch(part, planned, images, kept, errors)
+
+    def feed(start_step: int, rank: int, world_size: int, device: torch.device) -> Iterator[Batch]:
+        return to_device(windows(start_step, rank, world_size), device)
+
+    return feed
+
+
+def _batch(
+    part: Part,
+    planned: Sequence[ImageRecord],
+    images: np.ndarray,
+    kept: list[int],
+    errors: list[dict[str, str]],
+) -> Batch:
+    keys = [planned[index].key for index in kept]
+    samples = [part.samples[index] for index in kept]
+    weight = len(kept) / len(planned)
+    if not kept:  # weight 0: a worker without images still takes part in averaging gradients
+        images, samples = np.zeros((1, *images.shape[1:]), np.uint8), part.samples[:1]
+    tensors = {"images": torch.from_numpy(np.array(images))}
+    return Batch(part.step, tensors, samples, keys, weight, errors)

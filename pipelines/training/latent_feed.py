@@ -1,0 +1,107 @@
+"""Latents for training a generator: rows of a store in seeded order, with every random number of their step.
+
+A thread makes them ahead, so that the step itself reads no file and draws nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import numpy as np
+import torch
+
+from fae_core.draws import normal_draws, uniform_draws
+
+from ..config.sections import GeneratorSection
+from ..latents import NO_LABEL, LatentBatch, LatentStore
+from ..storage import StoreError
+from .batches import Batch, to_device
+from .job import Feed, TrainingError
+
+
+def needed_columns(store: LatentStore, generator: GeneratorSection) -> list[str]:
+    """The store's columns that this training reads. Raises StoreError for samples of a store without logvar."""
+    columns = ["mean"]
+    if generator.latents == "sample":
+        columns.append("logvar")
+    if generator.flip and "mean_flip" in store.columns:
+        columns += [f"{name}_flip" for name in columns]
+    absent = [name for name in columns if name not in store.columns]
+    if absent:
+        raise StoreError(
+            f"{store.uri} stores {', '.join(store.columns)}; generator.latents={generator.latents} needs "
+            f"{', '.join(absent)} too. Precompute with precompute.columns=[{','.join(columns)}], or set "
+            "generator.latents=mode."
+        )
+    return columns
+
+
+def latent_feed(store: LatentStore, generator: GeneratorSection, seed: int) -> Feed:
+    """The feed of a generator's job.
+
+    `batch["latents"]` raw float32 [n, C, H, W] (mode or posterior sample, half of them mirrored), `labels` int64 [n]
+    with the null class where dropped, `noise` float32 like the latents and `time` [n], both standard normal.
+    """
+    training = generator.training
+    columns = needed_columns(store, generator)
+
+    def batches(start_step: int, rank: int, world_size: int) -> Iterator[Batch]:
+        if training.batch_size % (world_size * training.accumulation):
+            raise TrainingError(
+                f"batch_size={training.batch_size} is not divisible by num_workers x accumulation = "
+                f"{world_size} x {training.accumulation}."
+            )
+        size = training.batch_size // world_size
+        reader = store.reader(
+            training.batch_size, seed, rank, world_size, start_step, columns, generator.cache
+        )
+        for read in reader:
+            piece = size // training.accumulation
+            for start in range(0, size, piece):
+                places = [rank * size + place for place in range(start, start + piece)]
+                yield make_batch(read, slice(start, start + piece), places, generator, seed)
+
+    def feed(start_step: int, rank: int, world_size: int, device: torch.device) -> Iterator[Batch]:
+        return to_device(batches(start_step, rank, world_size), device)
+
+    return feed
+
+
+def make_batch(
+    read: LatentBatch, part: slice, places: list[int], generator: GeneratorSection, seed: int
+) -> Batch:
+    """One micro-batch of the rows `part` of what was read, whose places in the global batch are `places`."""
+    labels = read.labels[part]
+    unknown = (labels == NO_LABEL) & (generator.num_classes > 1)
+    outside = (labels >= generator.num_classes) | unknown
+    if outside.any():
+        row, label = read.rows[part][outside][0], labels[outside][0]
+        raise StoreError(
+            f"Row {row} of the store has {'no label' if label == NO_LABEL else f'label {label}'}; "
+            f"generator.num_classes is {generator.num_classes}. For images without classes set it to 1."
+        )
+    uniform = uniform_draws(seed, "choices", read.step, places, (2,))
+    latents = _choose(read, "mean", part, uniform[:, 0].numpy() < 0.5)
+    shape = latents.shape[1:]
+    if generator.latents == "sample":
+        logvar = _choose(read, "logvar", part, uniform[:, 0].numpy() < 0.5)
+        noise = normal_draws(seed, "posterior", read.step, places, shape).numpy()
+        latents = latents + np.exp(0.5 * logvar) * noise
+    known = torch.from_numpy(np.maximum(labels, 0))
+    dropped = uniform[:, 1] < generator.label_dropout
+    tensors = {
+        "latents": torch.from_numpy(latents),
+        "labels": torch.where(dropped, torch.full_like(known, generator.num_classes), known),
+        "noise": normal_draws(seed, "noise", read.step, places, shape),
+        "time": normal_draws(seed, "time", read.step, places, ()),
+    }
+    keys = [f"row {row}" for row in read.rows[part]]
+    return Batch(read.step, tensors, places, keys, 1.0, [])
+
+
+def _choose(read: LatentBatch, name: str, part: slice, flipped: np.ndarray) -> np.ndarray:
+    values = read.latents[name][part].astype(np.float32)
+    mirrored = read.latents.get(f"{name}_flip")
+    if mirrored is None:
+        return values
+    return np.where(flipped[:, None, None, None], mirrored[part].astype(np.float32), values)

@@ -1,0 +1,79 @@
+"""What the loop measures: mean loss terms, images per second, waiting time, images that could not be decoded."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import time
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from ..config.sections import TrainingSection
+from ..storage import paths
+
+
+class Meter:
+    """Loss terms averaged since the last log, images per second and the share of time spent waiting for data."""
+
+    def __init__(self, training: TrainingSection, world_size: int, device: torch.device) -> None:
+        self.batch_size = training.batch_size
+        self.world_size = world_size
+        self.device = device
+        self.waited = self.elapsed = 0.0
+        self.steps = 0
+        self.totals: dict[str, Tensor] = {}
+        self.start = time.perf_counter()
+
+    @contextlib.contextmanager
+    def waiting(self) -> Iterator[None]:
+        start = time.perf_counter()
+        yield
+        self.waited += time.perf_counter() - start
+
+    def add(self, terms: dict[str, Tensor]) -> None:
+        self.steps += 1
+        now = time.perf_counter()
+        self.elapsed, self.start = self.elapsed + now - self.start, now
+        for name, value in terms.items():
+            self.totals[name] = self.totals.get(name, torch.zeros((), device=value.device)) + value
+
+    def restart(self) -> None:
+        """Leave what happened since the last step (validation, checkpoint) out of the rates."""
+        self.start = time.perf_counter()
+
+    def flush(self) -> dict[str, float]:
+        means = torch.stack([total.float() for total in self.totals.values()]) / self.steps
+        if self.world_size > 1:
+            torch.distributed.all_reduce(means)
+            means /= self.world_size
+        metrics = dict(zip(self.totals, means.tolist(), strict=True))
+        metrics["images_per_second"] = self.batch_size * self.steps / self.elapsed
+        metrics["data_wait_share"] = self.waited / self.elapsed
+        self.waited = self.elapsed = 0.0
+        self.steps, self.totals = 0, {}
+        return metrics
+
+
+class BadImages:
+    """The images that this worker met and could not decode, one JSON line a key, in the run's folder."""
+
+    def __init__(self, run_uri: str, rank: int) -> None:
+        self.uri = paths.join(run_uri, f"bad_images-{rank:05d}.jsonl")
+        lines = paths.read_bytes(self.uri).decode().splitlines() if paths.exists(self.uri) else []
+        self.found = {error["key"]: error for error in map(json.loads, lines)}
+        self.saved = len(self.found)
+
+    def __len__(self) -> int:
+        return len(self.found)
+
+    def add(self, errors: list[dict[str, str]]) -> None:
+        for error in errors:
+            self.found.setdefault(error["key"], error)
+
+    def save(self) -> None:
+        if len(self.found) > self.saved:
+            lines = [json.dumps(self.found[key], ensure_ascii=False) for key in sorted(self.found)]
+            paths.write_bytes(self.uri, ("\n".join(lines) + "\n").encode())
+            self.saved = len(self.found)

@@ -1,0 +1,127 @@
+"""The folder of a training run: who claimed it, which images it trains on, and what came out.
+
+STORAGE/RUN holds recipe.yaml (written once: it claims the name), for runs on images plan.parquet (the source as first
+listed), checkpoints/, and at the end the network as safetensors and result.json, whose presence says "finished".
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import tempfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+from omegaconf import OmegaConf
+from torch import nn
+
+from fae_core import checkpoint
+
+from ..config import Recipe, RecipeError, flatten
+from ..data import plan_images
+from ..data.records import ImageRecord
+from ..storage import paths
+
+OPERATIONAL_KEYS = (
+    "num_workers",
+    "parallel",
+    "use_gpu",
+    "cpus_per_worker",
+    "threads_per_worker",
+    "compile",
+    "log_every",
+    "validate_every",
+    "checkpoint_every",
+    "keep_checkpoints",
+    "max_failures",
+    "checkpoint_activations",
+    "cache",
+    "checkpoint",
+)
+"""Last parts of keys that may change between a run and its resumption: nothing that the result depends on."""
+
+
+def run_folder(recipe: Recipe) -> str:
+    """Address of the run's folder. Raises RecipeError where the recipe gives the run no usable name."""
+    if not recipe.run or "/" in recipe.run or recipe.run.startswith("."):
+        raise RecipeError(
+            f"run={recipe.run!r}: give the training run a name without slashes, run=NAME. "
+            "The same name resumes it."
+        )
+    return paths.join(recipe.storage, recipe.run)
+
+
+def claim_run(recipe: Recipe, run_uri: str, sections: Sequence[str]) -> None:
+    """Write recipe.yaml into a new run's folder; raises RecipeError if a run of another recipe has this name.
+
+    `sections` are the recipe's parts that decide this run's result.
+    """
+    uri = paths.join(run_uri, "recipe.yaml")
+    try:
+        paths.write_once(uri, recipe.to_yaml().encode())
+        return
+    except FileExistsError:
+        container = OmegaConf.to_container(OmegaConf.create(paths.read_bytes(uri).decode()))
+    assert isinstance(container, dict)
+    # A key that was not there yet when the run began had the value that is now its default.
+    before = flatten(Recipe().model_dump(mode="json")) | flatten(
+        {str(key): value for key, value in container.items()}
+    )
+    now = flatten(recipe.model_dump(mode="json"))
+    deciding = ("image_size", "seed", *sections)
+    different = [
+        f"{key}: {before.get(key)!r} there, {now.get(key)!r} now"
+        for key in sorted(before.keys() | now.keys())
+        if before.get(key) != now.get(key)
+        and any(key == part or key.startswith(f"{part}.") for part in deciding)
+        and key.rpartition(".")[2] not in OPERATIONAL_KEYS
+    ]
+    if different:
+        raise RecipeError(
+            f"The run {run_uri} exists with another recipe:\n  "
+            + "\n  ".join(different)
+            + "\nChoose another run=NAME, or give the same values."
+        )
+
+
+def result(run_uri: str) -> dict[str, float] | None:
+    """The metrics of a finished run, None where it is not finished."""
+    uri = paths.join(run_uri, "result.json")
+    return json.loads(paths.read_bytes(uri)) if paths.exists(uri) else None
+
+
+def finish(
+    run_uri: str,
+    name: str,
+    module: nn.Module,
+    fingerprints: Mapping[str, str],
+    metrics: Mapping[str, float],
+) -> None:
+    """Write the network as `name`.safetensors, then result.json."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / f"{name}.safetensors"
+        checkpoint.save(path, module, fingerprints)
+        paths.write_bytes(paths.join(run_uri, path.name), path.read_bytes())
+    # Written last: its presence says that the run is finished.
+    text = json.dumps(dict(metrics), indent=1)
+    paths.write_bytes(paths.join(run_uri, "result.json"), text.encode())
+
+
+def plan(recipe: Recipe, run_uri: str) -> None:
+    """List the source once; a resumed run trains on the images that were there when it began."""
+    uri = paths.join(run_uri, "plan.parquet")
+    if paths.exists(uri):
+        return
+    table = plan_images(recipe.data).select(["key", "uri"])
+    buffer = io.BytesIO()
+    pq.write_table(table, buffer)
+    paths.write_bytes(uri, buffer.getvalue())
+
+
+def read_plan(run_uri: str) -> list[ImageRecord]:
+    """The run's images in key order."""
+    table = pq.read_table(io.BytesIO(paths.read_bytes(paths.join(run_uri, "plan.parquet"))))
+    keys, uris = (table[name].cast(pa.string()).to_pylist() for name in ("key", "uri"))
+    return [ImageRecord(key, uri) for key, uri in zip(keys, uris, strict=True)]

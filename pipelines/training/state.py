@@ -1,0 +1,175 @@
+"""Networks with their optimizers, moving average and step: what a checkpoint holds, as bytes and back."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import math
+import pickle
+import zipfile
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim.swa_utils import get_ema_multi_avg_fn
+
+from ..config.sections import TrainingSection
+from .distributed import distributed_like, gathered
+from .job import Adversary, TrainingError
+
+
+class CheckpointDamaged(TrainingError):
+    """A checkpoint whose bytes are not the ones that were written, or that is none."""
+
+
+def ema_decay(step: int, decay: float) -> float:
+    """The average's decay at optimizer step `step` (from 0): min(decay, (1 + step) / (10 + step)), as TensorFlow's.
+
+    Constant from the start, 0.9999 would leave the untrained weights a third of the average after ten thousand steps.
+    """
+    return min(decay, (1 + step) / (10 + step))
+
+
+class TrainedNetwork:
+    """A module with its AdamW; norm gains and biases are not decayed. `learning_rate` is its peak."""
+
+    def __init__(self, module: nn.Module, training: TrainingSection, learning_rate: float) -> None:
+        self.module = module
+        self.learning_rate = learning_rate
+        self.clip = training.gradient_clip or math.inf
+        self.parameters = [p for p in module.parameters() if p.requires_grad]
+        groups = [
+            {
+                "params": [p for p in self.parameters if p.ndim > 1],
+                "weight_decay": training.weight_decay,
+            },
+            {"params": [p for p in self.parameters if p.ndim <= 1], "weight_decay": 0.0},
+        ]
+        self.optimizer = torch.optim.AdamW(
+            [group for group in groups if group["params"]],
+            lr=learning_rate,
+            betas=training.betas,
+            fused=self.parameters[0].is_cuda or None,  # None: torch's own choice
+        )
+
+    def prepare(self, relative_rate: float) -> None:
+        """Drop the last step's gradients and set the rate of this one."""
+        self.optimizer.zero_grad(set_to_none=True)
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.learning_rate * relative_rate
+
+    def clip_gradients(self) -> Tensor:
+        """The global gradient norm (0-dim) before clipping."""
+        norm: Tensor = gathered(torch.nn.utils.clip_grad_norm_(self.parameters, self.clip))
+        return norm
+
+    def state_dict(self) -> dict[str, Any]:
+        """Weights and optimizer as whole tensors. Where the module is sharded, all workers must call it together."""
+        return {
+            "weights": gathered(self.module.state_dict()),
+            "optimizer": gathered(self.optimizer.state_dict()),
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        own = self.module.state_dict()
+        weights = {
+            name: distributed_like(value, own[name]) for name, value in state["weights"].items()
+        }
+        self.module.load_state_dict(weights)
+        ordered = [p for group in self.optimizer.param_groups for p in group["params"]]
+        moments = {
+            index: {name: distributed_like(value, ordered[index]) for name, value in values.items()}
+            for index, values in state["optimizer"]["state"].items()
+        }
+        # Rates and decays are the recipe's, not the checkpoint's: a part of a training may have others than the one before.
+        groups = self.optimizer.state_dict()["param_groups"]
+        self.optimizer.load_state_dict({"param_groups": groups, "state": moments})
+
+
+class TrainState:
+    """Model and adversary with their optimizers, moving average and step: what a checkpoint holds."""
+
+    def __init__(
+        self, model: nn.Module, training: TrainingSection, adversary: Adversary | None = None
+    ) -> None:
+        self.model = model
+        self.step = 0
+        self.networks = {"model": TrainedNetwork(model, training, training.learning_rate)}
+        if adversary:
+            self.networks["adversary"] = TrainedNetwork(
+                adversary.module, training, adversary.learning_rate
+            )
+        self.ema_decay = training.ema_decay
+        self.ema = (
+            [p.detach().clone() for p in self.networks["model"].parameters]
+            if training.ema_decay
+            else []
+        )
+
+    @torch.no_grad()
+    def update_ema(self) -> None:
+        if self.ema_decay is not None:
+            decay = ema_decay(self.step, self.ema_decay)
+            # All tensors in a few kernels: hundreds of small ones would keep a GPU waiting for the processor.
+            get_ema_multi_avg_fn(decay)(self.ema, self.networks["model"].parameters, self.step)
+
+    @contextlib.contextmanager
+    def averaged(self) -> Iterator[None]:
+        """The model with its averaged weights, where the recipe keeps an average."""
+        self.swap_ema()
+        try:
+            yield
+        finally:
+            self.swap_ema()
+
+    @torch.no_grad()
+    def swap_ema(self) -> None:
+        """Exchange the model's weights and their average; nothing where the recipe keeps none."""
+        for average, parameter in zip(self.ema, self.networks["model"].parameters, strict=False):
+            kept = parameter.detach().clone()
+            parameter.copy_(average)
+            average.copy_(kept)
+
+    def to_bytes(self) -> bytes:
+        """The state as torch.save writes it; `load_bytes` reads it without unpickling code.
+
+        Holds whole tensors: where the model is sharded, all workers must call it together.
+        """
+        buffer = io.BytesIO()
+        state = {
+            "step": self.step,
+            "networks": {name: network.state_dict() for name, network in self.networks.items()},
+            "ema": gathered(self.ema),
+            "rng": torch.get_rng_state(),
+        }
+        torch.save(state, buffer)
+        return buffer.getvalue()
+
+    def load_bytes(self, data: bytes) -> None:
+        """Take over what `to_bytes` gave. Raises CheckpointDamaged, with nothing taken over."""
+        state = _verified(data)
+        for name, network in self.networks.items():
+            network.load_state_dict(state["networks"][name])
+        for average, saved in zip(self.ema, state["ema"], strict=True):
+            average.copy_(distributed_like(saved, average))
+        torch.set_rng_state(state["rng"])
+        self.step = state["step"]
+
+
+def _verified(data: bytes) -> dict[str, Any]:
+    # torch.save notes a CRC-32 of each tensor, and torch.load does not look at it.
+    try:
+        with zipfile.ZipFile(io.BytesIO(data)) as archive:
+            damaged = archive.testzip()
+        if damaged:
+            raise CheckpointDamaged(f"the checksum of {damaged} is wrong")
+        state: Any = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
+    except (zipfile.BadZipFile, pickle.UnpicklingError, RuntimeError, EOFError, OSError) as error:
+        if isinstance(error, CheckpointDamaged):
+            raise
+        reason = str(error).partition("\n")[0]
+        raise CheckpointDamaged(f"it is no checkpoint: {reason}") from None
+    if not isinstance(state, dict) or not {"step", "networks", "ema", "rng"} <= state.keys():
+        raise CheckpointDamaged("it is another kind of file")
+    return state

@@ -1,0 +1,116 @@
+"""One optimizer step: learning rate, accumulation, clipping, the non-finite guard."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
+
+from fae_core.errors import UserError
+
+from ..config.sections import TrainingSection
+from .batches import Batch
+from .job import AdversaryLoss, LossFunction
+from .state import TrainState
+
+MAX_KEYS_IN_ERROR = 32
+
+
+class NonFiniteError(UserError, RuntimeError):
+    """Loss or gradient is NaN or infinite; the message names the step and the batch's keys."""
+
+
+def learning_rate(step: int, training: TrainingSection) -> float:
+    """The rate of optimizer step `step` (from 0): linear warm-up, then cosine to the final rate, or constant."""
+    if step < training.warmup_steps:
+        return training.learning_rate * (step + 1) / training.warmup_steps
+    if training.schedule == "constant":
+        return training.learning_rate
+    progress = (step - training.warmup_steps) / max(1, training.steps - training.warmup_steps)
+    cosine = 0.5 * (1.0 + math.cos(math.pi * min(progress, 1.0)))
+    return (
+        training.final_learning_rate
+        + (training.learning_rate - training.final_learning_rate) * cosine
+    )
+
+
+def train_step(
+    state: TrainState,
+    wrapped: nn.Module,
+    loss: LossFunction,
+    batches: Sequence[Batch],
+    training: TrainingSection,
+    wrapped_adversary: nn.Module | None = None,
+    adversary_loss: AdversaryLoss | None = None,
+) -> dict[str, Tensor]:
+    """One optimizer step over `batches`, the micro-batches of this worker; its mean loss terms and gradient norm.
+
+    Each mean loss is scaled by its images over the planned ones, so the gradient is the sum over all images divided
+    by the planned batch size, however the batch is split. `wrapped` is the model, or DDP around it; model and
+    adversary both step from where they were before. Raises NonFiniteError before any parameter changes.
+    """
+    relative_rate = learning_rate(state.step, training) / training.learning_rate
+    for network in state.networks.values():
+        network.prepare(relative_rate)
+    totals: dict[str, Tensor] = {}
+    finite: list[Tensor] = []
+    adversary_steps = False
+    for index, batch in enumerate(batches):
+        last = index == len(batches) - 1
+        scale = batch.weight / len(batches)
+        autocast = torch.autocast(
+            batch.device.type, torch.bfloat16, enabled=training.precision == "bf16"
+        )
+        with _synchronized(wrapped, last):
+            with autocast:
+                terms = loss(wrapped, batch)
+            (terms["loss"] * scale).backward()
+        if wrapped_adversary is not None and adversary_loss is not None:
+            with _synchronized(wrapped_adversary, last):
+                with autocast:
+                    judged = adversary_loss(wrapped_adversary, batch)
+                if judged is not None:
+                    (judged["adversary_loss"] * scale).backward()
+                    terms = {**terms, **judged}
+                    adversary_steps = True
+        losses = [value.detach() for name, value in terms.items() if name.endswith("loss")]
+        finite.append(torch.stack(losses).isfinite().all())
+        for name, value in terms.items():
+            total = totals.get(name, torch.zeros((), device=value.device))
+            totals[name] = total + value.detach() * scale
+    stepping = [
+        network
+        for name, network in state.networks.items()
+        if name != "adversary" or adversary_steps
+    ]
+    norms = [network.clip_gradients() for network in stepping]
+    # The step's one wait for the device: until here nothing has been asked of a result.
+    sound = torch.stack([*finite, *(norm.isfinite() for norm in norms)]).tolist()
+    if not all(sound):
+        suspects = [batch for batch, good in zip(batches, sound, strict=False) if not good]
+        keys = [key for batch in suspects or batches for key in batch.keys]
+        more = f" and {len(keys) - MAX_KEYS_IN_ERROR} more" if len(keys) > MAX_KEYS_IN_ERROR else ""
+        raise NonFiniteError(
+            f"Step {state.step}: loss {float(totals['loss'])}, gradient norm {float(norms[0])}. The images of this "
+            f"batch: {', '.join(keys[:MAX_KEYS_IN_ERROR])}{more}. The last checkpoint is from before this step; look "
+            "at these images, lower the learning rate or set the precision to fp32."
+        )
+    for network in stepping:
+        network.optimizer.step()
+    state.update_ema()
+    state.step += 1
+    return {**totals, "gradient_norm": norms[0].detach()}
+
+
+def _synchronized(module: nn.Module, last: bool) -> contextlib.AbstractContextManager[Any]:
+    """Gradients are averaged over workers with the last micro-batch alone."""
+    if isinstance(module, FSDPModule):
+        module.set_requires_gradient_sync(last)
+        return contextlib.nullcontext()
+    no_sync = getattr(module, "no_sync", None)
+    return contextlib.nullcontext() if last or no_sync is None else no_sync()

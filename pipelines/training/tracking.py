@@ -1,0 +1,231 @@
+"""MLflow as an onlooker: parameters, metrics and figures of a run, which never stop it.
+
+The default store is sqlite:///mlflow.db; MLFLOW_TRACKING_URI or the recipe name a server. While the tracker fails, metrics
+are kept and sent later with their own times; it is asked again after a minute, two, four and so on, so that a dead server
+costs training next to nothing. What is lost in the end is said.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import math
+import os
+import subprocess
+import tempfile
+import time
+import warnings
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from ..config.sections import TrackingSection
+from ..runtime import versions
+from ..storage import redact
+
+RUN_TAG = "fae.run"
+DEFAULT_URI = "sqlite:///mlflow.db"
+MAX_PARAM_LENGTH = 500
+FIRST_PAUSE, LONGEST_PAUSE = 60.0, 3600.0
+MAX_KEPT = 100_000
+# Its telemetry reports to its makers, and in MLflow 3.17 two of its threads can stumble over each other (a KeyError in
+# log_params). Whoever wants it sets the variable.
+os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
+METRICS_A_CALL, PARAMS_A_CALL = 1000, 100  # what MLflow takes in one request
+
+
+def resolve_uri(tracking: TrackingSection) -> str:
+    """The tracking URI; a relative SQLite path becomes absolute, since workers run in other folders."""
+    uri = tracking.uri or os.environ.get("MLFLOW_TRACKING_URI") or DEFAULT_URI
+    path = uri.removeprefix("sqlite:///")
+    if path != uri and not path.startswith("/"):
+        return f"sqlite:///{Path(path).absolute()}"
+    return uri
+
+
+@functools.cache
+def source_tags() -> dict[str, str]:
+    """Tags that say which code made a run: the git commit, where this is a checkout, and package versions."""
+    tags = {f"version.{name}": version for name, version in versions().items()}
+    with contextlib.suppress(OSError, subprocess.SubprocessError):
+        root = Path(__file__).parents[1]
+        command = ["git", "-C", str(root), "rev-parse", "HEAD"]
+        commit = subprocess.run(command, capture_output=True, text=True, check=True, timeout=10)
+        tags["mlflow.source.git.commit"] = commit.stdout.strip()
+    return tags
+
+
+class Tracker:
+    """Logs to one MLflow run, which the same `run` address finds again when training resumes."""
+
+    def __init__(
+        self,
+        tracking: TrackingSection,
+        uri: str,
+        run: str,
+        params: Mapping[str, Any],
+        name: str | None = None,
+        parent: str | None = None,
+        tags: Mapping[str, str] | None = None,
+    ) -> None:
+        """`name` is shown instead of the address's last part; `parent` is the address of the run that this one is nested in."""
+        shown = name or run.rstrip("/").rpartition("/")[2]
+
+        def open_run() -> None:
+            self._connect(tracking.experiment, uri)
+            self._find_or_create(run, shown, params, parent, tags or {})
+
+        self._enabled = tracking.enabled
+        self._open: Callable[[], None] | None = open_run
+        self._client: Any = None
+        self._run_id = self._experiment_id = ""
+        self._kept: list[Any] = []
+        self._lost = 0
+        self._pause = 0.0
+        self._next_attempt = 0.0
+        self._attempt()
+
+    def log_metrics(self, metrics: Mapping[str, float], step: int) -> None:
+        """Log the finite values of `metrics` at `step`, now or when the server is there again."""
+        if not self._enabled:
+            return
+        from mlflow.entities import Metric
+
+        now = int(time.time() * 1000)
+        self._kept += [
+            Metric(name, float(value), now, step)
+            for name, value in metrics.items()
+            if math.isfinite(value)
+        ]
+        self._lost += max(0, len(self._kept) - MAX_KEPT)
+        del self._kept[:-MAX_KEPT]
+        self._attempt()
+
+    def log_figure(self, png: bytes, name: str) -> None:
+        """Log a PNG as the artifact figures/`name`; a figure that cannot be sent now is lost."""
+        self.log_file(png, name, "figures")
+
+    def log_file(self, data: bytes, name: str, folder: str | None = None) -> None:
+        """Log `data` as the artifact `name` in `folder`; what cannot be sent now is lost."""
+
+        def send() -> None:
+            with tempfile.TemporaryDirectory() as local:
+                path = Path(local) / name
+                path.write_bytes(data)
+                self._client.log_artifact(self._run_id, str(path), folder)
+
+        if not self._attempt(send):
+            self._lost += 1
+
+    def set_tags(self, tags: Mapping[str, str]) -> None:
+        """Set or replace tags; `mlflow.note.content` is the text that the run's page shows."""
+
+        def send() -> None:
+            for key, value in tags.items():
+                self._client.set_tag(self._run_id, key, value)
+
+        self._attempt(send)
+
+    def rename(self, name: str) -> None:
+        """Show the run under another name."""
+        self._attempt(lambda: self._client.update_run(self._run_id, name=name))
+
+    def finish(self) -> None:
+        """Send what was kept and mark the run as finished; says what never arrived."""
+        self._next_attempt = 0.0
+        self._attempt(lambda: self._client.set_terminated(self._run_id))
+        if lost := self._lost + len(self._kept):
+            warnings.warn(
+                f"{lost} metrics or figures of this run never reached the tracking server.",
+                stacklevel=2,
+            )
+
+    def _connect(self, experiment: str, uri: str) -> None:
+        # A dead server must cost seconds, not MLflow's default of many minutes of retries.
+        os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
+        os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "10")
+        from mlflow.exceptions import MlflowException
+        from mlflow.tracking import MlflowClient
+
+        self._client = MlflowClient(tracking_uri=uri)
+        found = self._client.get_experiment_by_name(experiment)
+        if not found:
+            location = None
+            if uri.startswith("sqlite:///"):
+                location = str(Path(uri.removeprefix("sqlite:///")).parent / "mlartifacts")
+            try:
+                self._experiment_id = self._client.create_experiment(
+                    experiment, artifact_location=location
+                )
+                return
+            except MlflowException:
+                # Another run may have created it meanwhile; without it the attempt has failed.
+                found = self._client.get_experiment_by_name(experiment)
+                if not found:
+                    raise
+        self._experiment_id = found.experiment_id
+
+    def _find_or_create(
+        self,
+        run: str,
+        name: str,
+        params: Mapping[str, Any],
+        parent: str | None,
+        tags: Mapping[str, str],
+    ) -> None:
+        found = self._find(run)
+        if found:
+            self._run_id = found
+            self._client.set_tag(self._run_id, "fae.resumed", "true")
+            self._client.update_run(self._run_id, status="RUNNING")
+            return
+        made = {RUN_TAG: run, **source_tags(), **tags}
+        parent_id = self._find(parent) if parent else None
+        if parent_id:
+            made["mlflow.parentRunId"] = parent_id
+        created = self._client.create_run(self._experiment_id, tags=made, run_name=name)
+        self._run_id = created.info.run_id
+        from mlflow.entities import Param
+
+        values = [
+            Param(key, redact(str(value))[:MAX_PARAM_LENGTH]) for key, value in params.items()
+        ]
+        for start in range(0, len(values), PARAMS_A_CALL):
+            self._client.log_batch(self._run_id, params=values[start : start + PARAMS_A_CALL])
+
+    def _find(self, run: str) -> str | None:
+        """The id of the run with this address."""
+        escaped = run.replace("'", "\\'")
+        runs = self._client.search_runs(
+            [self._experiment_id], f"tags.`{RUN_TAG}` = '{escaped}'", max_results=1
+        )
+        return str(runs[0].info.run_id) if runs else None
+
+    def _attempt(self, action: Callable[[], None] | None = None) -> bool:
+        """Open the run if it is not, send what was kept, then `action`; whether all of it was done."""
+        if not self._enabled:
+            return True
+        if time.monotonic() < self._next_attempt:
+            return False
+        try:
+            if self._open:
+                self._open()
+                self._open = None
+            while self._kept:
+                self._client.log_batch(self._run_id, metrics=self._kept[:METRICS_A_CALL])
+                del self._kept[:METRICS_A_CALL]
+            if action:
+                action()
+        except Exception as error:  # whatever a tracker raises, the training goes on
+            if not self._pause:
+                warnings.warn(
+                    f"Tracking failed, training goes on: {type(error).__name__}: {redact(str(error))[:300]}. Metrics "
+                    f"are kept and sent when the server answers again. Check MLFLOW_TRACKING_URI, or set "
+                    "tracking.enabled=false.",
+                    stacklevel=3,
+                )
+            self._pause = min(max(FIRST_PAUSE, 2 * self._pause), LONGEST_PAUSE)
+            self._next_attempt = time.monotonic() + self._pause
+            return False
+        self._pause = 0.0
+        return True

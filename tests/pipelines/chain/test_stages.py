@@ -1,0 +1,108 @@
+"""The chain's plan: what shares a stage, what leads to another one, and what is asked for."""
+
+import json
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from fae.pipelines.chain.chain_job import describe, fit_together
+from fae.pipelines.chain.stages import STAGES, expected_bytes, plan_stages, select
+from fae.pipelines.config.recipe import RecipeError, load_recipe
+
+
+@pytest.fixture
+def images(tmp_path):
+    folder = tmp_path / "images"
+    folder.mkdir()
+    for index in range(6):
+        Image.fromarray(np.full((40, 40, 3), index, np.uint8)).save(folder / f"{index}.png")
+    return folder
+
+
+def recipe(images, *overrides: str):
+    places = (f"data.path={images}", f"storage={images.parent / 'runs'}")
+    return load_recipe("fashion-dinov2s", [*places, "data.key_column=null", *overrides])
+
+
+def keys(images, *overrides: str) -> dict[str, str]:
+    return {stage.name: stage.key for stage in plan_stages(recipe(images, *overrides))}
+
+
+@pytest.mark.parametrize(
+    ("override", "others"),
+    [
+        ("autoencoder.latent_dim=8", {"pixel-decoder"}),
+        ("pixel_decoder.depth=2", {"autoencoder", "latents", "generator"}),
+        ("generator.shift=2.5", {"autoencoder", "pixel-decoder", "latents", "finetune"}),
+        ("sample.num_steps=7", {"autoencoder", "pixel-decoder", "latents", "generator", "finetune"}),
+        ("chain.latents_limit=4", {"autoencoder", "pixel-decoder", "finetune"}),
+        ("chain.finetune_steps=4", {"autoencoder", "pixel-decoder", "latents", "generator"}),
+        ("evaluate.limit=4", set(STAGES) - {"evaluation", "report", "probe"}),
+        ("seed=1", set()),
+        ("image_size=27", set()),
+        ("autoencoder.training.num_workers=2", set(STAGES) - {"probe"}),
+        ("precompute.num_actors=2", set(STAGES) - {"probe"}),
+        ("tracking.enabled=false", set(STAGES) - {"probe"}),
+    ],
+)  # fmt: skip
+def test_recipes_share_the_stages_up_to_the_first_that_differs(images, override, others):
+    before, after = keys(images), keys(images, override)
+    assert {name for name in before if before[name] == after[name]} == others
+
+
+def test_another_image_is_another_source(images):
+    before = keys(images)
+    Image.fromarray(np.zeros((40, 40, 3), np.uint8)).save(images / "new.png")
+    assert not set(before.values()) & set(keys(images).values())
+
+
+def test_every_stage_names_its_own_place_and_what_it_reads(images):
+    stages = {stage.name: stage for stage in plan_stages(recipe(images))}
+    for name, stage in stages.items():
+        assert stage.uri == f"{images.parent}/runs/{name}-{stage.key}"
+    samples = stages["samples"].recipe
+    assert samples.autoencoder.checkpoint == f"{stages['autoencoder'].uri}/autoencoder.safetensors"
+    assert samples.pixel_decoder.checkpoint == f"{stages['finetune'].uri}/pixel_decoder.safetensors"
+    assert stages["generator"].recipe.latents == stages["latents"].uri
+    assert stages["evaluation"].recipe.evaluate.images == stages["samples"].uri
+    assert stages["pixel-decoder"].recipe.autoencoder.checkpoint is None
+
+
+def test_until_leaves_out_what_is_not_needed_and_from_wants_what_came_before(images):
+    def names(*overrides: str) -> list[str]:
+        made = recipe(images, *overrides)
+        return [stage.name for stage in select(plan_stages(made), made.chain)]
+
+    assert names("chain.until=generator") == ["autoencoder", "latents", "generator"]
+    assert names("chain.until=probe") == ["autoencoder", "probe"]
+    with pytest.raises(RecipeError, match="Before latents come autoencoder, pixel-decoder"):
+        names("chain.first=latents")
+    with pytest.raises(RecipeError, match="no stage 'finetune'"):
+        names("chain.until=finetune", "chain.finetune=false")
+    for name in ("autoencoder", "pixel-decoder"):
+        folder = images.parent / "runs" / f"{name}-{keys(images)[name]}"
+        folder.mkdir(parents=True)
+        (folder / "stage.json").write_text(json.dumps({"metrics": {}}))
+    assert names("chain.first=latents")[0] == "latents"
+    states = {stage.name: state for stage, state, _ in describe(recipe(images))}
+    assert (states["autoencoder"], states["latents"]) == ("finished", "absent")
+
+
+def test_sizes_are_those_of_networks_latents_and_pictures(images):
+    stages = {stage.name: stage for stage in plan_stages(recipe(images))}
+    assert expected_bytes(stages["latents"]) == 6 * 16 * 7 * 7 * 2
+    # By hand: 6 heads of 128 from 384 channels, three decoder layers, weights once and thrice in each of two checkpoints.
+    parameters = expected_bytes(stages["autoencoder"]) / (4 * (1 + 3 * 2))
+    assert parameters == int(parameters) and 5e6 < parameters < 9e6
+    assert expected_bytes(stages["evaluation"]) == 0
+
+
+def test_trainings_go_side_by_side_where_the_cluster_holds_both(images):
+    stages = plan_stages(recipe(images))[:2]
+    assert fit_together(stages, {"CPU": 4.0}) == (True, "needs 3 of 4 CPUs")
+    assert fit_together(stages, {"CPU": 2.0}) == (False, "needs 3 of 2 CPUs")
+    on_gpus = plan_stages(
+        recipe(images, "autoencoder.training.use_gpu=true", "pixel_decoder.training.use_gpu=true")
+    )[:2]
+    assert fit_together(on_gpus, {"CPU": 8.0, "GPU": 1.0}) == (False, "needs 2 of 1 GPUs")

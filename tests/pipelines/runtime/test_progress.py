@@ -1,0 +1,25 @@
+"""The progress line: what it says, and how it counts."""
+
+import pytest
+
+from fae.pipelines.runtime.progress import Progress, duration
+
+
+@pytest.mark.parametrize(
+    ("seconds", "shown"),
+    [(0, "0 s"), (119, "119 s"), (720, "12 min"), (11_520, "3.2 h"), (354_240, "4.1 d")],
+)
+def test_the_time_left_is_in_a_unit_for_a_glance(seconds, shown):
+    assert duration(seconds) == shown
+
+
+def test_the_line_says_done_of_total_rate_time_left_and_errors(capsys):
+    progress = Progress(num_shards=4, num_images=32, enabled=True)
+    progress.started -= 100  # two shards of 7 stored and 1 failed image each in 100 s
+    for _ in range(2):
+        progress.add(rows=7, errors=1, encoded_at=0.0)
+    rates = progress.close()
+    line = capsys.readouterr().err.splitlines()[-1]
+    assert line.split(" | ")[:2] == ["shards 2/4", "14 images"]
+    assert "0.1 images/s" in line and "100 s left" in line and "2 errors" in line
+    assert rates["images_per_second"] == pytest.approx(0.14, rel=0.01)

@@ -1,0 +1,134 @@
+"""What moto cannot show: signatures, atomic conditional PUTs, a gateway process that is stopped, kill and resume on a real S3.
+
+Runs where FAE_TEST_S3=1 says that AWS_ENDPOINT_URL and its credentials name a server for tests, on this machine (Ceph's
+RADOS gateway, for which the two AWS_*_CHECKSUM_* variables must say when_required).
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+import uuid
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from urllib.parse import urlsplit
+
+import psutil
+import pytest
+
+from fae.pipelines.latents.manifest import read_manifest
+from fae.pipelines.latents.verify import verify_store
+from fae.pipelines.storage import paths, s3
+from tests.tiny import SHARD_SIZE, TINY, noisy_jpegs, save_autoencoder, wait_for
+
+pytestmark = pytest.mark.skipif(
+    os.environ.get("FAE_TEST_S3") != "1",
+    reason="no real S3 server: set FAE_TEST_S3=1 and AWS_ENDPOINT_URL with its credentials",
+)
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture(scope="module")
+def base() -> str:
+    bucket = f"fae-{uuid.uuid4().hex[:12]}"
+    s3.client().create_bucket(Bucket=bucket)
+    return f"s3://{bucket}"
+
+
+def test_one_of_many_conditional_writes_wins(base: str) -> None:
+    def attempt(uri: str, writer: int) -> bool:
+        try:
+            paths.write_once(uri, f"writer {writer}".encode())
+        except FileExistsError:
+            return False
+        return True
+
+    with ThreadPoolExecutor(16) as pool:
+        for race in range(20):
+            uri = f"{base}/race-{race}"
+            won = list(pool.map(lambda writer, uri=uri: attempt(uri, writer), range(16)))
+            assert sum(won) == 1
+            assert paths.read_bytes(uri) == f"writer {won.index(True)}".encode()
+
+
+def test_a_wrong_secret_is_refused_at_once_and_not_repeated(
+    base: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    endpoint = os.environ["AWS_ENDPOINT_URL"].replace("127.0.0.1", "localhost")
+    monkeypatch.setenv("AWS_ENDPOINT_URL", endpoint)  # another client than the one in use
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "marker-wrong-secret")
+    started = time.monotonic()
+    for operation in (paths.read_bytes, paths.open_input):
+        with pytest.raises(paths.StorageError, match=r"denied \(403\)") as raised:
+            operation(f"{base}/race-0")
+        assert "marker" not in str(raised.value)
+    assert time.monotonic() - started < 5
+
+
+def test_a_gateway_that_is_stopped_for_20_seconds_is_waited_for(base: str) -> None:
+    port = urlsplit(os.environ["AWS_ENDPOINT_URL"]).port
+    listening = [c for c in psutil.net_connections("tcp") if c.status == "LISTEN" and c.laddr.port == port]  # fmt: skip
+    if not listening or not listening[0].pid:
+        pytest.skip("the S3 server is no process of this machine that may be stopped")
+    gateway = psutil.Process(listening[0].pid)
+    paths.write_bytes(f"{base}/frozen", b"content")
+    operations = {
+        "read": lambda: paths.read_bytes(f"{base}/frozen"),
+        "arrow": lambda: paths.open_input(f"{base}/frozen").read(),
+        "write": lambda: paths.write_bytes(f"{base}/written", b"x"),
+        "list": lambda: list(paths.list_files(base)),
+    }
+    gateway.send_signal(signal.SIGSTOP)
+    timer = threading.Timer(20.0, gateway.send_signal, (signal.SIGCONT,))
+    timer.start()
+    started = time.monotonic()
+    try:
+        with ThreadPoolExecutor(8) as pool:
+            running = {name: pool.submit(operation) for name, operation in operations.items()}
+            results = {name: future.result(timeout=120) for name, future in running.items()}
+    finally:
+        timer.join()
+    seconds = time.monotonic() - started
+    print(f"frozen for 20 s: all four operations done after {seconds:.1f} s")
+    assert results["read"] == results["arrow"] == b"content" and results["list"]
+    assert 20 <= seconds < 60
+
+
+@pytest.mark.integration
+def test_a_killed_driver_resumes_on_a_real_s3(base: str, tmp_path: Path) -> None:
+    for index, jpeg in enumerate(noisy_jpegs(200)):
+        paths.write_bytes(f"{base}/images/{index:03d}.jpg", jpeg)
+    autoencoder = save_autoencoder(tmp_path / "autoencoder.safetensors")
+    etags = []
+    for output in (f"{base}/killed", f"{base}/undisturbed"):
+        command = [
+            sys.executable, "-m", "fae", "precompute", "photos-dinov2s", *TINY, f"data.path={base}/images",
+            f"autoencoder.checkpoint={autoencoder}", f"output={output}",
+        ]  # fmt: skip
+        environment = {k: v for k, v in os.environ.items() if k != "RAY_ADDRESS"}
+        if output.endswith("killed"):
+            first = subprocess.Popen(command, cwd=ROOT, env=environment, stderr=subprocess.DEVNULL)
+            wait_for(
+                lambda first=first: _count(f"{base}/killed/shards") >= 3 or first.poll() is not None
+            )
+            first.kill()
+            first.wait()
+            done = _count(f"{output}/shards")
+            assert 3 <= done < 200 // SHARD_SIZE and not paths.exists(f"{output}/manifest.json")
+        finished = subprocess.run(
+            command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False
+        )
+        assert finished.returncode == 0, finished.stderr
+        assert verify_store(output) == []
+        manifest = read_manifest(output) or {}
+        assert (manifest["planned"], manifest["stored"]) == (200, 200)
+        etags.append([entry["etag"] for entry in manifest["shards"]])
+    assert etags[0] == etags[1]
+
+
+def _count(uri: str) -> int:
+    return len(list(paths.list_files(uri)))

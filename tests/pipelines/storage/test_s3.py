@@ -1,0 +1,308 @@
+"""S3 that falters: every fault is a real one, made by the proxy between the client and a real server."""
+
+from __future__ import annotations
+
+import io
+import random
+import re
+import socket
+import tarfile
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+
+import boto3
+import pyarrow.parquet as pq
+import pytest
+
+from fae.pipelines.config.sections import DataSection
+from fae.pipelines.data.reading import read_records
+from fae.pipelines.data.records import ImageRecord
+from fae.pipelines.data.sources import list_images
+from fae.pipelines.latents.plan import ensure_plan, open_plan
+from fae.pipelines.storage import paths, s3
+from tests.fault_proxy import FaultProxy
+
+SECRET = "marker-secret-of-s3"
+BODY = bytes(range(256)) * 2048  # half a MiB: several packets, so that a cut comes in the middle
+
+
+@pytest.fixture
+def proxy(s3_server: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[FaultProxy]:
+    with FaultProxy(s3_server) as proxy:
+        for name, value in {
+            "AWS_ENDPOINT_URL": proxy.url,
+            "AWS_ACCESS_KEY_ID": "testing",
+            "AWS_SECRET_ACCESS_KEY": SECRET,
+            "AWS_DEFAULT_REGION": "us-east-1",
+            "FAE_S3_PATIENCE": "20",
+        }.items():
+            monkeypatch.setenv(name, value)
+        boto3.client("s3", endpoint_url=s3_server).create_bucket(Bucket="faults")
+        paths.write_bytes("s3://faults/read.bin", BODY)
+        yield proxy
+
+
+def read_by_arrow(uri: str) -> bytes:
+    with paths.open_input(uri) as file:
+        return file.read()
+
+
+OPERATIONS: dict[str, Callable[[], object]] = {
+    "read": lambda: paths.read_bytes("s3://faults/read.bin") == BODY,
+    "arrow": lambda: read_by_arrow("s3://faults/read.bin") == BODY,
+    "write": lambda: paths.write_bytes("s3://faults/written.bin", BODY),
+    "list": lambda: len(list(paths.list_files("s3://faults"))) > 0,
+    "exists": lambda: paths.exists("s3://faults/read.bin"),
+    "delete": lambda: paths.delete("s3://faults/none.bin") is None,
+}
+
+
+@pytest.mark.parametrize("operation", OPERATIONS)
+@pytest.mark.parametrize("fault", ["503", "answer lost"])
+def test_a_busy_server_and_a_lost_answer_are_asked_again(
+    proxy: FaultProxy, operation: str, fault: str
+) -> None:
+    proxy.inject(fault, 3)
+    assert OPERATIONS[operation]()
+    assert proxy.injected[fault] == 3
+
+
+@pytest.mark.parametrize("operation", ["read", "arrow"])
+def test_an_answer_that_breaks_off_is_asked_for_again(proxy: FaultProxy, operation: str) -> None:
+    proxy.inject("cut answer", 2, lambda method, path: method == "GET")
+    assert OPERATIONS[operation]()
+    assert proxy.injected["cut answer"] == 2
+
+
+def test_an_upload_that_is_cut_is_sent_again_whole(proxy: FaultProxy) -> None:
+    proxy.inject("cut upload", 2, lambda method, path: method == "PUT")
+    paths.write_bytes("s3://faults/cut.bin", BODY)
+    assert proxy.injected["cut upload"] == 2
+    assert paths.read_bytes("s3://faults/cut.bin") == BODY
+
+
+@pytest.mark.parametrize("operation", ["read", "arrow", "write"])
+def test_a_frozen_and_a_restarting_server_are_waited_for(proxy: FaultProxy, operation: str) -> None:
+    proxy.freeze_for(2.0)
+    started = time.monotonic()
+    assert OPERATIONS[operation]()
+    assert time.monotonic() - started > 1.9
+    proxy.stop()
+    with ThreadPoolExecutor(1) as pool:
+        waiting = pool.submit(OPERATIONS[operation])
+        time.sleep(1.5)
+        assert not waiting.done()
+        proxy.start()
+        assert waiting.result(timeout=20)
+
+
+@pytest.mark.parametrize("operation", ["read", "arrow"])
+def test_what_is_missing_or_forbidden_is_asked_for_once(
+    proxy: FaultProxy, monkeypatch: pytest.MonkeyPatch, operation: str
+) -> None:
+    read = paths.read_bytes if operation == "read" else read_by_arrow
+    before = sum(proxy.requests[name] for name in ("GET", "HEAD"))
+    with pytest.raises(paths.StorageError, match=r"bucket 'faults', key 'none.bin'.*404"):
+        read("s3://faults/none.bin")
+    with pytest.raises(paths.StorageError, match="bucket does not exist|404"):
+        read("s3://no-such-bucket/x")
+    assert sum(proxy.requests[name] for name in ("GET", "HEAD")) - before <= 4
+
+
+def test_patience_ends_with_what_to_check_and_no_secret(
+    proxy: FaultProxy, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("FAE_S3_PATIENCE", "1")
+    proxy.inject("503", 1000)
+    for operation, word in (("read", "open|read"), ("arrow", "open"), ("write", "write")):
+        started = time.monotonic()
+        with pytest.raises(paths.StorageError, match=f"Cannot ({word}).*too busy") as raised:
+            OPERATIONS[operation]()
+        assert time.monotonic() - started < 3
+        assert SECRET not in str(raised.value)
+
+
+def test_a_long_wait_is_said(
+    proxy: FaultProxy, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(s3, "SAID_AFTER", 0.2)
+    proxy.inject("503", 4)
+    assert paths.exists("s3://faults/read.bin")
+    assert f"S3 at {proxy.url}: " in caplog.text and "trying for 20 s" in caplog.text
+
+
+@pytest.mark.integration
+def test_requests_that_are_tried_again_are_counted_where_prometheus_looks(
+    proxy: FaultProxy,
+) -> None:
+    import ray
+
+    from fae.pipelines.runtime.session import start_ray
+
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    proxy.inject("503", 1)
+    assert OPERATIONS["read"](), "without Ray nobody counts"
+    often = {"metrics_report_interval_ms": 500}
+    start_ray(num_cpus=1, _metrics_export_port=port, _system_config=often)
+    try:
+        proxy.inject("503", 2, lambda method, path: method == "GET")
+        assert OPERATIONS["read"]()
+        deadline = time.monotonic() + 120
+        found = None
+        while found is None:
+            assert time.monotonic() < deadline, "no such metric came"
+            time.sleep(0.5)
+            try:
+                text = urllib.request.urlopen(f"http://127.0.0.1:{port}", timeout=5).read().decode()
+            except urllib.error.URLError:
+                continue
+            found = re.search(r"^ray_fae_s3_retries_total{(.*)} (.*)$", text, re.M)
+        assert float(found[2]) == 2.0
+        assert 'operation="read"' in found[1] and re.search(r'cause="(503|SlowDown)"', found[1])
+    finally:
+        ray.shutdown()
+
+
+def test_many_threads_outlast_a_fault_that_would_use_up_a_shared_quota(proxy: FaultProxy) -> None:
+    proxy.inject("503", 120)  # botocore's quota holds 100 such retries, for all threads together
+    with ThreadPoolExecutor(32) as pool:
+        bodies = list(pool.map(paths.read_bytes, ["s3://faults/read.bin"] * 64))
+    assert all(body == BODY for body in bodies)
+
+
+def test_write_once_knows_its_own_write_whose_answer_was_lost(proxy: FaultProxy) -> None:
+    proxy.inject("answer lost", 1, lambda method, path: method == "PUT")
+    paths.write_once("s3://faults/manifest.json", b"mine")
+    assert proxy.injected["answer lost"] == 1
+    assert paths.read_bytes("s3://faults/manifest.json") == b"mine"
+    proxy.inject("answer lost", 1, lambda method, path: method == "PUT")
+    with pytest.raises(FileExistsError):
+        paths.write_once("s3://faults/manifest.json", b"yours")
+    with pytest.raises(FileExistsError):
+        paths.write_once("s3://faults/manifest.json", b"mine")
+
+
+def test_a_listing_of_several_pages_goes_on_where_it_was_interrupted(
+    proxy: FaultProxy, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MOTO_S3_DEFAULT_MAX_KEYS", "10")
+    names = [f"pages/{i:05d} é" for i in range(25)]
+    for name in names:
+        paths.write_bytes(f"s3://faults/{name}", b"")
+    proxy.inject("cut answer", 2, lambda method, path: "continuation-token" in path)
+    found = [file.uri for file in paths.list_files("s3://faults/pages")]
+    assert found == [f"s3://faults/{name}" for name in names]
+    assert proxy.injected["cut answer"] == 2
+
+
+def test_public_objects_are_read_without_credentials(
+    proxy: FaultProxy, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    s3.client().put_object_acl(Bucket="faults", Key="read.bin", ACL="public-read")
+    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("AWS_SHARED_CREDENTIALS_FILE", "/nowhere")
+    # Another endpoint is another client: the one in use has found its credentials.
+    monkeypatch.setenv("AWS_ENDPOINT_URL", proxy.url.replace("127.0.0.1", "localhost"))
+    monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
+    with pytest.raises(paths.StorageError, match="no AWS credentials"):
+        paths.read_bytes("s3://faults/read.bin")
+    monkeypatch.setenv("AWS_NO_SIGN_REQUEST", "YES")
+    assert OPERATIONS["read"]() and OPERATIONS["arrow"]()
+
+
+def test_buckets_are_addressed_as_asked(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
+        monkeypatch.setenv(name, "testing")
+    monkeypatch.setenv("AWS_ENDPOINT_URL", "http://store.example:9000")
+
+    def address() -> str:
+        asked = {"Bucket": "bucket", "Key": "key"}
+        return s3.client().generate_presigned_url("get_object", Params=asked).partition("?")[0]
+
+    assert address() == "http://store.example:9000/bucket/key"
+    monkeypatch.setenv("FAE_S3_ADDRESSING", "virtual")
+    assert address() == "http://bucket.store.example:9000/key"
+
+
+@pytest.mark.parametrize(
+    ("name", "value"), [("FAE_S3_ADDRESSING", "pat"), ("FAE_S3_PATIENCE", "long")]
+)
+def test_a_setting_that_means_nothing_is_named(
+    monkeypatch: pytest.MonkeyPatch, name: str, value: str
+) -> None:
+    monkeypatch.setenv(name, value)
+    with pytest.raises(s3.S3SettingsError, match=f"{name}='{value}'"):
+        paths.read_bytes("s3://bucket/key")
+
+
+def test_credentials_in_an_address_are_refused_and_not_repeated() -> None:
+    with pytest.raises(paths.StorageError, match="holds no credentials") as raised:
+        paths.read_bytes(f"s3://key:{SECRET}@bucket/object")
+    assert SECRET not in str(raised.value)
+
+
+def test_a_row_group_is_read_in_ranges(proxy: FaultProxy) -> None:
+    import numpy as np
+    import pyarrow as pa
+
+    sink = pa.BufferOutputStream()
+    noise = np.random.default_rng(0).bytes(2_000_000)
+    table = pa.table({"image": [noise[i * 10_000 : (i + 1) * 10_000] for i in range(200)]})
+    pq.write_table(table, sink, row_group_size=10, compression="none", use_dictionary=False)
+    paths.write_bytes("s3://faults/x.parquet", sink.getvalue().to_pybytes())
+    before = proxy.bytes_down
+    with paths.open_input("s3://faults/x.parquet") as file:
+        pq.ParquetFile(file, pre_buffer=True).read_row_group(3)
+    assert 100_000 <= proxy.bytes_down - before < 300_000
+
+
+def test_a_tar_is_planned_and_read_in_ranges(proxy: FaultProxy) -> None:
+    buffer = io.BytesIO()
+    with tarfile.open(fileobj=buffer, mode="w") as tar:
+        for index in range(8):
+            info = tarfile.TarInfo(f"{index}.jpg")
+            info.size = 2_000_000
+            tar.addfile(info, io.BytesIO(bytes([index]) * info.size))
+    paths.write_bytes("s3://faults/tars/s.tar", buffer.getvalue())
+    data = DataSection(path="s3://faults/tars")
+    before = proxy.bytes_down
+    records = list_images(data)
+    assert proxy.bytes_down - before < 8 * 300_000  # of 16 MB
+    before = proxy.bytes_down
+    assert read_records(records[2:4], data) == [bytes([2]) * 2_000_000, bytes([3]) * 2_000_000]
+    assert proxy.bytes_down - before < 4_100_000
+
+
+def test_a_plan_is_read_by_shards(proxy: FaultProxy) -> None:
+    records = [ImageRecord(f"{i:06d}", f"s3://faults/{random.random()}") for i in range(20_000)]
+    plan = ensure_plan("s3://faults/store", records, 500, {})
+    size = next(paths.list_files("s3://faults/store/plan.parquet")).size
+    before = proxy.bytes_down
+    assert open_plan("s3://faults/store").shard(7) == records[3500:4000]
+    assert plan.num_shards == 40 and proxy.bytes_down - before < size / 2
+
+
+@pytest.mark.parametrize("kind", ["objects", "tar"])
+def test_many_small_images_are_in_flight_at_once(proxy: FaultProxy, kind: str) -> None:
+    buffer = io.BytesIO()
+    with tarfile.open(fileobj=buffer, mode="w") as tar:
+        for index in range(64):
+            info = tarfile.TarInfo(f"{index:02d}.jpg")
+            info.size = 10
+            tar.addfile(info, io.BytesIO(b"0123456789"))
+            if kind == "objects":
+                paths.write_bytes(f"s3://faults/many-{kind}/{index:02d}.jpg", b"0123456789")
+    if kind == "tar":
+        paths.write_bytes(f"s3://faults/many-{kind}/s.tar", buffer.getvalue())
+    data = DataSection(path=f"s3://faults/many-{kind}")
+    records = list_images(data)
+    proxy.latency = 0.5
+    started = time.monotonic()
+    assert read_records(records, data) == [b"0123456789"] * 64
+    assert time.monotonic() - started < 64 * 0.5 / 8  # one after the other it is 32 s

@@ -1,0 +1,233 @@
+"""Encoding, training steps and samplers on a GPU that is faked: nothing stays behind, nothing waits but where it must."""
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from fae.pipelines.config.recipe import Recipe, load_recipe
+from fae.pipelines.latents.encoder import LatentEncoder
+from fae.pipelines.networks.loading import backbone_of
+from fae.pipelines.networks.untrained import (
+    autoencoder_config,
+    build_generator,
+    pixel_decoder_config,
+)
+from fae.pipelines.sampling.latent_decoder import LatentDecoder
+from fae.pipelines.sampling.latent_sampler import LatentSampler, image_noise
+from fae.pipelines.training.autoencoder import autoencoder_loss
+from fae.pipelines.training.batches import Batch
+from fae.pipelines.training.generator import generator_loss
+from fae.pipelines.training.job import Adversary
+from fae.pipelines.training.pixel_decoder import Objective, make_adversary
+from fae.pipelines.training.state import TrainState
+from fae.pipelines.training.step import train_step
+from fae_core import samplers
+from fae_core.autoencoder import FeatureAutoencoder
+from fae_core.pixel_decoder import PixelDecoder
+from tests.fake_gpu import GPU, FakeGPU
+from tests.tiny import SMALLEST_BACKBONE, TINY
+
+GRID = (2, 2)
+LATENT_SHAPE = (8, *GRID)
+RECIPE = [
+    *TINY,
+    *SMALLEST_BACKBONE,
+    *(f"{name}.training.precision=bf16" for name in ("autoencoder", "pixel_decoder", "generator")),
+    "autoencoder.training.gradient_clip=1.0",
+    "autoencoder.training.ema_decay=0.99",
+    "pixel_decoder.width=32",
+    "pixel_decoder.depth=1",
+    "pixel_decoder.num_heads=2",
+    "pixel_decoder.losses.perceptual=backbone",
+    "pixel_decoder.losses.adversarial_weight=0.1",
+    "pixel_decoder.losses.adversarial_start=0",
+    "pixel_decoder.losses.discriminator_start=0",
+    "pixel_decoder.losses.augment=true",
+    "generator.width=64",
+    "generator.depth=2",
+    "generator.num_heads=1",
+    "generator.num_classes=5",
+    "sample.num_steps=4",
+    "sample.guidance=paper",
+    "sample.precision=bf16",
+]
+
+FLOW = [
+    "generator.kind=starflow",
+    "generator.layers=[1,2]",
+    "generator.depth=null",
+    "generator.num_heads=null",
+]
+
+
+@pytest.fixture
+def gpu(monkeypatch: pytest.MonkeyPatch) -> FakeGPU:
+    # A generator needs its device; without one fake numbers are drawn just as well.
+    monkeypatch.setattr("fae_core.draws.sample_generator", lambda *_, **__: None)
+    return FakeGPU()
+
+
+def recipe_with(*settings: str) -> Recipe:
+    return load_recipe("photos-dinov2s", [*RECIPE, *settings])
+
+
+def batch_of(gpu: FakeGPU, **tensors: torch.Tensor) -> Batch:
+    on_gpu = {name: gpu.tensor(value) for name, value in tensors.items()}
+    return Batch(0, on_gpu, [0, 1], ["a", "b"], 1.0, [])
+
+
+def images(gpu: FakeGPU) -> Batch:
+    return batch_of(gpu, images=torch.zeros(2, 32, 32, 3, dtype=torch.uint8))
+
+
+@pytest.mark.parametrize("inference", [False, True])
+def test_a_forgotten_tensor_and_a_wait_are_found(inference: bool) -> None:
+    gpu = FakeGPU()
+    layer = gpu.place(torch.nn.Linear(2, 2)).requires_grad_(False)
+    there = gpu.tensor(torch.zeros(3, 2))
+    with gpu.running() as waits, torch.inference_mode(inference):
+        there.to("cpu", non_blocking=True)
+        assert waits.operations == []
+        float(layer(there).sum())
+        torch.zeros(3).to(GPU)
+        torch.tensor(0.5, device=GPU)
+        there[0, :].copy_(torch.zeros(2))
+        there.cpu()
+        assert waits.operations == ["read", *["copy to cuda"] * 3, "copy to cpu"]
+        with pytest.raises(RuntimeError, match="devices"):
+            layer(torch.zeros(3, 2))
+
+
+def autoencoder(gpu: FakeGPU) -> tuple[Any, ...]:
+    recipe = recipe_with("autoencoder.flip=true")
+    backbone = gpu.place(backbone_of(recipe))
+    model = gpu.place(FeatureAutoencoder(autoencoder_config(recipe, backbone)))
+    loss = lambda wrapped, batch: autoencoder_loss(recipe, backbone, wrapped, batch)  # noqa: E731
+    return model, recipe.autoencoder.training, loss, images(gpu)
+
+
+def pixel_decoder(*settings: str) -> Callable[[FakeGPU], tuple[Any, ...]]:
+    def made(gpu: FakeGPU) -> tuple[Any, ...]:
+        recipe = recipe_with("pixel_decoder.flip=true", *settings)
+        section = recipe.pixel_decoder
+        backbone = gpu.place(backbone_of(recipe))
+        model = gpu.place(PixelDecoder(pixel_decoder_config(recipe, backbone)))
+        autoencoder = None
+        if section.stage == "finetune":
+            autoencoder = gpu.place(FeatureAutoencoder(autoencoder_config(recipe, backbone)))
+        judge = make_adversary(recipe, backbone)
+        assert judge is not None
+        gpu.place(judge)
+        objective = Objective(recipe, backbone, autoencoder, judge, section.noise_sigma)
+        adversary = Adversary(judge, objective.adversary_loss, 1e-4)
+        return model, section.training, objective.model_loss, images(gpu), adversary
+
+    return made
+
+
+def generator(*settings: str) -> Callable[[FakeGPU], tuple[Any, ...]]:
+    def made(gpu: FakeGPU) -> tuple[Any, ...]:
+        section = recipe_with(*settings).generator
+        model = gpu.place(build_generator(section, LATENT_SHAPE))
+        latents = torch.zeros(2, *LATENT_SHAPE)
+        batch = batch_of(
+            gpu,
+            latents=latents.half(),
+            noise=latents,
+            time=torch.zeros(2),
+            labels=torch.zeros(2, dtype=torch.int64),
+        )
+        loss = lambda wrapped, batch: generator_loss(section, wrapped, batch)  # noqa: E731
+        return model, section.training, loss, batch
+
+    return made
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        pytest.param(autoencoder, id="autoencoder"),
+        pytest.param(pixel_decoder("pixel_decoder.losses.discriminator=patch"), id="patch"),
+        pytest.param(
+            pixel_decoder(
+                "pixel_decoder.losses.discriminator=backbone",
+                "pixel_decoder.losses.adaptive=true",
+                "pixel_decoder.stage=finetune",
+                "pixel_decoder.latent_noise=0.3",
+            ),
+            id="finetune",
+        ),
+        pytest.param(generator("generator.cosine_weight=1.0"), id="dit"),
+        pytest.param(
+            generator("generator.timesteps=lognormal", "generator.checkpoint_activations=true"),
+            id="dit, activations recomputed",
+        ),
+        pytest.param(generator(*FLOW), id="starflow"),
+    ],
+)
+def test_a_training_step_waits_for_the_device_once(
+    gpu: FakeGPU, case: Callable[[FakeGPU], tuple[Any, ...]]
+) -> None:
+    """Once, to ask of each micro-batch and each norm whether it is finite."""
+    model, training, loss, batch, *adversaries = case(gpu)
+    adversary = adversaries[0] if adversaries else None
+    state = TrainState(model.train(), training, adversary)
+    judge = (adversary.module, adversary.loss) if adversary else ()
+    with gpu.running() as waits:
+        terms = train_step(state, model, loss, [batch, batch], training, *judge)
+    assert {value.device for value in terms.values()} == {GPU}
+    norms = 2 if adversary else 1
+    assert waits.operations == ["read"] * (2 + norms)
+    moved = [p for p in model.parameters() if p.requires_grad]
+    assert {p.grad.device for p in moved if p.grad is not None} == {GPU}
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        pytest.param([], id="ode"),
+        pytest.param(["sample.sampler=sde"], id="sde"),
+        pytest.param([*FLOW, "sample.flow_guidance=1.0"], id="flow"),
+        pytest.param([*FLOW, "sample.denoise=true"], id="flow, denoised"),
+    ],
+)
+def test_drawing_pictures_never_waits_for_the_device(
+    gpu: FakeGPU, settings: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe = recipe_with(*settings)
+    grid = samplers.timestep_grid(10)
+    monkeypatch.setattr(samplers, "timestep_grid", lambda *_: grid)  # real numbers, all three parts
+    backbone = backbone_of(recipe)
+    model = gpu.place(build_generator(recipe.generator, LATENT_SHAPE)).eval()
+    autoencoder = gpu.place(FeatureAutoencoder(autoencoder_config(recipe, backbone)))
+    decoder = gpu.place(PixelDecoder(pixel_decoder_config(recipe, backbone)))
+    draw = LatentSampler(model, recipe.sample, 0, GPU)
+    paint = LatentDecoder(autoencoder, decoder, {})
+    with gpu.running() as waits, torch.inference_mode():
+        pictures = paint(draw(image_noise(0, [0, 1], LATENT_SHAPE), torch.zeros(2).long(), [0, 1]))
+    assert waits.operations == []
+    assert (pictures.device, pictures.dtype, tuple(pictures.shape)) == (
+        GPU,
+        torch.uint8,
+        (2, 32, 32, 3),
+    )
+
+
+def test_encoding_waits_for_the_device_once_a_column(
+    gpu: FakeGPU, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe = recipe_with()
+    backbone = gpu.place(backbone_of(recipe))
+    autoencoder = gpu.place(FeatureAutoencoder(autoencoder_config(recipe, backbone)))
+    columns = ["mean", "logvar", "mean_flip"]
+    encoder = LatentEncoder(backbone, autoencoder, "", columns, "bf16", GPU)
+    pieces = [gpu.tensor(torch.zeros(3, 32, 32, 3, dtype=torch.uint8)) for _ in range(4)]
+    monkeypatch.setattr(LatentEncoder, "micro_batches", lambda *_: pieces)  # streams need a driver
+    monkeypatch.setattr(torch.Tensor, "numpy", lambda tensor: tensor)
+    with gpu.running() as waits:
+        latents = encoder.encode(np.zeros((12, 32, 32, 3), np.uint8), 3)
+    assert waits.operations == ["copy to cpu"] * len(columns)
+    assert {tuple(values.shape) for values in latents.values()} == {(12, *LATENT_SHAPE)}

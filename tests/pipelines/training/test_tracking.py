@@ -1,0 +1,118 @@
+"""A real MLflow server that is not there, goes away and is killed: training goes on, metrics arrive or their loss is said.
+
+The proxy before it lets it go and come back without another start, which takes MLflow long.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from pathlib import Path
+
+import pytest
+
+from fae.pipelines.config.sections import TrackingSection
+from fae.pipelines.training import tracking
+from fae.pipelines.training.tracking import Tracker
+from tests.fault_proxy import FaultProxy
+
+
+class Server:
+    """`mlflow server` on loopback over a SQLite file, which survives it."""
+
+    def __init__(self, folder: Path) -> None:
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            self.port = free.getsockname()[1]
+        self.folder = folder
+        self.url = f"http://127.0.0.1:{self.port}"
+        self.process: subprocess.Popen | None = None
+
+    def start(self) -> None:
+        command = [
+            sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", str(self.port), "--workers", "1",
+            "--backend-store-uri", f"sqlite:///{self.folder}/mlflow.db", "--artifacts-destination", f"{self.folder}/artifacts",
+        ]  # fmt: skip
+        self.process = subprocess.Popen(
+            command, cwd=self.folder, start_new_session=True,
+            stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+        )  # fmt: skip
+        deadline = time.monotonic() + 90
+        while True:
+            try:
+                with urllib.request.urlopen(f"{self.url}/health", timeout=1):
+                    return
+            except OSError:
+                assert time.monotonic() < deadline and self.process.poll() is None
+                time.sleep(0.2)
+
+    def kill(self) -> None:
+        if self.process:
+            os.killpg(self.process.pid, signal.SIGKILL)
+            self.process.wait()
+            self.process = None
+
+
+@pytest.mark.integration
+def test_metrics_of_a_server_that_was_away_arrive_later_or_their_loss_is_said(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tracking, "FIRST_PAUSE", 0.01)
+    monkeypatch.setattr(tracking, "LONGEST_PAUSE", 0.01)
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+    server = Server(tmp_path)
+    with FaultProxy(server.url) as proxy:
+        section = TrackingSection(uri=proxy.url.replace("://", "://user:marker-password@"))
+        try:
+            with pytest.warns(UserWarning, match="Tracking failed, training goes on") as warned:
+                tracker = Tracker(section, str(section.uri), "runs/first", {"seed": 0})
+                proxy.stop()
+                tracker.log_metrics({"loss": 3.0}, 1)
+            assert "marker-password" not in str(warned[0].message)
+            server.start()
+            proxy.start()
+            tracker.log_metrics({"loss": 2.0, "norm": float("nan")}, 2)
+            proxy.stop()  # dies in the middle of training: connections end, new ones are refused
+            with pytest.warns(UserWarning, match="training goes on"):
+                tracker.log_metrics({"loss": 1.0}, 3)
+            proxy.start()
+            tracker.log_metrics({"loss": 0.5}, 4)
+            tracker.finish()
+
+            from mlflow.tracking import MlflowClient
+
+            client = MlflowClient(server.url)
+            experiment = client.get_experiment_by_name("fae")
+            (run,) = client.search_runs([experiment.experiment_id])
+            history = client.get_metric_history(run.info.run_id, "loss")
+            assert [(m.step, m.value) for m in history] == [(1, 3.0), (2, 2.0), (3, 1.0), (4, 0.5)]
+            assert run.info.status == "FINISHED" and run.data.params == {"seed": "0"}
+            second = Tracker(section, proxy.url, "runs/second", {})
+            server.kill()
+            with pytest.warns(UserWarning) as warned:
+                second.log_metrics({"loss": 1.0, "norm": 1.0}, 1)
+                second.finish()
+            assert "2 metrics or figures of this run never reached" in str(warned[-1].message)
+        finally:
+            server.kill()
+
+
+def test_a_dead_server_is_asked_more_and_more_seldom(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+    now = [0.0]
+    monkeypatch.setattr("fae.pipelines.training.tracking.time.monotonic", lambda: now[0])
+    with pytest.warns(UserWarning, match="training goes on"):
+        tracker = Tracker(TrackingSection(), "http://127.0.0.1:9", "runs/r", {})
+    asked = []
+    for minute in range(1, 130):
+        now[0] = minute * 60.0 + 1
+        before = tracker._next_attempt
+        tracker.log_metrics({"loss": 1.0}, minute)
+        if tracker._next_attempt != before:
+            asked.append(minute)
+    assert asked == [1, 3, 7, 15, 31, 63, 123]

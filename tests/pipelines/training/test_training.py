@@ -1,0 +1,238 @@
+"""The training harness without Ray: accumulation, schedule, randomness, resume, split of the data."""
+
+import math
+
+import pytest
+import torch
+from torch import nn
+
+from fae.pipelines.config.recipe import load_recipe
+from fae.pipelines.config.sections import TrainingSection
+from fae.pipelines.data.order import EpochOrder
+from fae.pipelines.training.batches import Batch, random_flips, sample_noise
+from fae.pipelines.training.checkpoints import list_checkpoints, save_checkpoint
+from fae.pipelines.training.image_feed import step_parts
+from fae.pipelines.training.job import TrainingError
+from fae.pipelines.training.launch import fit, raised_by_worker
+from fae.pipelines.training.state import TrainState, ema_decay
+from fae.pipelines.training.step import NonFiniteError, learning_rate, train_step
+
+BATCH = 8
+
+
+def section(**values) -> TrainingSection:
+    defaults = {
+        "steps": 10,
+        "batch_size": BATCH,
+        "warmup_steps": 2,
+        "precision": "fp32",
+        "learning_rate": 1e-2,
+    }
+    return TrainingSection(**{**defaults, **values})
+
+
+def new_state(training: TrainingSection) -> TrainState:
+    torch.manual_seed(0)
+    return TrainState(nn.Sequential(nn.Linear(12, 16), nn.GELU(), nn.Linear(16, 12)), training)
+
+
+def batches_of(step: int, parts: int, skip: int = 0) -> list[Batch]:
+    generator = torch.Generator().manual_seed(step)
+    images = torch.randint(0, 256, (BATCH, 2, 2, 3), generator=generator, dtype=torch.uint8)
+    size = BATCH // parts
+    return [
+        Batch(
+            step,
+            {"images": images[s + skip : s + size]},
+            list(range(s + skip, s + size)),
+            [f"k{i}" for i in range(s + skip, s + size)],
+            (size - skip) / size,
+            [],
+        )
+        for s in range(0, BATCH, size)
+    ]
+
+
+def loss(model: nn.Module, batch: Batch) -> dict[str, torch.Tensor]:
+    target = random_flips(7, batch).flatten(1).float() / 255
+    return {
+        "loss": (model(target + sample_noise(7, "noise", batch, (12,))) - target).square().mean()
+    }
+
+
+def parameters(state: TrainState) -> torch.Tensor:
+    return torch.cat([p.detach().flatten() for p in state.model.parameters()])
+
+
+@pytest.mark.parametrize("parts", [2, 4, 8])
+def test_accumulation_equals_the_large_batch(parts):
+    training = section(gradient_clip=0.5)
+    whole, split = new_state(training), new_state(training)
+    for step in range(5):
+        a = train_step(whole, whole.model, loss, batches_of(step, 1), training)
+        b = train_step(split, split.model, loss, batches_of(step, parts), training)
+        torch.testing.assert_close(a["loss"], b["loss"])
+    torch.testing.assert_close(parameters(whole), parameters(split), rtol=1e-5, atol=1e-6)
+
+
+def test_a_skipped_image_only_loses_its_own_gradient():
+    training = section(gradient_clip=None)
+    full, short = new_state(training), new_state(training)
+    train_step(full, full.model, loss, batches_of(0, BATCH), training)
+    train_step(short, short.model, loss, batches_of(0, 1, skip=1), training)
+    gradients = []
+    for state in (full, short):
+        gradients.append(torch.cat([p.grad.flatten() for p in state.model.parameters()]))
+    alone = new_state(training)
+    first = batches_of(0, BATCH)[0]
+    (loss(alone.model, first)["loss"] / BATCH).backward()
+    lost = torch.cat([p.grad.flatten() for p in alone.model.parameters()])
+    torch.testing.assert_close(gradients[0] - lost, gradients[1])
+
+
+def test_the_schedule_warms_up_then_follows_a_cosine_or_stays():
+    training = section(steps=110, warmup_steps=10, learning_rate=1.0, final_learning_rate=0.2)
+    assert learning_rate(0, training) == pytest.approx(0.1)
+    assert learning_rate(9, training) == learning_rate(10, training) == pytest.approx(1.0)
+    assert learning_rate(60, training) == pytest.approx(0.6)
+    assert learning_rate(85, training) == pytest.approx(0.2 + 0.4 * (1 + math.cos(0.75 * math.pi)))
+    assert learning_rate(110, training) == pytest.approx(0.2)
+    assert learning_rate(90, section(steps=110, schedule="constant", learning_rate=1.0)) == 1.0
+
+
+def test_the_average_forgets_the_untrained_weights():
+    kept = 1.0
+    for step in range(1200):  # 0.999 from the start would keep 30 %
+        kept *= ema_decay(step, 0.999)
+    assert kept < 1e-6
+    assert ema_decay(1_000_000, 0.9999) == 0.9999
+
+
+@pytest.mark.parametrize("killed_at", [1, 3, 5])
+@pytest.mark.parametrize("ema", [None, 0.9])
+def test_a_resumed_run_ends_at_the_same_bits(tmp_path, killed_at, ema):
+    training = section(ema_decay=ema)
+    whole = new_state(training)
+    for step in range(6):
+        train_step(whole, whole.model, loss, batches_of(step, 2), training)
+    first = new_state(training)
+    for step in range(killed_at):
+        train_step(first, first.model, loss, batches_of(step, 2), training)
+        save_checkpoint(first, str(tmp_path), keep=2)
+    assert len(list_checkpoints(str(tmp_path))) == min(2, killed_at)
+    torch.manual_seed(99)
+    second = TrainState(nn.Sequential(nn.Linear(12, 16), nn.GELU(), nn.Linear(16, 12)), training)
+    with open(list_checkpoints(str(tmp_path))[-1], "rb") as file:
+        second.load_bytes(file.read())
+    assert second.step == killed_at
+    for step in range(killed_at, 6):
+        train_step(second, second.model, loss, batches_of(step, 2), training)
+    assert torch.equal(parameters(whole), parameters(second))
+    assert all(torch.equal(a, b) for a, b in zip(whole.ema, second.ema, strict=True))
+
+
+def test_a_part_of_a_training_goes_on_with_its_own_rates_and_the_weights_before():
+    before, now = section(), section(weight_decay=0.2, learning_rate=3e-3, betas=(0.8, 0.9))
+    first, second = new_state(before), new_state(now)
+    train_step(first, first.model, loss, batches_of(0, 1), before)
+    second.load_bytes(first.to_bytes())
+    assert torch.equal(parameters(first), parameters(second)) and second.step == 1
+    old, new = (s.networks["model"].optimizer.state_dict() for s in (first, second))
+    assert torch.equal(old["state"][0]["exp_avg"], new["state"][0]["exp_avg"])
+    kept = [(g["weight_decay"], tuple(g["betas"])) for g in new["param_groups"]]
+    assert kept == [(0.2, (0.8, 0.9)), (0.0, (0.8, 0.9))]
+
+
+def test_a_non_finite_loss_stops_before_the_step_and_names_the_images():
+    training = section()
+    state = new_state(training)
+    before = parameters(state).clone()
+
+    def broken(model: nn.Module, batch: Batch) -> dict[str, torch.Tensor]:
+        scale = math.nan if "k5" in batch.keys else 1.0
+        return {"loss": loss(model, batch)["loss"] * scale}
+
+    with pytest.raises(NonFiniteError, match=r"Step 0.*k4, k5") as error:
+        train_step(state, state.model, broken, batches_of(0, 4), training)
+    assert "k6" not in str(error.value)
+    assert torch.equal(before, parameters(state)) and state.step == 0
+
+
+@pytest.mark.parametrize(("workers", "accumulation"), [(1, 1), (2, 1), (4, 2), (1, 8)])
+def test_an_epoch_holds_every_image_exactly_once_on_any_number_of_workers(workers, accumulation):
+    num_images, steps = 24, 6
+    training = section(accumulation=accumulation)
+    order = EpochOrder(num_images, seed=3)
+    for epoch in range(2):
+        seen: list[int] = []
+        for step in range(epoch * steps // 2, (epoch + 1) * steps // 2):
+            places: list[int] = []
+            for rank in range(workers):
+                for part in step_parts(order, training, step, rank, workers):
+                    seen += part.items
+                    places += part.samples
+            assert sorted(places) == list(range(BATCH))
+        assert sorted(seen) == list(range(num_images))
+
+
+def test_the_same_sample_gets_the_same_image_on_any_rank():
+    order = EpochOrder(50, seed=1)
+    by_sample = []
+    for workers, accumulation in [(1, 1), (2, 2), (8, 1)]:
+        pairs: dict[int, int] = {}
+        for rank in range(workers):
+            for part in step_parts(order, section(accumulation=accumulation), 3, rank, workers):
+                pairs |= dict(zip(part.samples, part.items, strict=True))
+        by_sample.append(pairs)
+    assert by_sample[0] == by_sample[1] == by_sample[2]
+
+
+def test_a_batch_that_does_not_divide_is_refused_with_the_numbers():
+    with pytest.raises(TrainingError, match=r"batch_size=8 .* 3 x 1"):
+        step_parts(EpochOrder(50, seed=1), section(), 0, 0, 3)
+
+
+def test_a_lost_worker_is_told_from_an_error_of_the_training_function():
+    from ray.exceptions import ActorDiedError, OutOfMemoryError, RayTaskError
+    from ray.train import WorkerGroupError
+    from ray.train.v2._internal.exceptions import WorkerHealthCheckFailedError
+
+    bug, nan = ValueError("a bug"), NonFiniteError("a NaN")
+    echo = RuntimeError(
+        "[/pytorch/third_party/gloo/gloo/transport/tcp/pair.cc] Connection closed by peer"
+    )
+    broken = torch.distributed.DistBackendError("NCCL error")
+    decoder = RayTaskError("decode", "Traceback", bug).as_instanceof_cause()
+    starved = RayTaskError("decode", "Traceback", OutOfMemoryError("killed"))
+    unwell = WorkerHealthCheckFailedError("no answer", ActorDiedError())
+
+    def raised(*failures: Exception) -> Exception | None:
+        return raised_by_worker(WorkerGroupError("", dict(enumerate(failures))))
+
+    assert raised(bug) is raised(echo, bug) is raised(bug, broken) is bug
+    assert isinstance(raised(decoder), ValueError)
+    assert isinstance(raised(ActorDiedError(), nan), NonFiniteError)
+    for lost in (ActorDiedError(), OutOfMemoryError("killed"), starved, unwell):
+        assert raised(lost) is raised(echo, lost) is raised(bug, lost) is None
+    assert raised(echo) is raised(broken, echo) is raised() is None
+
+
+@pytest.mark.integration
+def test_an_error_of_the_training_function_ends_the_run_at_once(tmp_path):
+    import ray
+
+    from fae.pipelines.runtime.session import start_ray
+
+    def worker(config):
+        with open(config["log"], "a") as log:
+            log.write("ran\n")
+        raise ValueError("a bug in the training function")
+
+    start_ray(num_cpus=2)
+    try:
+        recipe = load_recipe("photos-dinov2s", [f"storage={tmp_path}", "run=bug"])
+        with pytest.raises(ValueError, match="a bug in the training function"):
+            fit(worker, {"log": str(tmp_path / "log")}, recipe, section(max_failures=3))
+    finally:
+        ray.shutdown()
+    assert (tmp_path / "log").read_text() == "ran\n"
