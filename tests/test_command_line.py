@@ -6,7 +6,7 @@ import sys
 import pytest
 from typer.testing import CliRunner
 
-from fae import app, main
+from fae.cli import app, main
 from fae.pipelines.config.recipe import load_recipe, recipe_names
 
 

@@ -37,8 +37,7 @@ from fae.pipelines.storage.secrets import redact
 from fae_core import checkpoint
 from fae_core.checkpoint import CheckpointError
 from fae_core.errors import UserError
-
-ROOT = Path(__file__).parents[1]
+from tests.tiny import ROOT
 
 
 class Bomb:
@@ -266,7 +265,7 @@ def test_redaction_takes_secrets_and_leaves_words(monkeypatch: pytest.MonkeyPatc
 
 def test_a_printed_recipe_holds_no_password() -> None:
     uri = f"tracking.uri=https://user:{MARKER}@mlflow.example/x"
-    command = [sys.executable, "fae.py", "precompute", "photos-dinov2s", uri]
+    command = [sys.executable, "-m", "fae", "precompute", "photos-dinov2s", uri]
     for more, status in ((["--print-config"], 0), (["trackin.uri=1"], 2), ([uri.replace(".uri", ".enabled")], 2)):  # fmt: skip
         done = subprocess.run(
             [*command, *more], cwd=ROOT, capture_output=True, text=True, check=False

@@ -17,6 +17,7 @@ from fae.pipelines.networks.untrained import autoencoder_config
 from fae_core import checkpoint
 from fae_core.autoencoder import FeatureAutoencoder
 
+ROOT = Path(__file__).parents[1]
 SHARD_SIZE = 8
 TINY = [
     "backbone.name=vit_tiny_patch16_224",

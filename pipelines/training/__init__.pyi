@@ -11,7 +11,6 @@ from .generator import generator_loss as generator_loss
 from .generator import train_generator as train_generator
 from .job import Adversary as Adversary
 from .job import Job as Job
-from .job import TrainingError as TrainingError
 from .launch import TrainResult as TrainResult
 from .memory_plan import MEBI as MEBI
 from .memory_plan import memory_plan_of as memory_plan_of
@@ -31,7 +30,6 @@ __all__ = [
     "Job",
     "Objective",
     "TrainResult",
-    "TrainingError",
     "autoencoder_loss",
     "generator_loss",
     "make_adversary",

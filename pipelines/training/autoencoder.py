@@ -32,7 +32,6 @@ from .image_feed import image_feed
 from .job import Job
 from .launch import TrainResult, fit, prepare_worker
 from .loop import run_job
-from .part import Part
 from .tracking import resolve_uri
 
 MAX_VALIDATION_IMAGES = 1024
@@ -42,12 +41,9 @@ ACTIVE_KL = 0.01
 """Nats per token above which a latent channel counts as active."""
 
 
-def train_autoencoder(
-    recipe: Recipe, callbacks: Sequence[Any] = (), part: Part | None = None
-) -> TrainResult:
+def train_autoencoder(recipe: Recipe, callbacks: Sequence[Any] = ()) -> TrainResult:
     """Train, resume or, where the run is finished, return at once; `callbacks` are Ray Train's.
 
-    `part` trains a part of the steps alone, as a run of its own.
     Raises RecipeError for a run of this name with another recipe, SourceError for an unusable source, NonFiniteError.
     """
     run_uri = run_folder.run_folder(recipe)
@@ -56,7 +52,7 @@ def train_autoencoder(
         run_folder.plan(recipe, run_uri)
         start_ray()
         values = with_absolute_paths(recipe).model_dump(mode="json")
-        config = {"recipe": values, "tracking_uri": resolve_uri(recipe.tracking), "part": part}
+        config = {"recipe": values, "tracking_uri": resolve_uri(recipe.tracking)}
         fit(_worker, config, recipe, recipe.autoencoder.training, callbacks)
     metrics = run_folder.result(run_uri) or {}
     return TrainResult(paths.join(run_uri, "autoencoder.safetensors"), metrics)
@@ -112,9 +108,7 @@ def _worker(config: dict[str, Any]) -> None:
         held_out = _HeldOut(validation, recipe, backbone, device, read_baseline(run_uri))
     feed = image_feed(training, recipe.data, recipe.image_size, recipe.seed, section.training)
     job = Job(model, feed, loss, held_out, frozen={"backbone": backbone})
-    trained, metrics = run_job(
-        job, section.training, recipe, run_uri, config["tracking_uri"], config["part"]
-    )
+    trained, metrics = run_job(job, section.training, recipe, run_uri, config["tracking_uri"])
     if is_first:
         fingerprints = backbone_fingerprints(recipe, backbone)
         run_folder.finish(run_uri, "autoencoder", trained, fingerprints, metrics)

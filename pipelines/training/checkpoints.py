@@ -38,13 +38,12 @@ def save_checkpoint(state: TrainState, run_uri: str, keep: int, write: bool = Tr
         paths.delete(uri)
 
 
-def resume(state: TrainState, run_uri: str, start: str | None = None) -> str:
+def resume(state: TrainState, run_uri: str) -> str:
     """Load the newest checkpoint that is whole into `state`; what happened, in words, empty where there is none.
 
-    A run that has none yet begins with the checkpoint `start`, where it is given. Raises TrainingError where there are
-    some and every one is damaged.
+    Raises TrainingError where there are some and every one is damaged.
     """
-    found = list_checkpoints(run_uri) or ([start] if start else [])
+    found = list_checkpoints(run_uri)
     said = ""
     for uri in reversed(found):
         try:

@@ -16,7 +16,7 @@ from .job import Feed, TrainingError
 
 
 @dataclass(frozen=True)
-class Part:
+class PlannedBatch:
     """One planned micro-batch: item numbers of the training images and their places in the global batch."""
 
     step: int
@@ -26,7 +26,7 @@ class Part:
 
 def step_parts(
     order: EpochOrder, training: TrainingSection, step: int, rank: int, world_size: int
-) -> list[Part]:
+) -> list[PlannedBatch]:
     """The micro-batches of worker `rank` at `step`: an equal slice of the global batch for each (micro, rank)."""
     slices = world_size * training.accumulation
     if training.batch_size % slices:
@@ -38,7 +38,7 @@ def step_parts(
     items, _ = order.batch(step, training.batch_size, 0, 1)
     starts = [(micro * world_size + rank) * size for micro in range(training.accumulation)]
     return [
-        Part(
+        PlannedBatch(
             step,
             [int(item) for item in items[start : start + size]],
             list(range(start, start + size)),
@@ -78,7 +78,7 @@ def image_feed(
 
 
 def _batch(
-    part: Part,
+    part: PlannedBatch,
     planned: Sequence[ImageRecord],
     images: np.ndarray,
     kept: list[int],

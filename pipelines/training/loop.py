@@ -21,7 +21,6 @@ from .job import Job, Validation
 from .memory_plan import memory_plan_of
 from .meters import BadImages, Meter
 from .metrics_log import MetricsLog
-from .part import Part
 from .state import TrainState
 from .step import learning_rate, train_step
 from .tracking import Tracker
@@ -33,11 +32,10 @@ def run_job(
     recipe: Recipe,
     run_uri: str,
     tracking_uri: str,
-    part: Part | None = None,
 ) -> tuple[nn.Module, dict[str, float]]:
     """Train `job` to the last step inside a Ray Train worker; the trained model and the last validation's metrics (rank 0).
 
-    The model has the final weights (averaged ones where `training` has an EMA). `part` trains a part of it alone.
+    The model has the final weights (averaged ones where `training` has an EMA).
     """
     import ray.train
     import ray.train.torch
@@ -55,9 +53,9 @@ def run_job(
     if job.adversary:
         job.adversary.module.to(device)
     state = TrainState(model, training, job.adversary)
-    if said := resume(state, run_uri, part.start if part else None):
+    if said := resume(state, run_uri):
         _say(rank, said)
-    last_step = part.stop if part else training.steps
+    last_step = training.steps
     wrapped = model if sharded else ray.train.torch.prepare_model(model)
     wrapped_adversary = (
         ray.train.torch.prepare_model(job.adversary.module) if job.adversary else None

@@ -14,8 +14,8 @@ import yaml
 
 from fae.cluster.command import MODULES, Command
 from fae.cluster.kuberay import ray_job
+from tests.tiny import ROOT
 
-ROOT = Path(__file__).parents[2]
 FILES = sorted((ROOT / "cluster" / "kuberay").glob("*.yaml"))
 CRDS = next((p for p in (ROOT.parent / "shared" / "data" / "kuberay-crds",) if p.is_dir()), None)
 needs_crds = pytest.mark.skipif(CRDS is None, reason="no ../shared/data/kuberay-crds")

@@ -24,9 +24,9 @@ import psutil
 import pytest
 
 from fae.pipelines.runtime.metrics import METRICS
+from tests.tiny import ROOT
 
 pytestmark = [pytest.mark.integration, pytest.mark.faults]
-ROOT = Path(__file__).parents[2]
 TOKEN = "0123456789abcdef0123456789abcdef"
 TINY = [
     "backbone.name=vit_tiny_patch16_224", "backbone.weights=random", "autoencoder.latent_dim=8",

@@ -11,7 +11,7 @@ import pytest
 import yaml
 from typer.testing import CliRunner
 
-from fae import app
+from fae.cli import app
 from fae.cluster.command import MODULES, Command
 from fae.cluster.environment import job_environment
 from fae.cluster.errors import SubmitError
@@ -19,8 +19,8 @@ from fae.cluster.kuberay import ray_job
 from fae.cluster.submit import connect, prepare
 from fae.cluster.working_tree import working_tree
 from fae_core.errors import UserError
+from tests.tiny import ROOT
 
-ROOT = Path(__file__).parents[2]
 PRECOMPUTE = ["precompute", "photos-dinov2s", "data.path=s3://b/x", "output=s3://b/latents"]
 
 

@@ -15,8 +15,8 @@ import pytest
 from fae.pipelines.config.recipe import RecipeError, load_recipe
 from fae.tune.search import concurrent_trials, cores_of_each, search, with_shared_cores
 from fae.tune.trials import plan_trial
+from tests.tiny import ROOT
 
-ROOT = Path(__file__).parents[2]
 RECIPE = str(ROOT / "tests" / "tiny_chain.yaml")
 DIM, COLUMNS = "autoencoder.latent_dim", "precompute.columns"
 

@@ -8,7 +8,7 @@ from fae.pipelines.chain.chain_job import run_chain
 from fae.pipelines.config.recipe import load_recipe
 from fae.pipelines.training.metrics_log import read_metrics_log
 
-RECIPE = str(Path(__file__).parents[1] / "tiny_chain.yaml")
+RECIPE = str(Path(__file__).parents[2] / "tiny_chain.yaml")
 
 
 @pytest.fixture(scope="module")

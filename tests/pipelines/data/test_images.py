@@ -482,12 +482,12 @@ def test_shards_and_lists_read_alike_locally_and_on_s3(root: str, tmp_path: Path
 
 
 def test_images_imports_without_ray() -> None:
-    code = "import sys, pipelines.images; sys.exit('ray' in sys.modules)"
+    code = "import sys, fae.pipelines.data.crops, fae.pipelines.data.reading; sys.exit('ray' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 
 def test_tasks_that_decode_and_write_start_without_torch():
     """Each of a node's decoding processes would hold 400 MiB more, and start four seconds later."""
-    code = "import sys, pipelines.cpu_tasks, pipelines.sample_store; print({'torch', 'timm', 'mlflow'} & set(sys.modules))"
+    code = "import sys, fae.pipelines.latents.tasks, fae.pipelines.evaluation.tasks, fae.pipelines.data.decoding, fae.pipelines.sampling.sample_store; print({'torch', 'timm', 'mlflow'} & set(sys.modules))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "set()"

@@ -12,7 +12,7 @@ import pytest
 from click.testing import Result
 from typer.testing import CliRunner
 
-from fae import app
+from fae.cli import app
 from fae.pipelines.config.recipe import load_recipe
 from fae.pipelines.config.sections import TrackingSection
 from fae.pipelines.doctor.bucket import RULE_ID, check_bucket, clock_skew, covering_rule

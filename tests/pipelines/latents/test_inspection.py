@@ -8,7 +8,7 @@ import numpy as np
 from PIL import Image
 from typer.testing import CliRunner
 
-from fae import app
+from fae.cli import app
 from fae.pipelines.config.sections import DataSection
 from fae.pipelines.data.sources import list_images
 from fae.pipelines.latents.manifest import commit

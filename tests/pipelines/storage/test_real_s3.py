@@ -23,13 +23,12 @@ import pytest
 from fae.pipelines.latents.manifest import read_manifest
 from fae.pipelines.latents.verify import verify_store
 from fae.pipelines.storage import paths, s3
-from tests.tiny import SHARD_SIZE, TINY, noisy_jpegs, save_autoencoder, wait_for
+from tests.tiny import ROOT, SHARD_SIZE, TINY, noisy_jpegs, save_autoencoder, wait_for
 
 pytestmark = pytest.mark.skipif(
     os.environ.get("FAE_TEST_S3") != "1",
     reason="no real S3 server: set FAE_TEST_S3=1 and AWS_ENDPOINT_URL with its credentials",
 )
-ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture(scope="module")

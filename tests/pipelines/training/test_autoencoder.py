@@ -20,8 +20,8 @@ from fae.pipelines.training.autoencoder import train_autoencoder
 from fae.pipelines.training.job import TrainingError
 from fae.pipelines.training.run_folder import claim_run
 from fae_core import checkpoint
+from tests.tiny import ROOT
 
-ROOT = Path(__file__).parents[2]
 SECTIONS = ("data", "backbone", "autoencoder")
 
 

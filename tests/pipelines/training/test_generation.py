@@ -31,8 +31,8 @@ from fae_core import checkpoint
 from fae_core.autoencoder import AutoencoderConfig, FeatureAutoencoder
 from fae_core.checkpoint import CheckpointError
 from fae_core.pixel_decoder import PixelDecoder, PixelDecoderConfig
+from tests.tiny import ROOT
 
-ROOT = Path(__file__).parents[2]
 SHAPE = (4, 4, 4)
 NUM_ROWS = 48
 
@@ -89,17 +89,17 @@ def overrides(store: Path, folder: Path, kind: str, *more: str) -> list[str]:
     ]  # fmt: skip
 
 
-def start(module: str, values: list[str]) -> subprocess.Popen:
+def start(network: str, values: list[str]) -> subprocess.Popen:
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     environment.pop("RAY_ADDRESS", None)
     return subprocess.Popen(
-        [sys.executable, "-m", module, "photos-dinov2s", *values],
+        [sys.executable, "-m", "fae", "train", network, "photos-dinov2s", *values],
         cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
     )  # fmt: skip
 
 
-def kill_at_first_checkpoint(module: str, values: list[str], folder: Path) -> None:
-    process = start(module, values)
+def kill_at_first_checkpoint(network: str, values: list[str], folder: Path) -> None:
+    process = start(network, values)
     deadline = time.monotonic() + 240
     while not list((folder / "test" / "checkpoints").glob("step_*.pt")):
         assert time.monotonic() < deadline and process.poll() is None, process.stdout.read()
@@ -148,7 +148,7 @@ def trained(request, train_once) -> tuple[str, Path]:
 def test_a_killed_generator_ends_with_the_same_parameters_bit_for_bit(trained, store, tmp_path):
     kind, path = trained
     values = overrides(store, tmp_path, kind)
-    kill_at_first_checkpoint("pipelines.train_generator", values, tmp_path)
+    kill_at_first_checkpoint("generator", values, tmp_path)
     train_generator(load_recipe("photos-dinov2s", values))
     expected, actual = weights(path), weights(tmp_path / "test" / "generator.safetensors")
     assert expected.keys() == actual.keys()
@@ -345,7 +345,7 @@ def test_a_killed_pixel_decoder_with_its_adversary_ends_at_the_same_bits(
     result = train_pixel_decoder(load_recipe("photos-dinov2s", pixel_overrides(photographs, whole)))
     assert {"psnr", "ssim", "backbone_distance"} <= result.metrics.keys()
     values = pixel_overrides(photographs, killed)
-    kill_at_first_checkpoint("pipelines.train_pixel_decoder", values, killed)
+    kill_at_first_checkpoint("pixel-decoder", values, killed)
     train_pixel_decoder(load_recipe("photos-dinov2s", values))
     expected, actual = (weights(f / "test" / "pixel_decoder.safetensors") for f in (whole, killed))
     for name, value in expected.items():
