@@ -21,8 +21,7 @@ import torch
 
 from benchmarks.environment import describe, write_photographs
 from fae.pipelines.config.recipe import Recipe, load_recipe
-from fae.pipelines.data.crops import decode_records
-from fae.pipelines.data.reading import read_records
+from fae.pipelines.data.reading import load_crops
 from fae.pipelines.data.records import ImageRecord
 from fae.pipelines.data.sources import list_images
 from fae.pipelines.latents.encoder import LatentEncoder
@@ -39,8 +38,7 @@ MODEL_IMAGES = 192
 def decode(work: tuple[list[ImageRecord], Recipe]) -> np.ndarray:
     """The crops of some records; runs in a process of its own."""
     records, recipe = work
-    blobs = read_records(records, recipe.data)
-    return decode_records(records, blobs, recipe.image_size, recipe.data)[0]
+    return load_crops(records, recipe.image_size, recipe.data)[0]
 
 
 def decode_only(recipe: Recipe) -> tuple[float, np.ndarray]:

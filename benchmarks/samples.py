@@ -25,8 +25,7 @@ from sklearn.preprocessing import StandardScaler
 
 from benchmarks.environment import describe
 from fae.pipelines.config.recipe import Recipe, load_recipe
-from fae.pipelines.data.crops import decode_records
-from fae.pipelines.data.reading import read_records
+from fae.pipelines.data.reading import load_crops
 from fae.pipelines.data.sources import list_images
 from fae.pipelines.networks.loading import backbone_of, load_checkpoint
 from fae.pipelines.sampling.sample_store import read_samples
@@ -43,8 +42,7 @@ def real_images(recipe: Recipe, path: str, limit: int) -> tuple[np.ndarray, np.n
     """Crops uint8 [n, S, S, 3] and labels [n] of the first `limit` images of a source."""
     data = recipe.data.model_copy(update={"path": path, "limit": limit})
     records = list_images(data)
-    blobs = read_records(records, data)
-    images, kept, _ = decode_records(records, blobs, recipe.image_size, data)
+    images, kept, _ = load_crops(records, recipe.image_size, data)
     return images, np.array([records[i].label for i in kept])
 
 

@@ -18,7 +18,7 @@ from rich.console import Console
 from rich.table import Table
 
 from ..config import Recipe
-from ..data import DECODE_CPUS
+from ..data.decoding import DECODE_CPUS
 from ..evaluation import evaluate, probe
 from ..latents import precompute
 from ..networks import load_checkpoint

@@ -22,7 +22,8 @@ from fae_core.figures import picture_grid, reconstruction_rows
 from fae_core.pixel_decoder import to_uint8
 
 from ..config import Recipe, load_recipe
-from ..data import decode_records, list_images, read_records
+from ..data import list_images
+from ..data.reading import load_crops
 from ..data.records import ImageRecord, split_records
 from ..latents import LatentEncoder, LatentStore, precompute, verify_store
 from ..runtime.session import start_ray
@@ -203,8 +204,7 @@ def draw(recipe: Recipe, found: Numbers) -> bytes:
     assert recipe.output is not None
     records = _held_out(recipe)
     stored = _stored_latents(recipe.output, records)
-    blobs = read_records(records, recipe.data)
-    images, _, _ = decode_records(records, blobs, recipe.image_size, recipe.data)
+    images, _, _ = load_crops(records, recipe.image_size, recipe.data)
     encoder, sampler = LatentEncoder.of(recipe), ImageSampler(recipe)
     tokens = torch.from_numpy(stored).float().flatten(2).transpose(1, 2)
     with torch.inference_mode():

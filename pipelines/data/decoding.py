@@ -1,4 +1,7 @@
-"""Batches of records to crops by Ray Data tasks on CPUs, in the order in which they were asked for."""
+"""Batches of records to crops by Ray Data tasks on CPUs, in the order in which they are given.
+
+The training feeds and the validation of the trainers read their images here.
+"""
 
 from __future__ import annotations
 
@@ -9,37 +12,19 @@ from typing import Any
 import numpy as np
 
 from ..config.sections import DataSection
-from .crops import decode_records
-from .reading import read_records
+from .reading import load_crops
 from .records import ImageRecord
 
-
-class DecodeBatch:
-    """Ray Data's map function: records of one micro-batch to its crops, one row to one row."""
-
-    def __init__(self, data: DataSection, size: int) -> None:
-        self.data = data
-        self.size = size
-
-    def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
-        records = [ImageRecord(key, uri) for key, uri in json.loads(row["records"])]
-        blobs = read_records(records, self.data)
-        images, kept, errors = decode_records(records, blobs, self.size, self.data)
-        if not kept:  # a tensor of no images has no place in a block
-            images = np.zeros((1, self.size, self.size, 3), np.uint8)
-        notes = json.dumps({"kept": [int(index) for index in kept], "errors": errors})
-        return {"images": images, "notes": notes}
-
-
 DECODE_CPUS = 0.5
-
+"""CPUs that Ray reserves for one decoding task of a training."""
 WINDOW_BATCHES = 256
+"""Batches of one Ray data set: what is decoded ahead waits in the object store."""
 
 
 def decoded(
     parts: Sequence[Sequence[ImageRecord]], data: DataSection, size: int
 ) -> Iterator[tuple[np.ndarray, list[int], list[dict[str, str]]]]:
-    """For each list of records: (crops uint8, kept places, errors), decoded by Ray Data on CPUs, in this order."""
+    """For each list of records (crops uint8 [n, size, size, 3], kept places, errors), in order."""
     import ray.data
 
     context = ray.data.DataContext.get_current()
@@ -55,3 +40,19 @@ def decoded(
             notes = json.loads(row["notes"])
             kept = notes["kept"]
             yield np.asarray(row["images"])[: len(kept)], kept, notes["errors"]
+
+
+class DecodeBatch:
+    """Ray Data's map function: a row with the records of one micro-batch to a row with its crops."""
+
+    def __init__(self, data: DataSection, size: int) -> None:
+        self.data = data
+        self.size = size
+
+    def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
+        records = [ImageRecord(key, uri) for key, uri in json.loads(row["records"])]
+        images, kept, errors = load_crops(records, self.size, self.data)
+        if not kept:  # a tensor of no images has no place in a block
+            images = np.zeros((1, self.size, self.size, 3), np.uint8)
+        notes = json.dumps({"kept": [int(index) for index in kept], "errors": errors})
+        return {"images": images, "notes": notes}

@@ -12,8 +12,6 @@ import pyarrow.compute as pc
 from ..storage import paths
 from .records import ROWS_AT_ONCE, batched, check_text
 
-IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff")
-
 
 def list_addresses(path: str) -> pa.ChunkedArray:
     """Addresses of all visible files of the source, sorted."""

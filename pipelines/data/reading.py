@@ -13,7 +13,7 @@ import pyarrow.parquet as pq
 
 from ..config.sections import DataSection
 from ..storage import paths, s3
-from .crops import ImageError
+from .crops import ImageError, decode_records
 from .records import ImageRecord
 from .tables import beside, parent, refuse_extensions
 
@@ -21,6 +21,16 @@ THREADS = s3.CONNECTIONS
 
 _ROW = re.compile(r"(.+)#row=(\d+)")
 _RANGE = re.compile(r"(.+)#offset=(\d+)&size=(\d+)")
+
+
+def load_crops(
+    records: Sequence[ImageRecord], size: int, data: DataSection
+) -> tuple[np.ndarray, list[int], list[dict[str, str]]]:
+    """Crops uint8 [n, size, size, 3] of `records`, their places in `records`, and the others' errors.
+
+    It is `read_records`, then `decode_records`.
+    """
+    return decode_records(records, read_records(records, data), size, data)
 
 
 def read_records(records: Sequence[ImageRecord], data: DataSection) -> list[bytes | Exception]:

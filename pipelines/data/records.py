@@ -15,6 +15,7 @@ import pyarrow as pa
 
 from fae_core.errors import UserError
 
+IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff")
 ROWS_AT_ONCE = 2**16
 RECORDS = pa.schema(
     [

@@ -11,8 +11,8 @@ import pyarrow.compute as pc
 
 from ..config.sections import DataSection
 from ..storage import paths
-from .listing import IMAGE_SUFFIXES, ends_with, in_order, list_addresses, relative_path
-from .records import RECORDS, ImageRecord, SourceError, records_of, records_table
+from .listing import ends_with, in_order, list_addresses, relative_path
+from .records import IMAGE_SUFFIXES, RECORDS, ImageRecord, SourceError, records_of, records_table
 from .tables import parquet_schema, plan_list, plan_parquet
 from .webdataset import COMPRESSED_TAR, plan_tars
 

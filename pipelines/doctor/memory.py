@@ -27,7 +27,8 @@ from fae_core.pixel_decoder import PixelDecoder
 
 from ..config import Recipe
 from ..config.sections import TrainingSection
-from ..data import DECODE_CPUS, WINDOW_BATCHES, plan_images
+from ..data import plan_images
+from ..data.decoding import DECODE_CPUS, WINDOW_BATCHES
 from ..latents import LatentEncoder, LatentStore
 from ..networks import backbone_of, backbone_spec
 from ..networks.untrained import autoencoder_config, build_generator, pixel_decoder_config

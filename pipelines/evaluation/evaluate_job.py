@@ -20,7 +20,7 @@ from fae_core.metrics.frechet import frechet_distance
 from fae_core.metrics.manifold import kernel_distance, precision_recall
 
 from ..config import Recipe, RecipeError, with_absolute_paths
-from ..data import CROPS
+from ..data.crops import CROPS
 from ..runtime import versions
 from ..runtime.session import start_ray
 from ..storage import paths

@@ -1,6 +1,6 @@
 """The sets of images that `fae evaluate` compares: any source, an .npz, the output of `fae sample`, saved statistics.
 
-`open_set` lists a set and reads no pixels; `read_crops` gives the uint8 crops of one piece of its work. An .npz is ADM's:
+`open_set` lists a set and reads no pixels; `read_piece` gives the uint8 crops of one piece of its work. An .npz is ADM's:
 arr_0 uint8 [n, S, S, 3], and mu, sigma (Inception's pool), mu_s, sigma_s (its spatial features); ours adds mu_backbone,
 sigma_backbone and says in `fae` what made them.
 """
@@ -27,8 +27,9 @@ from fae_core.metrics.frechet import Gaussian
 
 from ..config import Recipe
 from ..config.sections import DataSection
-from ..data import IMAGE_SUFFIXES, decode_records, list_images, read_records
-from ..data.records import ImageRecord, SourceError
+from ..data import list_images
+from ..data.reading import load_crops, read_records
+from ..data.records import IMAGE_SUFFIXES, ImageRecord, SourceError
 from ..sampling import FORMAT as SAMPLES_FORMAT
 from ..storage import paths
 
@@ -63,7 +64,7 @@ class ImageSet:
     """Fingerprints of the networks that made the samples or the statistics, where the set tells."""
 
     def pieces(self, size: int) -> list[dict[str, Any]]:
-        """The work of this set in order, `size` images each: what `read_crops` takes, JSON-safe."""
+        """The work of this set in order, `size` images each: what `read_piece` takes, JSON-safe."""
         starts = range(0, len(self.keys), size)
         if self.records is None:
             return [
@@ -123,7 +124,7 @@ def open_set(role: str, recipe: Recipe) -> ImageSet:
     return found
 
 
-def read_crops(
+def read_piece(
     piece: Mapping[str, Any], recipe: Recipe
 ) -> tuple[np.ndarray, list[int], list[dict[str, str]]]:
     """Crops uint8 [n, S, S, 3] of one piece, their positions in it, and the errors of the others."""
@@ -139,7 +140,7 @@ def read_crops(
         return images, list(range(count)), []
     records = [ImageRecord(key, uri) for key, uri in piece["records"]]
     data = _data_of(piece["source"], piece["column"], recipe)
-    return decode_records(records, read_records(records, data), recipe.image_size, data)
+    return load_crops(records, recipe.image_size, data)
 
 
 def write_statistics(

@@ -24,7 +24,9 @@ from fae_core.metrics.probes import (
 from fae_core.similarity_figures import MatchedPair, matching_figure, similarity_rows
 
 from ..config import Recipe, RecipeError, with_absolute_paths
-from ..data import CROPS, decode_records, list_images, read_records
+from ..data import list_images
+from ..data.crops import CROPS
+from ..data.reading import load_crops
 from ..data.records import ImageRecord, source_digest, split_records
 from ..runtime import versions
 from ..storage import StoreMismatch, fingerprint_of, paths
@@ -223,8 +225,7 @@ def draw(recipe: Recipe, networks: Networks, split: Split, output: str) -> None:
     maps: list[list[np.ndarray]] = []
     matched: list[MatchedPair] = []
     for pair in split.pairs[: options.figure_rows]:
-        blobs = read_records(pair, recipe.data)
-        images, ok, _ = decode_records(pair, blobs, recipe.image_size, recipe.data)
+        images, ok, _ = load_crops(pair, recipe.image_size, recipe.data)
         if len(ok) < 2:
             continue
         tokens = networks.tokens(images)

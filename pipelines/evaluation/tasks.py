@@ -8,16 +8,15 @@ from typing import Any
 import numpy as np
 
 from ..config import Recipe
-from ..data import decode_records, read_records
+from ..data.reading import load_crops
 from ..data.records import ImageRecord
-from .image_sets import read_crops
+from .image_sets import read_piece
 
 
 def decode_batch(row: dict[str, Any], recipe: Recipe) -> dict[str, Any]:
     """{records, paired} -> {images uint8 [n,S,S,3], keys, pairs (positions in `images`), errors}, the last three JSON."""
     records = [ImageRecord(*values) for values in json.loads(str(row["records"]))]
-    blobs = read_records(records, recipe.data)
-    images, ok, errors = decode_records(records, blobs, recipe.image_size, recipe.data)
+    images, ok, errors = load_crops(records, recipe.image_size, recipe.data)
     place = {index: position for position, index in enumerate(ok)}
     firsts = range(0, len(records), 2) if bool(row["paired"]) else ()
     pairs = [(place[i], place[i + 1]) for i in firsts if i in place and i + 1 in place]
@@ -31,10 +30,10 @@ def decode_batch(row: dict[str, Any], recipe: Recipe) -> dict[str, Any]:
 
 def decode_chunk(row: dict[str, Any], recipe: Recipe) -> dict[str, Any]:
     """{images, originals?} (pieces of work) -> crops of them, positions in the chunk, errors; of pairs, both or none."""
-    images, kept, errors = read_crops(json.loads(row["images"]), recipe)
+    images, kept, errors = read_piece(json.loads(row["images"]), recipe)
     decoded = {"chunk": row["chunk"], "start": row["start"]}
     if "originals" in row:
-        originals, whole, more = read_crops(json.loads(row["originals"]), recipe)
+        originals, whole, more = read_piece(json.loads(row["originals"]), recipe)
         both = sorted(set(kept) & set(whole))
         decoded["originals"] = originals[[whole.index(i) for i in both]]
         images, kept, errors = images[[kept.index(i) for i in both]], both, errors + more

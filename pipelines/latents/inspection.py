@@ -17,7 +17,7 @@ from fae_core.figures import pca_map, picture_grid, principal_basis
 
 from ..config import RecipeError, load_recipe
 from ..config.sections import DataSection
-from ..data import decode_records, read_records
+from ..data.reading import load_crops
 from ..storage import StoreError, paths
 from .manifest import missing_shards, read_manifest
 from .plan import open_plan
@@ -172,7 +172,7 @@ def _photographs(store: LatentStore, keys: list[tuple[int, str]]) -> list[np.nda
     records = [next(r for r in plan.shard(index) if r.key == key) for index, key in keys]
     data = _data_section(store.uri)
     size = int(plan.parts["image size"])
-    images, kept, _ = decode_records(records, read_records(records, data), size, data)
+    images, kept, _ = load_crops(records, size, data)
     found = dict(zip(kept, images, strict=True))
     return [found.get(i) for i in range(len(records))]
 

@@ -13,7 +13,8 @@ from typing import Any
 import numpy as np
 
 from ..config import Recipe
-from ..data import decode_records, read_records
+from ..data.crops import decode_records
+from ..data.reading import read_records
 from ..runtime import metrics
 from . import shards
 from .plan import Plan, open_plan

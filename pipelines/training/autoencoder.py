@@ -19,7 +19,7 @@ from fae_core.figures import picture_grid, reconstruction_rows
 from fae_core.linear_baseline import LinearBaseline
 
 from ..config import Recipe, with_absolute_paths
-from ..data import decoded
+from ..data.decoding import decoded
 from ..data.records import ImageRecord, split_records
 from ..networks import backbone_fingerprints, backbone_of, features_of
 from ..networks.untrained import autoencoder_config

@@ -15,7 +15,7 @@ from fae_core.latent_stats import ChannelStats
 from fae_core.linear_baseline import Covariance, LinearBaseline
 
 from ..config import Recipe
-from ..data import decoded
+from ..data.decoding import decoded
 from ..data.records import ImageRecord
 from ..networks import features_of
 from ..storage import paths

@@ -9,7 +9,8 @@ import numpy as np
 import torch
 
 from ..config.sections import DataSection, TrainingSection
-from ..data import WINDOW_BATCHES, EpochOrder, decoded
+from ..data import EpochOrder
+from ..data.decoding import WINDOW_BATCHES, decoded
 from ..data.records import ImageRecord
 from .batches import Batch, to_device
 from .job import Feed, TrainingError

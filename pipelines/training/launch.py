@@ -13,7 +13,7 @@ from fae_core.errors import UserError
 
 from ..config import Recipe
 from ..config.sections import TrainingSection
-from ..data import DECODE_CPUS
+from ..data.decoding import DECODE_CPUS
 from ..runtime.session import plain_error, quiet_logs
 from ..storage import paths
 from .job import TrainingError

@@ -30,7 +30,7 @@ from fae_core.metrics.reconstruction import psnr, ssim
 from fae_core.pixel_decoder import PixelDecoder, from_uint8, to_uint8
 
 from ..config import Recipe, RecipeError, with_absolute_paths
-from ..data import decoded
+from ..data.decoding import decoded
 from ..data.records import ImageRecord, split_records
 from ..networks import (
     autoencoder_of,

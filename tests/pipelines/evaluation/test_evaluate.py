@@ -20,7 +20,7 @@ from fae.pipelines.evaluation.features import Extractor
 from fae.pipelines.evaluation.image_sets import (
     EvaluationError,
     open_set,
-    read_crops,
+    read_piece,
     write_statistics,
 )
 from fae.pipelines.sampling.sample_store import FORMAT as SAMPLES_FORMAT
@@ -87,7 +87,7 @@ def damaged(crops: np.ndarray, tmp_path_factory: pytest.TempPathFactory) -> Path
 def read_set(images: object, *more: str) -> np.ndarray:
     recipe = recipe_of(images, None, *more)
     found = open_set("images", recipe)
-    return np.concatenate([read_crops(piece, recipe)[0] for piece in found.pieces(5)])
+    return np.concatenate([read_piece(piece, recipe)[0] for piece in found.pieces(5)])
 
 
 def test_a_set_is_the_same_images_whatever_holds_it(
