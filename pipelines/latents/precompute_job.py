@@ -19,7 +19,8 @@ import numpy as np
 from fae_core.errors import UserError
 
 from ..config import Recipe, RecipeError, with_absolute_paths
-from ..data.crops import CROPS, plan_images
+from ..data import plan_images
+from ..data.crops import CROPS
 from ..data.records import batched
 from ..networks import backbone_fingerprints
 from ..runtime import Progress, fan_out, in_lanes, metrics, smallest_node_cpus
