@@ -19,11 +19,12 @@ import traceback
 from collections.abc import Iterator
 from pathlib import Path
 
+from fae.pipelines.runtime import ray_private
+
 IMPORTED = (
-    "ray.data._internal.execution.operators.actor_pool_map_operator",
-    "ray._private.workers.setup_worker",
+    *ray_private.ACTOR_MODULES,
     "benchmarks.sleeping",
-    "pipelines.precompute",
+    "fae.pipelines.latents.tasks",
 )
 # What Ray starts in place of Python: a worker's command line goes to the server, everything else to the real one. The
 # first worker starts the server with its own environment, because Ray's core reads the job and the raylet when imported.
@@ -109,9 +110,7 @@ def serve(address: str) -> None:
 def _become_worker(
     arguments: list[str], environment: dict[str, str], descriptors: list[int]
 ) -> None:
-    from ray._private.runtime_env.context import RuntimeEnvContext
-    from ray._private.workers.setup_worker import parser
-
+    parser, context_class = ray_private.worker_setup()
     # Ray ends a worker's whole process group.
     os.setsid()
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)
@@ -122,7 +121,7 @@ def _become_worker(
     options, command = parser.parse_known_args(arguments)
     while not command[0].endswith("default_worker.py"):
         del command[0]
-    context = RuntimeEnvContext.deserialize(options.serialized_runtime_env_context or "{}")
+    context = context_class.deserialize(options.serialized_runtime_env_context or "{}")
     os.environ.clear()
     os.environ.update({**environment, **context.env_vars})
     sys.argv = command

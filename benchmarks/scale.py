@@ -28,6 +28,7 @@ import shutil
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -48,6 +49,7 @@ from fae.pipelines.latents import precompute_job
 from fae.pipelines.latents.manifest import commit, describe_shards, missing_shards, read_manifest
 from fae.pipelines.latents.plan import ensure_plan, open_plan
 from fae.pipelines.latents.shards import encode_shard, shard_uri
+from fae.pipelines.runtime import actor_pool
 from fae.pipelines.runtime.session import start_ray
 from fae.pipelines.storage import paths
 
@@ -75,7 +77,10 @@ def simulate(
     started = time.perf_counter()
     ends: list[float] = []
     used: list[dict[str, float]] = []
-    for row in precompute_job.finished_shards(recipe, todo, parts, SleepingEncoder):
+    stages = precompute_job.shard_stages(recipe, recipe.output, parts)
+    stages = replace(stages, actor=SleepingEncoder)
+    rows = [{"shard": index} for index in todo]
+    for row in actor_pool.run_rows(rows, stages, recipe.precompute):
         ends.append(float(row["encoded_at"]))
         # A look at every process costs milliseconds: only where the middle half begins and ends.
         if len(ends) in (num_shards // 4, 3 * num_shards // 4):
@@ -91,7 +96,7 @@ def simulate(
     begin, end = int(first["at"]) - 1, int(last["at"]) - 1
     rate = (end - begin) / (ends[end] - ends[begin])
     busy = {n: (last[n] - first[n]) / (last["clock"] - first["clock"]) for n in PROCESSES}
-    made = {"actors": num_actors, "num_lanes": precompute_job.lanes_for(num_actors)}
+    made = {"actors": num_actors, "num_lanes": actor_pool.lanes_for(num_actors)}
     return {**made, "seconds": seconds, "rate": rate, "wall": wall, **busy}
 
 
@@ -241,7 +246,7 @@ def print_million(num_shards: int) -> None:
 
 def print_simulation(rows: list[dict[str, float]], gpu_rate: float, size: int) -> None:
     """The table of `simulate`, the fit, and where each process would be full."""
-    print(f"\nOne lane has {precompute_job.ACTORS_PER_LANE} actors at most.\n")
+    print(f"\nOne lane has {actor_pool.ACTORS_PER_LANE} actors at most.\n")
     names = " | ".join(f"{name} busy" for name in PROCESSES)
     print(
         f"| actors | a shard [s] | lanes | shards/s | efficiency | {names} (of its cores) | all [s] |"
@@ -332,7 +337,7 @@ def main() -> None:
         print_million(arguments.shards)
     if not arguments.runs:
         return
-    precompute_job.ACTORS_PER_LANE = arguments.lane or precompute_job.ACTORS_PER_LANE
+    actor_pool.ACTORS_PER_LANE = arguments.lane or actor_pool.ACTORS_PER_LANE
     rows, gpus = [], float(arguments.gpus > 0)
     with forked_workers() as workers, tempfile.TemporaryDirectory() as folder:
         believed = {"num_cpus": arguments.cpus, "num_gpus": arguments.gpus or None}

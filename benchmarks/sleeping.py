@@ -15,9 +15,9 @@ LATENT_SHAPE = (4, 2, 2)
 
 
 class SleepingEncoder:
-    """Takes and gives what `pipelines.precompute.EncodeShards` does; the plan's parts say how long a shard takes."""
+    """Takes and gives what `EncodeShards` of precompute_job.py does; the plan's parts say how long a shard takes."""
 
-    def __init__(self, recipe: Any, parts: dict[str, str]) -> None:
+    def __init__(self, recipe: Any, output: str, parts: dict[str, str]) -> None:
         self.columns = list(recipe.precompute.columns)
         self.seconds = float(parts["service seconds"])
 

@@ -80,14 +80,6 @@ def look_at_nodes() -> tuple[list[Node], list[Finding]]:
     return nodes, findings
 
 
-def most_after_scaling() -> dict[str, float]:
-    """What the autoscaler may bring up at most, by resource; empty where it has said nothing."""
-    import ray._private.state  # Ray Train asks the same way; there is no public one
-
-    found: dict[str, Any] | None = ray._private.state.state.get_max_resources_from_cluster_config()
-    return {name: float(value) for name, value in (found or {}).items()}
-
-
 def check_nodes(nodes: Sequence[Node]) -> Iterator[Finding]:
     """Findings about the cluster itself: what it has, object stores against /dev/shm, equal versions."""
     kinds = Counter(node.kind for node in nodes)

@@ -13,10 +13,11 @@ from fae_core.errors import UserError
 
 from ..config import Recipe, load_recipe
 from ..config.sections import TrackingSection
+from ..runtime import ray_private
 from ..runtime.session import start_ray
 from ..training.tracking import resolve_uri
 from .bucket import check_bucket
-from .cluster import check_fit, check_nodes, look_at_nodes, most_after_scaling
+from .cluster import check_fit, check_nodes, look_at_nodes
 from .finding import Finding
 
 
@@ -71,7 +72,7 @@ def check_cluster(recipe: Recipe | None, address: str | None = None) -> Iterator
     yield from findings
     yield from check_nodes(nodes)
     if recipe:
-        yield from check_fit(recipe, nodes, most_after_scaling())
+        yield from check_fit(recipe, nodes, ray_private.most_after_scaling())
 
 
 def check_tracking(tracking: TrackingSection) -> Iterator[Finding]:

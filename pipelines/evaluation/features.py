@@ -12,6 +12,7 @@ import json
 import os
 import tempfile
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -31,7 +32,7 @@ from fae_core.pixel_decoder import from_uint8
 
 from ..config import Recipe, RecipeError
 from ..networks import backbone_of
-from ..runtime import Progress
+from ..runtime import Progress, RowStages, run_rows
 from ..storage import paths
 from .image_sets import EvaluationError, ImageSet
 from .tasks import decode_chunk
@@ -137,11 +138,11 @@ def summarize(
         {"chunk": i, "start": i * options.chunk_size, "images": json.dumps(piece)}
         for i, piece in enumerate(pieces)
     ]
-    actor = (SummarizeChunks, (recipe, needs, len(images.keys), fingerprints))
+    arguments = (recipe, needs, len(images.keys), fingerprints)
     progress = Progress(len(rows), len(images.keys), show_progress)
     whole, contents = Summary(), hashlib.sha256()
     errors: list[dict[str, str]] = []
-    for row in _run(rows, actor, recipe):
+    for row in _run(rows, SummarizeChunks, arguments, recipe):
         found = json.loads(str(row["errors"]))
         errors += found
         _check_errors(images, errors, options.max_error_rate)
@@ -167,7 +168,7 @@ def compare_pairs(
     progress = Progress(len(rows), len(images.keys), show_progress)
     sums = dict.fromkeys((name for name in PAIR_SCORES if name in scores), 0.0)
     count = 0
-    for row in _run(rows, (ComparePairs, (recipe, list(sums))), recipe):
+    for row in _run(rows, ComparePairs, (recipe, list(sums)), recipe):
         progress.add(int(row["rows"]), 0, float(row["done_at"]))
         count += int(row["rows"])
         for name in sums:
@@ -178,29 +179,12 @@ def compare_pairs(
     return {name: total / count for name, total in sums.items()}
 
 
-def _run(rows: list[dict[str, Any]], actor: tuple[Any, tuple[Any, ...]], recipe: Recipe) -> Any:
+def _run(
+    rows: list[dict[str, Any]], actor: type, arguments: tuple[Any, ...], recipe: Recipe
+) -> Iterator[dict[str, Any]]:
     """The rows of the finished chunks, in order."""
-    import ray.data
-
-    options = recipe.evaluate
-    context = ray.data.DataContext.get_current()
-    context.enable_progress_bars = False
-    dataset = ray.data.from_items(rows, override_num_blocks=len(rows))
-    dataset.context.execution_options.preserve_order = True
-    kind, arguments = actor
-    return (
-        dataset.map(partial(decode_chunk, recipe=recipe), num_cpus=options.cpus_per_decode)
-        .map_batches(
-            kind,
-            fn_constructor_args=arguments,
-            batch_size=1,
-            batch_format="numpy",
-            compute=ray.data.ActorPoolStrategy(size=options.num_actors),
-            num_cpus=options.cpus_per_actor,
-            num_gpus=options.gpus_per_actor,
-        )
-        .iter_rows()
-    )
+    stages = RowStages(actor, arguments, prepare=partial(decode_chunk, recipe=recipe))
+    return run_rows(rows, stages, recipe.evaluate, keep_order=True)
 
 
 class SummarizeChunks:

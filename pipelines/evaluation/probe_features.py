@@ -29,8 +29,7 @@ from ..config import Recipe
 from ..data.records import ImageRecord
 from ..latents import LatentEncoder
 from ..networks import features_of
-from ..runtime import Progress
-from ..runtime.session import start_ray
+from ..runtime import Progress, RowStages, run_rows
 from .tasks import decode_batch
 
 KINDS = ("true", "reconstructed", "latent")
@@ -63,12 +62,13 @@ def extract(
 
     Raises ProbeError once more failed than the recipe allows, and for features that are not finite.
     """
-    start_ray()
     rows = batches_of(images, pairs, recipe.probe.batch_size)
+    decode = partial(decode_batch, data=recipe.data, image_size=recipe.image_size)
+    stages = RowStages(ProbeImages, (recipe, weights), prepare=decode)
     progress = Progress(len(rows), len(images), show_progress)
     found: dict[str, Probed] = {}
     errors: list[dict[str, str]] = []
-    for row in build_dataset(recipe, rows, weights).iter_rows():
+    for row in run_rows(rows, stages, recipe.probe):
         keys, failed = json.loads(str(row["keys"])), json.loads(str(row["errors"]))
         for index, key in enumerate(keys):
             pooled = {kind: np.asarray(row[kind][index]) for kind in KINDS}
@@ -142,27 +142,6 @@ def batches_of(
         for some, step, both in ((paired, even, True), (rest, size, False))
         for i in range(0, len(some), step)
     ]
-
-
-def build_dataset(recipe: Recipe, rows: list[dict[str, Any]], weights: dict[str, str]) -> Any:
-    """The Ray data set whose rows are probed batches. Nothing runs until it is read."""
-    import ray.data
-
-    options = recipe.probe
-    context = ray.data.DataContext.get_current()
-    context.enable_progress_bars = False
-    dataset = ray.data.from_items(rows, override_num_blocks=len(rows))
-    return dataset.map(
-        partial(decode_batch, recipe=recipe), num_cpus=recipe.precompute.cpus_per_decode
-    ).map_batches(
-        ProbeImages,
-        fn_constructor_args=(recipe, weights),
-        batch_size=1,
-        batch_format="numpy",
-        compute=ray.data.ActorPoolStrategy(size=options.num_actors),
-        num_cpus=options.cpus_per_actor,
-        num_gpus=options.gpus_per_actor,
-    )
 
 
 class ProbeImages:

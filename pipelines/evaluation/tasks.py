@@ -8,15 +8,16 @@ from typing import Any
 import numpy as np
 
 from ..config import Recipe
+from ..config.sections import DataSection
 from ..data.reading import load_crops
 from ..data.records import ImageRecord
 from .image_sets import read_piece
 
 
-def decode_batch(row: dict[str, Any], recipe: Recipe) -> dict[str, Any]:
+def decode_batch(row: dict[str, Any], data: DataSection, image_size: int) -> dict[str, Any]:
     """{records, paired} -> {images uint8 [n,S,S,3], keys, pairs (positions in `images`), errors}, the last three JSON."""
     records = [ImageRecord(*values) for values in json.loads(str(row["records"]))]
-    images, ok, errors = load_crops(records, recipe.image_size, recipe.data)
+    images, ok, errors = load_crops(records, image_size, data)
     place = {index: position for position, index in enumerate(ok)}
     firsts = range(0, len(records), 2) if bool(row["paired"]) else ()
     pairs = [(place[i], place[i + 1]) for i in firsts if i in place and i + 1 in place]

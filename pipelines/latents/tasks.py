@@ -1,23 +1,24 @@
-"""What Ray Data's tasks on CPUs run: records to crops, and encoded shards to files.
+"""The CPU tasks of precompute: a shard's records to crops, and an encoded shard to its files.
 
-Without torch: a process of such a task starts in one second instead of five, and holds some 110 MiB instead of 600. A node that
-decodes has one for every core or two.
+They import no torch: a process of such a task starts in one second instead of five, and holds some
+110 MiB instead of 600. A node that decodes has one for every core or two.
 """
 
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from functools import cache
 from typing import Any
 
 import numpy as np
 
-from ..config import Recipe
+from ..config.sections import DataSection
 from ..data.crops import decode_records
 from ..data.reading import read_records
 from ..runtime import metrics
-from . import shards
 from .plan import Plan, open_plan
+from .shards import write_shard
 
 
 @cache
@@ -26,15 +27,16 @@ def plan_of(output: str) -> Plan:
     return open_plan(output)
 
 
-def decode_shard(row: dict[str, Any], recipe: Recipe) -> dict[str, Any]:
-    """{shard} -> {shard, images uint8 [n,S,S,3], ok (positions in the plan's shard), errors (JSON)}."""
-    assert recipe.output is not None
-    records = plan_of(recipe.output).shard(int(row["shard"]))
+def decode_shard(
+    row: dict[str, Any], output: str, data: DataSection, image_size: int
+) -> dict[str, Any]:
+    """{shard} -> {shard, images uint8 [n, S, S, 3], ok (places in the plan's shard), errors (JSON)}."""
+    records = plan_of(output).shard(int(row["shard"]))
     with metrics.stage("read"):
-        blobs = read_records(records, recipe.data)
+        blobs = read_records(records, data)
     metrics.count_bytes("read", sum(len(blob) for blob in blobs if isinstance(blob, bytes)))
     with metrics.stage("decode"):
-        images, ok, errors = decode_records(records, blobs, recipe.image_size, recipe.data)
+        images, ok, errors = decode_records(records, blobs, image_size, data)
     return {
         "shard": int(row["shard"]),
         "images": images,
@@ -43,24 +45,14 @@ def decode_shard(row: dict[str, Any], recipe: Recipe) -> dict[str, Any]:
     }
 
 
-def write_shard(row: dict[str, Any], recipe: Recipe) -> dict[str, Any]:
-    """Write one encoded shard and its errors; returns {shard, rows, errors (JSON), encoded_at (s)}."""
-    assert recipe.output is not None
-    plan, index = plan_of(recipe.output), int(row["shard"])
+def store_shard(row: dict[str, Any], output: str, columns: Sequence[str]) -> dict[str, Any]:
+    """Write one encoded shard and its errors; {shard, rows, errors (JSON), encoded_at (s)}."""
+    plan, index = plan_of(output), int(row["shard"])
     errors = json.loads(str(row["errors"]))
-    latents: dict[str, np.ndarray] = {
-        name: np.asarray(row[name]) for name in recipe.precompute.columns
-    }
+    latents: dict[str, np.ndarray] = {name: np.asarray(row[name]) for name in columns}
     with metrics.stage("write"):
-        shards.write_shard(
-            recipe.output,
-            index,
-            plan.shard(index),
-            [int(i) for i in row["ok"]],
-            latents,
-            errors,
-            plan.fingerprint,
-        )
+        kept = [int(i) for i in row["ok"]]
+        write_shard(output, index, plan.shard(index), kept, latents, errors, plan.fingerprint)
     metrics.count_bytes("written", sum(values.nbytes for values in latents.values()))
     metrics.count_shard(len(row["ok"]), errors)
     return {

@@ -1,55 +1,73 @@
-"""The progress line of long work, and the rates that it measured."""
+"""Progress of long work: a bar on a terminal, one line every ten seconds elsewhere; and its rates."""
 
 from __future__ import annotations
 
-import sys
 import time
+
+from rich import progress as rich_progress
+from rich.console import Console
+
+LINE_SECONDS = 10.0
 
 
 class Progress:
-    """One line: done / total, images/s, time left, errors. Rewritten in place on a terminal, every 10 s elsewhere."""
+    """Done of total, images/s, time left and errors, on standard error."""
 
     def __init__(self, num_shards: int, num_images: int, enabled: bool) -> None:
         self.num_shards, self.num_images, self.enabled = num_shards, num_images, enabled
         self.shards = self.images = self.errors = 0
         self.started = self.shown = time.monotonic()
         self.encoded: list[tuple[float, int]] = []
+        console = Console(stderr=True)
+        self.bar = rich_progress.Progress(
+            rich_progress.BarColumn(),
+            rich_progress.TextColumn("{task.description}"),
+            console=console,
+            disable=not (enabled and console.is_terminal),
+        )
+        self.task = self.bar.add_task("", total=num_shards)
+        self.bar.start()
+        self.lines = Console(stderr=True, width=200, highlight=False) if self.bar.disable else None
 
     def add(self, rows: int, errors: int, encoded_at: float) -> None:
+        """Count one finished shard of `rows` images and `errors` failed ones."""
         self.shards += 1
         self.images += rows
         self.errors += errors
-        now = time.monotonic()
         self.encoded.append((encoded_at, rows))
-        if sys.stderr.isatty() or now - self.shown > 10:
+        self.bar.update(self.task, completed=self.shards, description=self._text())
+        now = time.monotonic()
+        if now - self.shown > LINE_SECONDS:
             self.shown = now
-            self._show("\r" if sys.stderr.isatty() else "")
-
-    def _show(self, start: str) -> None:
-        seconds = max(time.monotonic() - self.started, 1e-9)
-        left = seconds / max(self.shards, 1) * (self.num_shards - self.shards)
-        if self.enabled:
-            print(
-                f"{start}shards {self.shards}/{self.num_shards} | {self.images} images | "
-                f"{self.images / seconds:.1f} images/s | {duration(left)} left | {self.errors} errors ",
-                end="" if start else "\n",
-                file=sys.stderr,
-                flush=True,
-            )
+            self._print_line()
 
     def close(self) -> dict[str, float]:
-        """Show the last line; the rates in images per second, over all and in the middle half."""
-        self._show("\r" if sys.stderr.isatty() else "")
-        if self.enabled and sys.stderr.isatty():
-            print(file=sys.stderr)
-        seconds = max(time.monotonic() - self.started, 1e-9)
-        rates = {"images_per_second": self.images / seconds}
+        """Show the last state; rates in images per second, over all and in the middle half."""
+        self.bar.update(self.task, description=self._text())
+        self.bar.stop()
+        self._print_line()
+        rates = {"images_per_second": self.images / self._seconds()}
         if len(self.encoded) >= 8:
             ends = sorted(self.encoded)
             first, last = len(ends) // 4, 3 * len(ends) // 4
             images = sum(rows for _, rows in ends[first + 1 : last + 1])
             rates["steady_images_per_second"] = images / max(ends[last][0] - ends[first][0], 1e-9)
         return rates
+
+    def _seconds(self) -> float:
+        return max(time.monotonic() - self.started, 1e-9)
+
+    def _text(self) -> str:
+        left = self._seconds() / max(self.shards, 1) * (self.num_shards - self.shards)
+        return (
+            f"shards {self.shards}/{self.num_shards} | {self.images} images | "
+            f"{self.images / self._seconds():.1f} images/s | {duration(left)} left | "
+            f"{self.errors} errors"
+        )
+
+    def _print_line(self) -> None:
+        if self.enabled and self.lines is not None:
+            self.lines.print(self._text(), markup=False)
 
 
 def duration(seconds: float) -> str:

@@ -14,6 +14,8 @@ from typing import Any
 
 from fae_core.errors import UserError
 
+from .ray_private import AUTHENTICATION_LOGGER, PROGRESS_LOGGER
+
 QUIET = {
     "RAY_DATA_DISABLE_PROGRESS_BARS": "1",
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
@@ -119,5 +121,5 @@ def quiet_logs() -> None:
     for name in ("ray.data", "ray.train"):
         logging.getLogger(name).setLevel(logging.WARNING)
     # Token authentication stays on and progress is our own; neither is worth a warning to the user.
-    for name in ("ray._private.authentication", "ray.data._internal.progress"):
+    for name in (AUTHENTICATION_LOGGER, PROGRESS_LOGGER):
         logging.getLogger(name).setLevel(logging.ERROR)

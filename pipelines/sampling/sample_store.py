@@ -1,6 +1,6 @@
-"""The pictures of `fae sample` where they are kept: a plan, Parquet shards (index, label, PNG), PNG folders, one NPZ, a manifest.
+"""Where the images of `fae sample` are kept: plan, shards, PNG folders, one NPZ, manifest.
 
-Without torch, as pipelines/cpu_tasks.py.
+A shard is a Parquet file of index, label and PNG. Imports no torch, because CPU tasks write here.
 """
 
 from __future__ import annotations
@@ -8,7 +8,7 @@ from __future__ import annotations
 import io
 import json
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -16,7 +16,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from PIL import Image
 
-from ..config import Recipe
+from ..config.sections import SampleSection
 from ..runtime import versions
 from ..storage import StoreError, StoreMismatch, paths
 
@@ -45,14 +45,14 @@ def missing_shards(uri: str, num_shards: int) -> list[int]:
     return [index for index in range(num_shards) if _name(index) not in sizes]
 
 
-def write_shard(row: dict[str, Any], recipe: Recipe) -> dict[str, Any]:
-    """Write one shard of pictures, and its PNG files where they are wanted; returns {shard, rows, drawn_at}."""
+def write_sample_shard(row: dict[str, Any], output: str, formats: Sequence[str]) -> dict[str, Any]:
+    """Write one shard of images, and its PNG files where they are wanted; {shard, rows, drawn_at}."""
     images = [encode_png(image) for image in np.asarray(row["images"])]
     indices, labels = np.asarray(row["indices"]), np.asarray(row["labels"])
-    if "png" in recipe.sample.formats:
+    if "png" in formats:
         for index, label, data in zip(indices, labels, images, strict=True):
             name = f"png/{int(label):04d}/{int(index):08d}.png"
-            paths.write_bytes(_join(recipe, name), data)
+            paths.write_bytes(paths.join(output, name), data)
     table = pa.table(
         {
             "index": pa.array(indices, pa.int64()),
@@ -63,7 +63,7 @@ def write_shard(row: dict[str, Any], recipe: Recipe) -> dict[str, Any]:
     buffer = io.BytesIO()
     pq.write_table(table, buffer, compression="none", write_page_checksum=True)
     # After the PNG files: a shard that is there has all of its pictures.
-    paths.write_bytes(_join(recipe, "shards", _name(int(row["shard"]))), buffer.getvalue())
+    paths.write_bytes(paths.join(output, "shards", _name(int(row["shard"]))), buffer.getvalue())
     return {"shard": int(row["shard"]), "rows": len(images), "drawn_at": row["drawn_at"]}
 
 
@@ -84,23 +84,22 @@ def read_samples(uri: str, num_shards: int) -> Iterator[tuple[np.ndarray, np.nda
         yield np.stack(images), table["label"].to_numpy()
 
 
-def commit(
-    recipe: Recipe, parts: dict[str, Any], num_shards: int, run: dict[str, Any]
+def commit_samples(
+    output: str, sample: SampleSection, parts: dict[str, Any], num_shards: int, run: dict[str, Any]
 ) -> dict[str, Any]:
     """Check that every image is there, write samples.npz where it is wanted, then the manifest; returns it."""
-    assert recipe.output is not None
-    manifest_uri = _join(recipe, "manifest.json")
+    manifest_uri = paths.join(output, "manifest.json")
     if paths.exists(manifest_uri):
         return dict(json.loads(paths.read_bytes(manifest_uri)))
-    sizes, names = _sizes(recipe.output), [_name(index) for index in range(num_shards)]
+    sizes, names = _sizes(output), [_name(index) for index in range(num_shards)]
     absent = sum(name not in sizes for name in names)
     if absent:
-        raise StoreError(f"{recipe.output}: {absent} of {num_shards} shards are missing.")
-    if "npz" in recipe.sample.formats:
-        write_npz(recipe.output, num_shards, recipe.sample.num_images)
+        raise StoreError(f"{output}: {absent} of {num_shards} shards are missing.")
+    if "npz" in sample.formats:
+        write_npz(output, num_shards, sample.num_images)
     manifest = {
         **parts,
-        "stored": recipe.sample.num_images,
+        "stored": sample.num_images,
         "shards": [{"name": name, "bytes": sizes[name]} for name in names],
         "run": {**run, "versions": versions()},
     }
@@ -124,11 +123,6 @@ def write_npz(uri: str, num_shards: int, num_images: int) -> None:
         member.write(first.tobytes())
         for images, _ in shards:
             member.write(images.tobytes())
-
-
-def _join(recipe: Recipe, *parts: str) -> str:
-    assert recipe.output is not None
-    return paths.join(recipe.output, *parts)
 
 
 def _sizes(uri: str) -> dict[str, int]:

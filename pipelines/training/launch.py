@@ -14,6 +14,7 @@ from fae_core.errors import UserError
 from ..config import Recipe
 from ..config.sections import TrainingSection
 from ..data.decoding import DECODE_CPUS
+from ..runtime import ray_private
 from ..runtime.session import plain_error, quiet_logs
 from ..storage import paths
 from .job import TrainingError
@@ -89,7 +90,8 @@ def raised_by_worker(error: Exception) -> Exception | None:
     of those alone is a loss that was not noticed yet, and beside another error it is that one's echo.
     """
     from ray.exceptions import RayError, RayTaskError, UserCodeException
-    from ray.train.v2._internal.exceptions import RayTrainError
+
+    train_error = ray_private.train_error()
 
     failures = list(getattr(error, "worker_failures", {}).values())
     for failure in map(plain_error, failures):
@@ -100,7 +102,7 @@ def raised_by_worker(error: Exception) -> Exception | None:
         while isinstance(cause, RayTaskError) and isinstance(cause.cause, Exception):
             cause = cause.cause
         wrapped = isinstance(cause, RayTaskError | UserCodeException)
-        if isinstance(cause, RayError | RayTrainError) and not wrapped:
+        if isinstance(cause, RayError | train_error) and not wrapped:
             return None
     return next((failure for failure in failures if not _is_echo(failure)), None)
 

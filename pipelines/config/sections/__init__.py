@@ -22,16 +22,19 @@ from .networks import (
     PixelDecoderSection,
     PixelDecoderTraining,
 )
+from .pool import ActorPoolSection, DecodingPoolSection
 from .sweep import AshaSection, ObjectiveSection, SpaceSection, TuneSection
 from .training import TrainingSection
 
 __all__ = [
+    "ActorPoolSection",
     "AshaSection",
     "AutoencoderSection",
     "BackboneSection",
     "ChainSection",
     "DataSection",
     "DecoderSection",
+    "DecodingPoolSection",
     "EncoderSection",
     "EvaluateSection",
     "GeneratorSection",

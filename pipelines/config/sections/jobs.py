@@ -10,6 +10,7 @@ from pydantic import (
 )
 
 from .base import Section
+from .pool import ActorPoolSection, DecodingPoolSection
 
 
 class GuidanceSection(Section):
@@ -18,7 +19,7 @@ class GuidanceSection(Section):
     scale: float = Field(ge=0.0)
 
 
-class SampleSection(Section):
+class SampleSection(ActorPoolSection):
     num_images: int = Field(50_000, gt=0)
     classes: list[int] | None = None
     """Image i is of class classes[i % len]; all classes in turn without it."""
@@ -40,12 +41,9 @@ class SampleSection(Section):
     """Of the generator's network; state and flow inversion are float32 always."""
     compile: bool = False
     """dit: torch.compile the network, for one batch size; pictures stay equal to rounding."""
-    num_actors: int = Field(1, gt=0)
-    gpus_per_actor: float = Field(0.0, ge=0.0)
-    cpus_per_actor: float = Field(1.0, gt=0.0)
 
 
-class PrecomputeSection(Section):
+class PrecomputeSection(DecodingPoolSection):
     shard_size: int = Field(512, gt=0)
     """Images of one shard: the unit of work, of retry and of resume."""
     batch_size: int = Field(128, gt=0)
@@ -55,19 +53,11 @@ class PrecomputeSection(Section):
     precision: Literal["fp32", "bf16"] = "bf16"
     compile: bool = False
     """torch.compile backbone and encoder, for one batch size: minutes at the start of an actor; latents stay equal to rounding."""
-    num_actors: int = Field(1, gt=0)
-    gpus_per_actor: float = Field(0.0, ge=0.0)
-    cpus_per_actor: float = Field(1.0, gt=0.0)
     threads_per_actor: int | None = Field(None, gt=0)
     """Torch threads of a CPU actor; without it all the cores of its node (the kernel shares them with decoding)."""
-    cpus_per_decode: float = Field(0.5, gt=0.0)
-    decode_labels: dict[str, str] = {}
-    """Labels of the nodes that decode, like {fae-nodes: cpu}, so that GPU nodes do not; any node without them."""
-    max_error_rate: float = Field(0.01, ge=0.0, le=1.0)
-    """A larger share of images that cannot be encoded ends the job with nothing committed."""
 
 
-class EvaluateSection(Section):
+class EvaluateSection(DecodingPoolSection):
     images: str | None = None
     """What is scored: a folder, Parquet, WebDataset or list, an .npz with arr_0, or the output of `fae sample`."""
     reference: str | None = None
@@ -110,15 +100,11 @@ class EvaluateSection(Section):
     """Images that one task decodes and one actor summarizes; ours."""
     batch_size: int = Field(64, gt=0)
     """Images that the device holds at once; ADM's and torch-fidelity's."""
-    num_actors: int = Field(1, gt=0)
-    gpus_per_actor: float = Field(0.0, ge=0.0)
-    cpus_per_actor: float = Field(1.0, gt=0.0)
-    cpus_per_decode: float = Field(0.5, gt=0.0)
     max_error_rate: float = Field(0.0, ge=0.0, le=1.0)
     """A larger share of images that cannot be decoded ends the job; the others are left out and counted. Ours."""
 
 
-class ProbeSection(Section):
+class ProbeSection(DecodingPoolSection):
     """Semantic probes. Ours: the paper probes with DINOv2's ready-made head and gives no setting but the 16 pairs."""
 
     output: str | None = None
@@ -149,11 +135,6 @@ class ProbeSection(Section):
     """Images that an actor holds at once: the unit of work. No features but pooled ones leave it."""
     precision: Literal["fp32", "bf16"] = "fp32"
     """Of the networks; fp32, because a probe compares small differences."""
-    num_actors: int = Field(1, gt=0)
-    gpus_per_actor: float = Field(0.0, ge=0.0)
-    cpus_per_actor: float = Field(1.0, gt=0.0)
-    max_error_rate: float = Field(0.01, ge=0.0, le=1.0)
-    """A larger share of images that cannot be decoded ends the probe."""
 
 
 StageName = Literal[

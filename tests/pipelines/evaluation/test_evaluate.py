@@ -24,7 +24,7 @@ from fae.pipelines.evaluation.image_sets import (
     write_statistics,
 )
 from fae.pipelines.sampling.sample_store import FORMAT as SAMPLES_FORMAT
-from fae.pipelines.sampling.sample_store import write_shard
+from fae.pipelines.sampling.sample_store import write_sample_shard
 from fae_core.metrics.frechet import Gaussian, frechet_of_features
 from fae_core.metrics.reconstruction import psnr, ssim
 from fae_core.pixel_decoder import from_uint8
@@ -57,7 +57,7 @@ def write_samples(folder: Path, pixels: np.ndarray) -> Path:
     recipe = load_recipe("photos-dinov2s", [f"output={folder}"])
     indices = np.arange(len(pixels))
     row = {"shard": 0, "images": pixels, "indices": indices, "labels": 0 * indices, "drawn_at": 0.0}
-    write_shard(row, recipe)
+    write_sample_shard(row, str(folder), recipe.sample.formats)
     manifest = {"format": SAMPLES_FORMAT, "generator": "abc", "stored": len(pixels)}
     (folder / "manifest.json").write_text(json.dumps(manifest))
     (folder / "plan.json").write_text("{}")

@@ -187,7 +187,7 @@ def test_a_batch_gives_pooled_vectors_of_its_sound_images_and_matches_of_whole_p
     networks = actor.networks
 
     def run(row):
-        decoded = decode_batch(row, recipe)
+        decoded = decode_batch(row, recipe.data, recipe.image_size)
         return decoded["images"], actor({name: [value] for name, value in decoded.items()})
 
     images, found = run(paired)

@@ -31,14 +31,14 @@ from fae.pipelines.latents.plan import ensure_plan, open_plan
 from fae.pipelines.latents.precompute_job import (
     Progress,
     TooManyErrors,
-    build_dataset,
-    lanes_for,
     precompute,
+    shard_stages,
 )
 from fae.pipelines.latents.reader import LatentStore
 from fae.pipelines.latents.shards import read_errors
 from fae.pipelines.latents.verify import verify_store
 from fae.pipelines.networks.untrained import autoencoder_config
+from fae.pipelines.runtime.actor_pool import dataset_of, lanes_for
 from fae.pipelines.storage.claims import StoreMismatch
 from fae_core import checkpoint
 from fae_core.autoencoder import FeatureAutoencoder
@@ -217,12 +217,14 @@ def test_ray_data_reads_the_store(uninterrupted):
 def test_decoding_is_not_fused_into_the_actors(
     photographs, autoencoder, tmp_path, ray_session, capsys
 ):
-    dataset = build_dataset(recipe_for(photographs, autoencoder, tmp_path), [0, 1], {})
+    recipe = recipe_for(photographs, autoencoder, tmp_path)
+    stages = shard_stages(recipe, str(recipe.output), {})
+    dataset = dataset_of([{"shard": 0}, {"shard": 1}], stages, recipe.precompute)
     dataset.explain()
     physical = capsys.readouterr().out.rpartition("Physical Plan (Optimized)")[2]
     operators = [line.strip(" +-|") for line in physical.splitlines() if "Operator[" in line]
     assert operators == [
-        "TaskPoolMapOperator[Map(write_shard)]",
+        "TaskPoolMapOperator[Map(store_shard)]",
         "ActorPoolMapOperator[MapBatches(EncodeShards)]",
         "TaskPoolMapOperator[Map(decode_shard)]",
     ], physical
@@ -271,10 +273,10 @@ def test_a_finished_store_is_returned_as_it_is(photographs, autoencoder, uninter
 
 
 def test_actors_are_parted_into_lanes_that_each_have_a_cpu_of_every_node(monkeypatch):
-    monkeypatch.setattr("fae.pipelines.latents.precompute_job.ACTORS_PER_LANE", 64)
-    monkeypatch.setattr("fae.pipelines.latents.precompute_job.smallest_node_cpus", lambda: 8)
+    monkeypatch.setattr("fae.pipelines.runtime.actor_pool.ACTORS_PER_LANE", 64)
+    monkeypatch.setattr("fae.pipelines.runtime.actor_pool.smallest_node_cpus", lambda: 8)
     assert [lanes_for(actors) for actors in (1, 64, 65, 256, 1000)] == [1, 1, 2, 4, 8]
-    monkeypatch.setattr("fae.pipelines.latents.precompute_job.smallest_node_cpus", lambda: 0)
+    monkeypatch.setattr("fae.pipelines.runtime.actor_pool.smallest_node_cpus", lambda: 0)
     assert lanes_for(1000) == 1
 
 
@@ -282,7 +284,7 @@ def test_actors_are_parted_into_lanes_that_each_have_a_cpu_of_every_node(monkeyp
 def test_actors_in_several_lanes_write_the_same_bytes(
     photographs, autoencoder, uninterrupted, tmp_path, ray_session, monkeypatch
 ):
-    monkeypatch.setattr("fae.pipelines.latents.precompute_job.ACTORS_PER_LANE", 1)
+    monkeypatch.setattr("fae.pipelines.runtime.actor_pool.ACTORS_PER_LANE", 1)
     monkeypatch.setattr(
         "fae.pipelines.latents.manifest.SHARDS_AT_ONCE", 4
     )  # so tasks read the footers

@@ -9,6 +9,7 @@ from torch import nn
 from fae.pipelines.config.recipe import load_recipe
 from fae.pipelines.config.sections import TrainingSection
 from fae.pipelines.data.order import EpochOrder
+from fae.pipelines.runtime import ray_private
 from fae.pipelines.training.batches import Batch, random_flips, sample_noise
 from fae.pipelines.training.checkpoints import list_checkpoints, save_checkpoint
 from fae.pipelines.training.image_feed import step_parts
@@ -195,7 +196,8 @@ def test_a_batch_that_does_not_divide_is_refused_with_the_numbers():
 def test_a_lost_worker_is_told_from_an_error_of_the_training_function():
     from ray.exceptions import ActorDiedError, OutOfMemoryError, RayTaskError
     from ray.train import WorkerGroupError
-    from ray.train.v2._internal.exceptions import WorkerHealthCheckFailedError
+
+    WorkerHealthCheckFailedError = ray_private.train_error("WorkerHealthCheckFailedError")
 
     bug, nan = ValueError("a bug"), NonFiniteError("a NaN")
     echo = RuntimeError(

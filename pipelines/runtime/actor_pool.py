@@ -1,0 +1,138 @@
+"""Rows through a task on a CPU, a pool of actors and a task on a CPU, by Ray Data.
+
+Precompute, sampling, evaluation and probes are this chain. A row is one unit of work, for example
+a whole shard, so no operator can split it, and a lost worker costs one row.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from ..config.sections import ActorPoolSection, DecodingPoolSection
+from .lanes import in_lanes, smallest_node_cpus
+from .session import plain_error, start_ray
+
+ACTORS_PER_LANE = 64
+"""Actors that one Ray data set drives. benchmarks/scale.py measures where its driver is full."""
+ROWS_PER_DATASET = 100_000
+"""Each row is an object from the start: a million at once cost the driver minutes and gigabytes."""
+FINISH_CPUS = 0.1
+"""CPUs that Ray reserves for a finishing task, which writes and mostly waits."""
+
+Row = dict[str, Any]
+RowTask = Callable[[Row], Row]
+
+
+@dataclass(frozen=True)
+class RowStages:
+    """What becomes of a row: `prepare` on a CPU, `actor(*arguments)` called on it, `finish`.
+
+    An actor is called with a batch of one row, each value in a list or array of length one.
+    """
+
+    actor: type
+    arguments: tuple[Any, ...]
+    prepare: RowTask | None = None
+    finish: RowTask | None = None
+
+
+def run_rows(
+    rows: Sequence[Row], stages: RowStages, pool: ActorPoolSection, keep_order: bool = False
+) -> Iterator[Row]:
+    """The finished rows as they come, or in the order of `rows`; starts Ray where it must.
+
+    One thread of Python drives a Ray data set, and some hundred actors keep it busy. More than
+    ACTORS_PER_LANE actors are therefore divided into lanes: each has a data set, an equal part of
+    the rows, and a process that drives it. Ray then records no events of single tasks, which would
+    keep its directory (`gcs_server`) busy next. Rows in order take one lane.
+
+    Raises the UserError that a task or an actor raised.
+    """
+    start_ray()
+    num_lanes = 1 if keep_order else lanes_for(pool.num_actors)
+    if num_lanes == 1:
+        finished = _lane(rows, stages, pool, keep_order, True)
+    else:
+        parts = (
+            pool.model_copy(update={"num_actors": len(range(lane, pool.num_actors, num_lanes))})
+            for lane in range(num_lanes)
+        )
+        lanes = [
+            (rows[lane::num_lanes], stages, part, False, False) for lane, part in enumerate(parts)
+        ]
+        finished = in_lanes(_lane, lanes)
+    try:
+        yield from finished
+    except Exception as error:
+        raise plain_error(error) from None
+
+
+def lanes_for(num_actors: int) -> int:
+    """Number of Ray data sets for so many actors.
+
+    Ray Data gives each of several data sets the same whole number of every node's CPUs, so there
+    are no more than the smallest node has CPUs: a data set without a CPU would stand still.
+    """
+    wanted = -(-num_actors // ACTORS_PER_LANE)
+    if wanted == 1:
+        return 1
+    return max(1, min(wanted, smallest_node_cpus()))
+
+
+def _lane(
+    rows: Sequence[Row],
+    stages: RowStages,
+    pool: ActorPoolSection,
+    keep_order: bool,
+    task_events: bool,
+) -> Iterator[Row]:
+    for start in range(0, len(rows), ROWS_PER_DATASET):
+        some = rows[start : start + ROWS_PER_DATASET]
+        yield from dataset_of(some, stages, pool, keep_order, task_events).iter_rows()
+
+
+def dataset_of(
+    rows: Sequence[Row],
+    stages: RowStages,
+    pool: ActorPoolSection,
+    keep_order: bool = False,
+    task_events: bool = True,
+) -> Any:
+    """The Ray data set of the finished rows; nothing runs until it is read.
+
+    `task_events` are what Ray's dashboard and timeline show of single tasks.
+    """
+    import ray.data
+
+    how = None if task_events else _without_events
+    context = ray.data.DataContext.get_current()
+    context.enable_progress_bars = False
+    dataset: Any = ray.data.from_items(list(rows), override_num_blocks=len(rows))
+    dataset.context.execution_options.preserve_order = keep_order
+    if stages.prepare is not None:
+        assert isinstance(pool, DecodingPoolSection), "a section without settings for decoding"
+        dataset = dataset.map(
+            stages.prepare,
+            num_cpus=pool.cpus_per_decode,
+            label_selector=pool.decode_labels or None,
+            ray_remote_args_fn=how,
+        )
+    dataset = dataset.map_batches(
+        stages.actor,
+        fn_constructor_args=stages.arguments,
+        batch_size=1,
+        batch_format="numpy",
+        compute=ray.data.ActorPoolStrategy(size=pool.num_actors),
+        num_cpus=pool.cpus_per_actor,
+        num_gpus=pool.gpus_per_actor,
+        ray_remote_args_fn=how,
+    )
+    if stages.finish is not None:
+        dataset = dataset.map(stages.finish, num_cpus=FINISH_CPUS, ray_remote_args_fn=how)
+    return dataset
+
+
+def _without_events() -> dict[str, Any]:
+    return {"enable_task_events": False}

@@ -1,0 +1,55 @@
+"""Every private name of Ray that this project uses, each with what would replace it.
+
+A new release of Ray may change any of them, which is why pyproject.toml bounds Ray's version above.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any
+
+AUTHENTICATION_LOGGER = "ray._private.authentication"
+"""It announces token authentication at every start. Replaced by: a log level of Ray's own."""
+PROGRESS_LOGGER = "ray.data._internal.progress"
+"""It announces that progress bars are off. Replaced by: silence where a setting turned them off."""
+ACTOR_MODULES = (
+    "ray.data._internal.execution.operators.actor_pool_map_operator",
+    "ray._private.workers.setup_worker",
+)
+"""What every actor of Ray Data imports; benchmarks/forked_workers.py imports them once and forks.
+
+Replaced by: a fork server of Ray's own.
+"""
+
+
+def most_after_scaling() -> dict[str, float]:
+    """What the autoscaler may bring up at most, by resource; empty where it has said nothing.
+
+    Replaced by: a public state API for the cluster's configuration. Ray Train asks the same way.
+    """
+    import ray._private.state
+
+    found: dict[str, Any] | None = ray._private.state.state.get_max_resources_from_cluster_config()
+    return {name: float(value) for name, value in (found or {}).items()}
+
+
+def train_error(name: str = "RayTrainError") -> type[Exception]:
+    """The class `name` of the errors by which Ray Train reports lost workers.
+
+    Replaced by: public classes beside `ray.train.TrainingFailedError`, which holds such errors.
+    """
+    kind: type[Exception] = getattr(
+        importlib.import_module("ray.train.v2._internal.exceptions"), name
+    )
+    return kind
+
+
+def worker_setup() -> tuple[Any, Any]:
+    """(the parser of a worker's command line, the class of its runtime environment).
+
+    Replaced by: a fork server of Ray's own; only benchmarks/forked_workers.py needs them.
+    """
+    from ray._private.runtime_env.context import RuntimeEnvContext
+    from ray._private.workers.setup_worker import parser
+
+    return parser, RuntimeEnvContext
