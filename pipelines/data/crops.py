@@ -1,7 +1,6 @@
-"""Planned images (sources.py) to uint8 crops: their encoded bytes from files, Parquet, tar and S3, and ADM's centre crop.
+"""Encoded images to uint8 crops: ADM's centre crop, exact or with torch's faster filter.
 
-`read_records` fetches encoded bytes, `decode_image` makes the crop from them. Plain functions without Ray, local or on S3;
-`precompute.py` and `train_autoencoder.py` run them in Ray Data.
+Plain functions without Ray; reading.py fetches the encoded bytes. Tasks of Ray Data run both.
 """
 
 from __future__ import annotations
@@ -34,7 +33,7 @@ def decode_records(
     size: int,
     data: DataSection,
 ) -> tuple[np.ndarray, list[int], list[dict[str, str]]]:
-    """Crops uint8 [n, size, size, 3] by `data.decoder`, their indices in `records`, and the others' errors.
+    """Crops uint8 [n, size, size, 3], their places in `records`, and the others' errors.
 
     An error is key, stage, message; the stage is `read` or `decode`. A message is the
     same on every machine and every run.
@@ -56,7 +55,7 @@ def decode_records(
 
 
 def decode_image(data: bytes, size: int, max_pixels: int, decoder: str = "exact") -> np.ndarray:
-    """ADM's centre crop uint8 [size, size, 3] of one encoded image, exact or fast. Raises ImageError.
+    """ADM's centre crop uint8 [size, size, 3] of one encoded image. Raises ImageError.
 
     The declared size is held against `max_pixels` before a pixel is decoded. EXIF rotation is
     applied, an animation gives its first frame, transparency lies on white, 16-bit grey is
@@ -96,10 +95,11 @@ def adm_center_crop(image: Image.Image, size: int) -> np.ndarray:
 
 
 def fast_center_crop(image: Image.Image, size: int) -> np.ndarray:
-    """ADM's centre crop uint8 [size, size, 3] of an RGB image with torch's antialiased bicubic filter instead of Pillow's.
+    """ADM's centre crop uint8 [size, size, 3] of an RGB image with torch's bicubic filter.
 
-    Both filter uint8 in integers, torch with weights of 16 bits and wide instructions, Pillow with weights of 22 bits.
-    On photographs the results differ by at most 2 of 255 levels, on average by 0.003 (docs/benchmarks.md).
+    Both filter uint8 in integers and antialias, torch with weights of 16 bits and wide
+    instructions, Pillow with weights of 22 bits. On photographs the results differ by at most 2 of
+    255 levels, on average by 0.003 (docs/benchmarks.md).
     """
     import torch  # here: planning, which imports this module too, needs no torch
 
@@ -112,7 +112,7 @@ def fast_center_crop(image: Image.Image, size: int) -> np.ndarray:
 
 
 def _halved(image: Image.Image, size: int) -> tuple[Image.Image, tuple[int, int]]:
-    """The image halved while its short side is at least 2 * size, and the (width, height) to filter it to."""
+    """The image halved while its short side is at least 2 * size, and its (width, height)."""
     while min(image.size) >= 2 * size:
         image = image.resize((image.width // 2, image.height // 2), Image.Resampling.BOX)
     scale = size / min(image.size)

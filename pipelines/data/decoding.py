@@ -43,7 +43,7 @@ def decoded(
 
 
 class DecodeBatch:
-    """Ray Data's map function: a row with the records of one micro-batch to a row with its crops."""
+    """Ray Data's map function: a row with the records of a micro-batch to one with its crops."""
 
     def __init__(self, data: DataSection, size: int) -> None:
         self.data = data

@@ -30,7 +30,7 @@ def list_addresses(path: str) -> pa.ChunkedArray:
 
 
 def in_order(table: pa.Table, *columns: str) -> pa.Table:
-    """`table` sorted by `columns`; itself where the first column ascends already, as a listing of S3 does."""
+    """`table` sorted by `columns`; itself where it is sorted already, as a listing of S3 is."""
     first = table[columns[0]]
     if pc.all(pc.less(first[:-1], first[1:])).as_py() is not False:
         return table

@@ -1,7 +1,8 @@
 """The order in which training reads items: a seeded permutation per epoch, addressed by position.
 
-Position p of the endless stream is item `permutation(epoch)[p mod n]` of epoch p // n, so any worker can compute its part
-of any step without having seen the steps before: resuming and changing the number of workers cost nothing.
+Position p of the endless stream is item `permutation(epoch)[p mod n]` of epoch p // n, so any
+worker can compute its part of any step without having seen the steps before: resuming and changing
+the number of workers cost nothing.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ import numpy as np
 
 
 class EpochOrder:
-    """The stream of items 0..num_items-1 in a new order each epoch; the same for every worker and every run."""
+    """The items 0..num_items-1 in a new order each epoch, the same for every worker and run."""
 
     def __init__(self, num_items: int, seed: int) -> None:
         if num_items < 1:
@@ -47,7 +48,7 @@ class EpochOrder:
     def batch(
         self, step: int, batch_size: int, rank: int, world_size: int
     ) -> tuple[np.ndarray, np.ndarray]:
-        """(items, epochs) int64 of worker `rank`'s equal slice of global batch `step` of `batch_size` items."""
+        """(items, epochs) int64 of worker `rank`'s equal slice of global batch `step`."""
         if batch_size % world_size:
             raise ValueError(f"A batch of {batch_size} does not divide among {world_size} workers.")
         size = batch_size // world_size

@@ -1,4 +1,4 @@
-"""The encoded bytes of planned images: whole files, Parquet rows, ranges of tar files, local or on S3."""
+"""The encoded bytes of planned images: files, Parquet rows, ranges of tar files, local or on S3."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ _RANGE = re.compile(r"(.+)#offset=(\d+)&size=(\d+)")
 def load_crops(
     records: Sequence[ImageRecord], size: int, data: DataSection
 ) -> tuple[np.ndarray, list[int], list[dict[str, str]]]:
-    """Crops uint8 [n, size, size, 3] of `records`, their places in `records`, and the others' errors.
+    """Crops uint8 [n, size, size, 3], their places in `records`, and the others' errors.
 
     It is `read_records`, then `decode_records`.
     """
@@ -37,8 +37,8 @@ def read_records(records: Sequence[ImageRecord], data: DataSection) -> list[byte
     """The encoded bytes of each record, or the exception of one that cannot be read.
 
     Rows of one Parquet file are read together, one row group at a time and only the image column;
-    ranges of one tar file share one open file; objects and ranges on S3 are fetched by THREADS threads.
-    What lies outside `data.path` is not read, whatever a plan says; only a list names places elsewhere.
+    ranges of one tar file share one open file; THREADS threads fetch objects and ranges on S3.
+    What lies outside `data.path` is not read, whatever a plan says; only a list names other places.
     """
     blobs: list[bytes | Exception] = [ImageError("not read")] * len(records)
     rows: dict[str, list[tuple[int, int]]] = {}

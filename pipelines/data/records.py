@@ -1,6 +1,7 @@
-"""A planned image as a record, and many of them as an Arrow table: what a source is once it has been listed.
+"""A planned image as a record, and many of them as an Arrow table.
 
-A plan of ten million images stays in columns; Python objects would take several times as much memory."""
+A plan of ten million images stays in columns; Python objects would take several times the memory.
+"""
 
 from __future__ import annotations
 
@@ -25,7 +26,7 @@ RECORDS = pa.schema(
         ("caption", pa.large_string()),
     ]
 )
-"""A plan in memory: columns, because ten million records as Python objects take several times as much."""
+"""The columns of a plan in memory."""
 
 T = TypeVar("T")
 
@@ -101,14 +102,18 @@ def hash_order(record: ImageRecord) -> tuple[int, str]:
 def split_records(
     records: Sequence[ImageRecord], validation_fraction: float
 ) -> tuple[list[ImageRecord], list[ImageRecord]]:
-    """(training, validation) records in the order of their keys' hashes; an image's side depends on its own key alone."""
+    """(training, validation) records in the order of their keys' hashes.
+
+    An image's side depends on its own key alone. Raises SourceError where none is left to train on.
+    """
     threshold = int(validation_fraction * 2**64)
     shuffled = sorted(records, key=hash_order)
     training = [record for record in shuffled if key_hash(record.key) >= threshold]
     validation = [record for record in shuffled if key_hash(record.key) < threshold]
     if not training:
         raise SourceError(
-            f"All {len(records)} images fall into the validation split. Lower data.validation_fraction "
+            f"All {len(records)} images fall into the validation split. Lower "
+            "data.validation_fraction "
             f"({validation_fraction}) or add images."
         )
     return training, validation

@@ -1,7 +1,7 @@
-"""Image sources to planned records: folders, Parquet, WebDataset shards and lists, local or on S3, listed without reading pixels.
+"""Sources to planned records: folders, Parquet, WebDataset shards and lists, local or on S3.
 
-`plan_images` lists a source as an Arrow table, the plan of every job on images; images.py reads and decodes what it names.
-Plain functions without Ray.
+`plan_images` lists a source as an Arrow table, the plan of every job on images, and reads no
+pixels; reading.py and crops.py read and decode what it names. Plain functions without Ray.
 """
 
 from __future__ import annotations
@@ -18,9 +18,10 @@ from .webdataset import COMPRESSED_TAR, plan_tars
 
 
 def plan_images(data: DataSection) -> pa.Table:
-    """The images of `data.path` in key order, the first `data.limit` of them, with the columns RECORDS.
+    """The images of `data.path` in key order, the first `data.limit` of them: columns RECORDS.
 
-    No pixels are read. Raises SourceError for a missing path, an empty source, an unknown column, a repeated key.
+    No pixels are read. Raises SourceError for a missing path, an empty source, an unknown column or
+    a repeated key.
     """
     if not data.path:
         raise SourceError("data.path is not set. Give a folder, a file or an s3:// prefix.")

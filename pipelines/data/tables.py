@@ -31,7 +31,8 @@ def refuse_extensions(schema: pa.Schema, columns: Sequence[str], uri: str) -> No
     for column in columns:
         if column in schema.names and extended(schema.field(column).type):
             raise SourceError(
-                f"{uri}: column {column!r} is of the extension type {schema.field(column).type}, which "
+                f"{uri}: column {column!r} is of the extension type "
+                f"{schema.field(column).type}, which "
                 "is not read from a source. Store bytes, strings and integers."
             )
 
@@ -42,7 +43,7 @@ def parent(uri: str) -> str:
 
 
 def beside(given: str, folder: str, where: str) -> str:
-    """The address of the relative path `given` in `folder`, which neither it nor a link may leave."""
+    """The address of the relative path `given` in `folder`; it may not leave that folder."""
     path = posixpath.normpath(given)
     address = paths.join(folder, path)
     leaves = path == ".." or path.startswith(("../", "/")) or "://" in given

@@ -44,7 +44,7 @@ def _tar_records(uri: str, relative: str, data: DataSection) -> Iterator[ImageRe
     values: dict[str, dict[str, Any]] = {}
     label, caption = data.label_column or "label", data.caption_column or "caption"
     try:
-        # Read ahead: small members lie within one range, and the bodies of large ones are not fetched.
+        # Read ahead: small members lie within one range, and large bodies are not fetched.
         with (
             paths.open_input(uri) as file,
             io.BufferedReader(file, TAR_READ_AHEAD) as buffered,

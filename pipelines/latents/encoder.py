@@ -21,7 +21,7 @@ from ..networks import autoencoder_of, backbone_of
 
 @dataclass
 class LatentEncoder:
-    """Frozen backbone and FAE encoder on one device; what the actors hold and what the benchmark's bare loop runs."""
+    """Frozen backbone and FAE encoder on one device: what an actor holds."""
 
     backbone: Backbone
     autoencoder: Any
@@ -38,7 +38,7 @@ class LatentEncoder:
 
     @classmethod
     def of(cls, recipe: Recipe, device: str = "cpu") -> LatentEncoder:
-        """Load what the recipe names. Raises CheckpointError when the two do not belong together."""
+        """Load what the recipe names. Raises CheckpointError when the two do not fit."""
         backbone = backbone_of(recipe)
         loaded = autoencoder_of(recipe, backbone)
         return cls(
@@ -53,7 +53,10 @@ class LatentEncoder:
 
     @classmethod
     def for_actor(cls, recipe: Recipe, gpus: float, weights: dict[str, str]) -> LatentEncoder:
-        """`of` on an actor's GPU or CPU; raises CheckpointError too where its weights are not those of `weights`."""
+        """`of` on an actor's GPU or CPU.
+
+        Raises CheckpointError where its weights are not those of `weights`, too.
+        """
         if not gpus:
             torch.set_num_threads(recipe.precompute.threads_per_actor or os.cpu_count() or 1)
         made = cls.of(recipe, "cuda" if gpus else "cpu")
@@ -66,10 +69,13 @@ class LatentEncoder:
         return made
 
     def micro_batches(self, images: np.ndarray, size: int) -> Iterator[Tensor]:
-        """Device tensors [b,S,S,3] of `images`; on a GPU the next copy runs while the caller computes."""
+        """Device tensors [b, S, S, 3] of `images`.
+
+        On a GPU the next copy runs while the caller computes.
+        """
         pieces = (images[i : i + size] for i in range(0, len(images), size))
         if self.device.type != "cuda":
-            # A copy, because arrays from Ray's object store are read-only and torch has no such tensor.
+            # A copy, because arrays from Ray's object store are read-only and tensors are not.
             yield from (torch.from_numpy(piece.copy()) for piece in pieces)
             return
         stream = torch.cuda.Stream(self.device)

@@ -1,8 +1,9 @@
 """`fae export`: a finished latent store in the layouts that other trainers read.
 
-lightningdit: safetensors files with latents, latents_flip, labels, and latents_stats.pt, which LightningDiT's
-ImgLatentDataset opens as its own. webdataset: tar shards of KEY.npy, KEY.cls. npy: one .npy an image in folders of a
-thousand, as REPA has it, and labels in dataset.json. Values are the store's, raw, not normalized.
+lightningdit: safetensors files with latents, latents_flip and labels, and latents_stats.pt, which
+LightningDiT's ImgLatentDataset opens as its own. webdataset: tar shards of KEY.npy and KEY.cls.
+npy: one .npy an image in folders of a thousand, as REPA has it, and labels in dataset.json. Values
+are raw, as stored, not normalized.
 """
 
 from __future__ import annotations
@@ -32,7 +33,10 @@ class ExportError(UserError, ValueError):
 
 
 def export(uri: str, layout: str, output: str, dtype: str = "float32") -> dict[str, int]:
-    """Write the finished store `uri` to `output`; {"rows", "files"}. Raises StoreError, ExportError."""
+    """Write the finished store `uri` to `output`; {"rows", "files"}.
+
+    Raises StoreError and ExportError.
+    """
     layouts: dict[str, Callable[[LatentStore, str, np.dtype[Any]], int]] = {
         "lightningdit": _lightningdit,
         "webdataset": _webdataset,
@@ -63,7 +67,7 @@ def _label(value: int | None, where: str) -> int:
 def _lightningdit(store: LatentStore, output: str, dtype: np.dtype[Any]) -> int:
     if "mean_flip" not in store.columns:
         raise ExportError(
-            f"{store.uri} has no mean_flip, and LightningDiT's loader takes it for every second image. "
+            f"{store.uri} has no mean_flip, which LightningDiT's loader reads half of the time. "
             "Precompute with precompute.columns=[mean,mean_flip]."
         )
     files = 0
@@ -109,7 +113,7 @@ def _webdataset(store: LatentStore, output: str, dtype: np.dtype[Any]) -> int:
         buffer = io.BytesIO()
         with tarfile.open(fileobj=buffer, mode="w") as archive:
             for row, key in enumerate(shard["key"]):
-                # A dot or a slash in a name would end WebDataset's key early or move it to another folder.
+                # A dot in a name would end WebDataset's key early; a slash would move it.
                 name = hashlib.sha256(key.encode()).hexdigest()[:16]
                 members = {"json": json.dumps({"key": key}).encode()}
                 if shard["label"][row] is not None:

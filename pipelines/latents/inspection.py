@@ -1,4 +1,4 @@
-"""`fae inspect`: what a latent store or a checkpoint holds, whether it is sound, and what its latents look like."""
+"""`fae inspect`: what a latent store or a checkpoint holds, and whether it is sound."""
 
 from __future__ import annotations
 
@@ -30,7 +30,10 @@ SHOWN_ERRORS = 5
 
 
 def inspect(uri: str, verify: bool = False, figure: str | None = None) -> bool:
-    """Print what is at `uri`; False where `verify` finds a problem. Raises StoreError, CheckpointError, StorageError."""
+    """Print what is at `uri`; False where `verify` finds a problem.
+
+    Raises StoreError, CheckpointError, StorageError.
+    """
     console = Console(width=None if sys.stdout.isatty() else 100, highlight=False)
     if uri.endswith(".safetensors"):
         if figure:
@@ -97,7 +100,8 @@ def _add_manifest(table: Table, manifest: dict[str, Any]) -> None:
     table.add_row("state", "finished")
     table.add_row(
         "images",
-        f"{manifest['planned']:,} planned = {manifest['stored']:,} stored + {manifest['errors']:,} errors",
+        f"{manifest['planned']:,} planned = {manifest['stored']:,} stored"
+        f" + {manifest['errors']:,} errors",
     )
     table.add_row("columns", ", ".join(manifest["columns"]))
     table.add_row(
@@ -138,13 +142,14 @@ def _verify(console: Console, uri: str) -> bool:
     for problem in problems:
         console.print(f"problem: {problem}", markup=False)
     console.print(
-        "Delete the files named above and run the same precompute command again: it encodes what is missing."
+        "Delete the files named above and run the same precompute command again: it encodes "
+        "what is missing."
     )
     return False
 
 
 def draw_latents(uri: str) -> bytes:
-    """A PNG of some images of the finished store, each over the PCA map of its latent; all maps share one basis."""
+    """A PNG of some images, each over the PCA map of its latent; all maps share one basis."""
     store = LatentStore.open(uri)
     if not len(store):
         raise StoreError(f"{uri} stores no latents to draw.")

@@ -1,4 +1,4 @@
-"""manifest.json of a latent store: what is missing, and the commit that writes the manifest once, last."""
+"""manifest.json of a latent store: what is missing, and the commit that writes it once, last."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from .shards import LATENT_COLUMNS, SHARDS_AT_ONCE, THREADS, Each, latent_offset
 
 
 def missing_shards(uri: str, plan: Plan) -> list[int]:
-    """Shards still to be encoded: not there, or not as the manifest (where there is one) recorded them."""
+    """Shards that are not there, or not as the manifest (where there is one) recorded them."""
     there = {f.uri.rpartition("/")[2]: f for f in paths.list_files(paths.join(uri, "shards"))}
     recorded = {entry["name"]: entry for entry in (read_manifest(uri) or {"shards": []})["shards"]}
     missing = []
@@ -37,7 +37,7 @@ def missing_shards(uri: str, plan: Plan) -> list[int]:
 
 
 def read_manifest(uri: str) -> dict[str, Any] | None:
-    """The manifest, or None where the store is not finished. Raises StoreError for another format."""
+    """The manifest, None where the store is not finished. StoreError for another format."""
     manifest_uri = paths.join(uri, "manifest.json")
     if not paths.exists(manifest_uri):
         return None
@@ -53,9 +53,10 @@ def read_manifest(uri: str) -> dict[str, Any] | None:
 def commit(uri: str, plan: Plan, run: Mapping[str, Any], each: Each = map) -> dict[str, Any]:
     """Check that every planned image is in exactly one place, then write the manifest; returns it.
 
-    What depends on when and where it ran is under "run"; the rest depends on images, model and recipe alone. Where a
-    manifest is there already its content must be the same. `each` is `map`, or spreads its calls over a cluster: every
-    shard's footer is read. Raises StoreError where something is missing.
+    What depends on when and where it ran is under "run"; the rest depends on images, model and
+    recipe alone. Where a manifest is there already its content must be the same. `each` is `map`,
+    or spreads its calls over a cluster: every shard's footer is read. Raises StoreError where
+    something is missing.
     """
     files = {f.uri.rpartition("/")[2]: f for f in paths.list_files(paths.join(uri, "shards"))}
     names = [f"{i:08d}.parquet" for i in range(plan.num_shards)]
@@ -68,15 +69,16 @@ def commit(uri: str, plan: Plan, run: Mapping[str, Any], each: Each = map) -> di
     statistics: dict[str, ChannelStats] = {}
     shapes: dict[str, tuple[int, ...]] = {}
     some_at_once = (
-        (uri, plan.fingerprint, start, [files[name] for name in names[start : start + SHARDS_AT_ONCE]])
-        for start in range(0, len(names), SHARDS_AT_ONCE)
+        (uri, plan.fingerprint, at, [files[name] for name in names[at : at + SHARDS_AT_ONCE]])
+        for at in range(0, len(names), SHARDS_AT_ONCE)
     )  # fmt: skip
     for described, some_statistics, some_shapes in each(describe_shards, some_at_once):
         for index, entry in enumerate(described, len(entries)):
             planned = plan.shard_rows(index)
             if entry["rows"] + entry["errors"] != planned:
                 raise StoreError(
-                    f"{uri}: shard {index} holds {entry['rows']} latents and {entry['errors']} errors "
+                    f"{uri}: shard {index} holds {entry['rows']} latents and "
+                    f"{entry['errors']} errors "
                     f"of {planned} planned images."
                 )
         entries += described
@@ -121,7 +123,7 @@ def commit(uri: str, plan: Plan, run: Mapping[str, Any], each: Each = map) -> di
 
 
 def encode_manifest(manifest: Mapping[str, Any]) -> bytes:
-    """JSON with one line a shard: json's own indentation takes twice as long and three times the memory."""
+    """JSON with one line a shard: json's indentation takes twice the time and thrice the memory."""
     head = json.dumps({**manifest, "shards": []}, indent=1, ensure_ascii=False)
     lines = ",\n  ".join(json.dumps(entry, ensure_ascii=False) for entry in manifest["shards"])
     # Inside a string the quotes would have a backslash, so this is the key itself.
@@ -131,7 +133,10 @@ def encode_manifest(manifest: Mapping[str, Any]) -> bytes:
 def describe_shards(
     some: tuple[str, str, int, Sequence[paths.FileInfo]],
 ) -> tuple[list[dict[str, Any]], dict[str, ChannelStats], dict[str, tuple[int, ...]]]:
-    """Manifest entries, merged statistics and column shapes of (store, fingerprint, first shard's number, shard files)."""
+    """Manifest entries, merged statistics and column shapes of some shards.
+
+    `some` is (store, fingerprint, number of the first shard, shard files).
+    """
     uri, fingerprint, start, files = some
     entries: list[dict[str, Any]] = []
     statistics: dict[str, ChannelStats] = {}
@@ -160,7 +165,7 @@ def _merge(totals: dict[str, ChannelStats], more: Mapping[str, ChannelStats]) ->
 def _describe(
     file: paths.FileInfo,
 ) -> tuple[dict[str, Any], dict[str, Any], dict[str, tuple[int, ...]]]:
-    """(manifest entry, what the writer noted in the footer, shapes of the latent columns) of a shard file."""
+    """(manifest entry, footer's notes, shapes of the latent columns) of a shard file."""
     name = file.uri.rpartition("/")[2]
     try:
         with paths.open_input(file.uri) as handle:

@@ -1,4 +1,8 @@
-"""plan.parquet of a latent store: which image belongs to which shard, fixed before the first image is read."""
+"""plan.parquet of a latent store: which image belongs to which shard.
+
+It is fixed before the first image is read, so a killed and resumed job writes the same bytes as an
+uninterrupted one.
+"""
 
 from __future__ import annotations
 
@@ -19,7 +23,7 @@ from ..storage import StoreError, StoreMismatch, fingerprint_of, paths
 FORMAT = "fae-latents-1"
 PLAN = "plan.parquet"
 PLAN_GROUPS = 16384
-"""Row groups of a plan at most. A million would be a footer of a gigabyte, which every worker has to read."""
+"""Row groups of a plan at most. A million would make a footer of a gigabyte for every worker."""
 
 
 @dataclass(frozen=True)
@@ -41,7 +45,7 @@ class Plan:
         return fingerprint_of(self.parts)
 
     def shard(self, index: int) -> list[ImageRecord]:
-        """The records of shard `index` in key order; reads one row group, which holds this shard and few others."""
+        """The records of shard `index` in key order; reads one row group, with few others."""
         group, start = divmod(index * self.shard_size, self._group_size)
         try:
             table = self._file.read_row_group(group, columns=RECORDS.names)
@@ -64,9 +68,11 @@ def ensure_plan(
     shard_size: int,
     parts: Mapping[str, str],
 ) -> Plan:
-    """The store's plan, written now unless it is there. Raises StoreMismatch where the one that is there differs.
+    """The store's plan, written now unless it is there.
 
-    `records` is what `plan_images` gives, or records in key order. Images that vanished from the source since it was planned do not differ: they become errors of their shards.
+    `records` is what `plan_images` gives, or records in key order. Images that vanished from the
+    source since it was planned are no difference: they become errors of their shards. Raises
+    StoreMismatch where the plan that is there differs.
     """
     if not isinstance(records, pa.Table):
         records = records_table(records)
@@ -96,16 +102,16 @@ def ensure_plan(
 
 
 def open_plan(uri: str) -> Plan:
-    """The plan of the store at `uri`. Raises StorageError, or StoreError where the file is no plan."""
+    """The plan of the store at `uri`. Raises StorageError, or StoreError for another file."""
     plan_uri = paths.join(uri, PLAN)
     try:
-        # Read in ranges: a worker wants the footer and now and then a row group of a plan that may be large.
+        # Read in ranges: a worker wants the footer, and now and then one row group.
         file = pq.ParquetFile(paths.open_input(plan_uri), pre_buffer=True)
         info = json.loads(file.schema_arrow.metadata[b"fae"])
     except (pa.ArrowException, KeyError, TypeError, ValueError) as error:
         raise StoreError(f"{plan_uri} is no plan of a latent store: {error}") from None
     rows, shard_size = file.metadata.num_rows, int(info["shard_size"])
-    # Shards of one group are whole ones, so its rows are a multiple of theirs, save where it is the only group.
+    # A group holds whole shards: its rows are a multiple of theirs, unless it is the only group.
     group_size = max(shard_size, file.metadata.row_group(0).num_rows) if rows else shard_size
     return Plan(
         uri,
@@ -163,7 +169,8 @@ def _source_differences(plan: Plan, records: pa.Table) -> list[str]:
         first = int(changed.argmax())
         ((there,), (here,)) = (records_of(table.slice(first, 1)) for table in (then, now))
         found.append(
-            f"source: {int(changed.sum())} images with another address, label or caption, the first "
+            f"source: {int(changed.sum())} images with another address, label or caption, the "
+            f"first "
             f"{here.key!r} ({there} there, {here} now)"
         )
     return found

@@ -33,17 +33,19 @@ SHOWN_ERRORS = 10
 
 
 class TooManyErrors(UserError, RuntimeError):
-    """More images than `precompute.max_error_rate` allows could not be encoded; the first messages are in the text."""
+    """More images failed than `precompute.max_error_rate` allows; the text shows the first."""
 
 
 def precompute(recipe: Recipe, show_progress: bool = True) -> dict[str, Any]:
     """Encode what is missing and commit; returns the manifest.
 
-    Raises RecipeError, SourceError, StoreMismatch (same output, another model, recipe or source) and TooManyErrors.
+    Raises RecipeError, SourceError, TooManyErrors, and StoreMismatch where the output holds the
+    store of another model, recipe or source.
     """
     if recipe.output is None or recipe.autoencoder.checkpoint is None or recipe.data.path is None:
         raise RecipeError(
-            "precompute needs data.path=…, autoencoder.checkpoint=… and output=… (a folder or s3:// prefix each)."
+            "precompute needs data.path=…, autoencoder.checkpoint=… and output=… "
+            "(a folder or s3:// prefix each)."
         )
     started, written = time.monotonic(), recipe.to_yaml()
     recipe = with_absolute_paths(recipe)
@@ -66,7 +68,10 @@ def precompute(recipe: Recipe, show_progress: bool = True) -> dict[str, Any]:
 
 
 def fingerprint_parts(recipe: Recipe) -> dict[str, str]:
-    """What decides a latent's bits besides its image. Raises CheckpointError if the autoencoder is another backbone's."""
+    """What decides a latent's bits besides its image.
+
+    Raises CheckpointError where the autoencoder is another backbone's.
+    """
     encoder = LatentEncoder.of(recipe)
     fingerprints = backbone_fingerprints(recipe, encoder.backbone)
     return {
@@ -97,9 +102,9 @@ def encode_shards(
 ) -> dict[str, float]:
     """Run the Ray data set over the shards `todo`; stops early once too many images have failed.
 
-    Returns `images_per_second` from start to end, and of eight shards or more `steady_images_per_second`: between
-    the ends of encoding of the shards at a quarter and at three quarters, so neither start-up nor what was decoded
-    ahead counts.
+    Returns `images_per_second` from start to end, and of eight shards or more
+    `steady_images_per_second`: between the ends of encoding of the shards at a quarter and at three
+    quarters, so neither start-up nor what was decoded ahead counts.
     """
     stages = shard_stages(recipe, plan.uri, weights)
     rows = [{"shard": index} for index in todo]
@@ -122,7 +127,8 @@ def _check_error_rate(
     first = "\n".join(f"  {e['key']} [{e['stage']}] {e['message']}" for e in errors)
     raise TooManyErrors(
         f"{num_errors} of {plan.num_images} images could not be encoded, more than "
-        f"precompute.max_error_rate={allowed:g} allows. Nothing was committed. Finished shards stay, "
+        f"precompute.max_error_rate={allowed:g} allows. Nothing was committed. Finished shards "
+        "stay, "
         "and the same command resumes from them. Mend the source or raise the rate. "
         f"The first:\n{first}"
     )

@@ -1,8 +1,9 @@
-"""Reading a finished latent store: whole, through Ray Data, or for training in a seeded order of all its rows.
+"""A finished latent store: read whole, through Ray Data, or for training in a seeded order.
 
-Training reads rows, not files: each latent is one range of its shard (py), so a batch of a permutation over
-the whole store reads only its own bytes, from a local disk or by ranged requests from S3, many at a time. No host copies
-more than its workers' share; a cache folder of whole shards, one for all workers of a host, is the caller's choice.
+Training reads rows, not files: each latent is one range of its shard (shards.py), so a batch of a
+permutation over the whole store reads only its own bytes, from a local disk or by ranged requests
+from S3, many at a time. No host copies more than its workers' share; a cache folder of whole
+shards, one for all workers of a host, is the caller's choice.
 """
 
 from __future__ import annotations
@@ -42,8 +43,8 @@ ANNOUNCED_ROWS = 4096
 class LatentBatch:
     """What the training reader yields.
 
-    `latents[column]` float16 [n, C, H, W] as stored (not normalized); `labels` int64 [n], NO_LABEL where there is none;
-    `rows` int64 [n] in the store's order; `epochs` int64 [n].
+    `latents[column]` float16 [n, C, H, W] as stored (not normalized); `labels` int64 [n], NO_LABEL
+    where there is none; `rows` int64 [n] in the store's order; `epochs` int64 [n].
     """
 
     step: int
@@ -54,7 +55,10 @@ class LatentBatch:
 
 
 class LatentStore:
-    """A finished store: `manifest`, `stats` of the column mean, `columns`, `latent_shape` (C, H, W), and its rows."""
+    """A finished store and its rows.
+
+    It has `manifest`, `stats` of the column mean, `columns` and `latent_shape` (C, H, W).
+    """
 
     def __init__(self, uri: str, manifest: dict[str, Any]) -> None:
         self.uri = uri
@@ -67,7 +71,7 @@ class LatentStore:
 
     @classmethod
     def open(cls, uri: str) -> LatentStore:
-        """Open a finished store. Raises StoreError where there is none, or where precompute has not finished it."""
+        """Open a finished store. Raises StoreError where there is none or it is not finished."""
         manifest = read_manifest(uri)
         if manifest is None:
             planned = paths.exists(paths.join(uri, "plan.parquet"))
@@ -87,7 +91,7 @@ class LatentStore:
         return len(self.manifest["shards"])
 
     def read_shard(self, index: int, columns: Sequence[str] | None = None) -> dict[str, Any]:
-        """Shard `index` whole: key, label, caption as lists, each latent column float16 [n, C, H, W]."""
+        """Shard `index`: key, label, caption as lists, each latent column float16 [n, C, H, W]."""
         table = pq.read_table(
             pa.BufferReader(paths.read_bytes(shard_uri(self.uri, index))),
             columns=None if columns is None else list(columns),
@@ -122,11 +126,12 @@ class LatentStore:
         columns: Sequence[str] = ("mean",),
         cache: str | None = None,
     ) -> Iterator[LatentBatch]:
-        """Batches for ever: worker `rank`'s equal slice of the global batches of `batch_size` from `start_step` on.
+        """Batches for ever: worker `rank`'s equal slice of each global batch from `start_step` on.
 
-        The order is a permutation of the whole store each epoch, the same for any `world_size`; `start_step` may lie
-        anywhere in an epoch. With `cache`, a local folder, shards from S3 are copied there when first needed. Raises
-        ValueError for an empty store or a batch that does not divide, StoreError for a column that is not stored.
+        The order is a permutation of the whole store each epoch, the same for any `world_size`;
+        `start_step` may lie anywhere in an epoch. With `cache`, a local folder, shards from S3 are
+        copied there when first needed. Raises ValueError for an empty store or a batch that does
+        not divide, StoreError for a column that is not stored.
         """
         absent = [name for name in columns if name not in self.columns]
         if absent:
@@ -152,7 +157,7 @@ class LatentStore:
 
 
 class _Rows:
-    """Random access to rows: each is one range of its shard's file, or with `cache` of the shard's local copy."""
+    """Random access to rows: each is one range of its shard's file, or of its cached copy."""
 
     def __init__(self, store: LatentStore, columns: Sequence[str], cache: str | None) -> None:
         self.store = store
@@ -165,13 +170,13 @@ class _Rows:
             for name in self.columns
         }
         self._shard = lru_cache(OPEN_SHARDS)(self._open)
-        # All of them: a shard's labels are compressed in one page, so asking again would decode them for each row.
+        # All of them: labels are compressed in one page, and asking again would decode it again.
         self._labels = lru_cache(None)(self._read_labels)
         self.remote = paths.is_s3(store.uri) and cache is None
         self._pool = ThreadPoolExecutor(READS_IN_FLIGHT) if self.remote else None
 
     def announce(self, items: np.ndarray) -> None:
-        """Ask the local disk for the rows `items`, so that it reads many at once while the caller does something else."""
+        """Ask the local disk for the rows `items`, so that it reads many at once meanwhile."""
         if self.remote:
             return
         shards, rows = self._places(items)
@@ -272,7 +277,7 @@ class _RemoteFile:
 
 
 class _LocalFile:
-    """A file read at given places; unlike a memory map it costs one descriptor, which closes with the object."""
+    """A file read at given places; it costs one descriptor, which closes with the object."""
 
     def __init__(self, path: str) -> None:
         self.descriptor = os.open(paths.filesystem(path)[1], os.O_RDONLY)

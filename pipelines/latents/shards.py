@@ -1,13 +1,14 @@
-"""The latent store on disk or S3: plan, one Parquet object a shard, and a manifest written once, last.
+"""The shards of a latent store: one Parquet object each, written whole, and their errors.
 
 ```
-plan.parquet               immutable: shard, key, uri, label, caption; sorted by key, a row group holds whole shards
+plan.parquet               immutable: shard, key, uri, label, caption; sorted by key
 shards/00000042.parquet    key, label, caption and the latents of shard 42, written whole
-errors/00000042.parquet    key, stage, message of its images that could not be encoded; absent where there are none
+errors/00000042.parquet    key, stage, message of its failed images; absent where there are none
 manifest.json              written once; readers trust it alone
 ```
-Latents are uncompressed in one page a shard, so a row is one range of the file (`offsets` in the manifest), while any
-Parquet reader sees `arrow.fixed_shape_tensor<float16>`. latent_reader.py reads; this module writes and verifies.
+Latents are uncompressed in one page a shard, so a row is one range of the file (`offsets` in the
+manifest), while any Parquet reader sees `arrow.fixed_shape_tensor<float16>`. plan.py and
+manifest.py hold the other files; reader.py reads them all.
 """
 
 from __future__ import annotations
@@ -62,14 +63,16 @@ def write_shard(
 ) -> str:
     """Write shard `index` and its errors; returns the shard's ETag.
 
-    `records` is the plan's shard, `kept` the places of those that have latents (float16 [n, C, H, W] each), `errors`
-    the others' key, stage and message. Writing again replaces a file by the same bytes. The errors come first:
-    a shard that is there has its errors beside it. Raises ValueError where an image is in both places or in none.
+    `records` is the plan's shard, `kept` the places of those that have latents (float16 [n, C, H,
+    W] each), `errors` the others' key, stage and message. Writing again replaces a file by the same
+    bytes. The errors come first: a shard that is there has its errors beside it. Raises ValueError
+    where an image is in both places or in none.
     """
     accounted = sorted([records[i].key for i in kept] + [e["key"] for e in errors])
     if accounted != sorted(r.key for r in records):
         raise ValueError(
-            f"Shard {index}: {len(records)} images planned, but latents and errors do not name each once."
+            f"Shard {index}: {len(records)} images planned, but latents and errors do not name "
+            "each once."
         )
     if errors:
         table = pa.Table.from_pylist(sorted((dict(e) for e in errors), key=lambda e: e["key"]))
@@ -150,7 +153,7 @@ def _tensor_array(values: np.ndarray) -> pa.Array:
 def latent_offsets(
     metadata: pq.FileMetaData, shapes: Mapping[str, tuple[int, ...]]
 ) -> dict[str, int]:
-    """Byte offset in the file of each latent column's values: the end of its one uncompressed page."""
+    """Byte offset in the file of each latent column's values: the end of its one page."""
     offsets = {}
     if metadata.num_row_groups == 0:
         return dict.fromkeys(shapes, 0)
@@ -165,7 +168,7 @@ def latent_offsets(
 
 
 def read_errors(uri: str, each: Each = map) -> Iterator[dict[str, str]]:
-    """Every recorded error (key, stage, message) of finished shards, in shard order; `each` as for `commit`."""
+    """Every recorded error (key, stage, message) in shard order; `each` as for `commit`."""
     files = sorted(f.uri for f in paths.list_files(paths.join(uri, "errors")))
     for rows in each(_read_error_files, batched(files, SHARDS_AT_ONCE)):
         yield from rows
@@ -177,6 +180,7 @@ def _read_error_files(uris: Sequence[str]) -> list[dict[str, str]]:
 
 
 def read_shard_errors(uri: str) -> list[dict[str, str]]:
+    """Key, stage and message of the failed images in the errors file `uri`."""
     table = pq.read_table(pa.BufferReader(paths.read_bytes(uri)))
     rows: list[dict[str, str]] = table.select(_ERROR_SCHEMA.names).cast(_ERROR_SCHEMA).to_pylist()
     return rows

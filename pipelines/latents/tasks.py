@@ -30,7 +30,7 @@ def plan_of(output: str) -> Plan:
 def decode_shard(
     row: dict[str, Any], output: str, data: DataSection, image_size: int
 ) -> dict[str, Any]:
-    """{shard} -> {shard, images uint8 [n, S, S, 3], ok (places in the plan's shard), errors (JSON)}."""
+    """{shard} -> {shard, images uint8 [n, S, S, 3], ok (places in the shard), errors (JSON)}."""
     records = plan_of(output).shard(int(row["shard"]))
     with metrics.stage("read"):
         blobs = read_records(records, data)

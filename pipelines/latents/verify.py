@@ -22,10 +22,11 @@ _MD5 = re.compile(r"[0-9a-f]{32}")
 
 
 def verify_store(uri: str, on_shard: Callable[[int, int], None] | None = None) -> list[str]:
-    """Re-read every shard against the manifest and the plan; the problems in words, none if the store is sound.
+    """Re-read every shard against manifest and plan; the problems in words, none if it is sound.
 
-    Finds a missing, truncated, changed, swapped or extra shard, a flipped byte anywhere in it, an image that is in two
-    places or in none, and statistics that are not the latents'. `on_shard(done, of)` is called as it goes on.
+    Finds a missing, truncated, changed, swapped or extra shard, a flipped byte anywhere in it, an
+    image that is in two places or in none, and statistics that are not the latents'.
+    `on_shard(done, of)` is called after each shard.
     """
     manifest = read_manifest(uri)
     plan = open_plan(uri)
@@ -83,7 +84,7 @@ def _verify_shard(
     data = paths.read_bytes(shard_uri(uri, index))
     if len(data) != entry["bytes"]:
         return [f"has {len(data)} bytes, the manifest says {entry['bytes']}"]
-    # The ETag of a multipart or KMS-encrypted object is no MD5; page checksums and statistics remain.
+    # A multipart or KMS-encrypted object has an ETag that is no MD5; page checksums remain.
     content = hashlib.md5(data, usedforsecurity=False).hexdigest()
     if _MD5.fullmatch(entry["etag"]) and content != entry["etag"]:
         return ["has the right size and other bytes than when it was written"]
@@ -95,7 +96,8 @@ def _verify_shard(
     problems = []
     if len(keys) != entry["rows"] or len(lost) != entry["errors"]:
         problems.append(
-            f"has {len(keys)} rows and {len(lost)} errors, the manifest says {entry['rows']} and {entry['errors']}"
+            f"has {len(keys)} rows and {len(lost)} errors, the manifest says "
+            f"{entry['rows']} and {entry['errors']}"
         )
     if len(set(keys)) != len(keys) or set(keys) & lost or set(keys) | lost != planned:
         problems.append("and its errors do not name each planned image once")

@@ -1,4 +1,4 @@
-"""The networks that a recipe names, loaded from local or s3:// paths, and the check that they belong together."""
+"""The networks that a recipe names, loaded from local or s3:// paths and checked to fit."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def backbone_spec(recipe: Recipe) -> BackboneSpec:
 
 
 def backbone_fingerprints(recipe: Recipe, backbone: Backbone) -> dict[str, str]:
-    """What decides the features of an image: backbone, its weights and its input size, and the crop's size."""
+    """What decides an image's features: backbone, its weights, its input size, the crop's size."""
     name = recipe.backbone.name
     if recipe.backbone.image_size is not None:
         name += f"@{recipe.backbone.image_size}"
@@ -52,7 +52,7 @@ def backbone_fingerprints(recipe: Recipe, backbone: Backbone) -> dict[str, str]:
 
 
 def check_fingerprints(uri: str, loaded: Loaded, expected: Mapping[str, str]) -> None:
-    """Raises CheckpointError that names what the checkpoint was trained with and what it is to be used with."""
+    """Raises CheckpointError with what the checkpoint was trained with and what is here."""
     for part, value in expected.items():
         theirs = loaded.fingerprints.get(part)
         if theirs != value:

@@ -52,7 +52,10 @@ def pixel_decoder_config(recipe: Recipe, backbone: Backbone | BackboneSpec) -> P
 def build_generator(
     section: GeneratorSection, latent_shape: Sequence[int], device: str = "cpu"
 ) -> DiT | StarFlow:
-    """The recipe's network for latents [C, H, W], untrained. Raises RecipeError for a size that there is not."""
+    """The recipe's network for latents [C, H, W], untrained.
+
+    Raises RecipeError for a size that there is not.
+    """
     channels, *grid = latent_shape
     shape = (channels, (grid[0], grid[1]))
     common: dict[str, Any] = {

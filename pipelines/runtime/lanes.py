@@ -1,6 +1,7 @@
 """Calls spread over a Ray cluster: a `map` by tasks, and several streams of results as one.
 
-What a job's driver cannot do alone once the cluster is large: read a million footers, drive a thousand actors.
+They do what a job's driver cannot do alone on a large cluster: read a million footers, drive a
+thousand actors.
 """
 
 from __future__ import annotations
@@ -16,7 +17,10 @@ T = TypeVar("T")
 
 
 def fan_out(function: Callable[[Any], T], items: Iterable[Any]) -> Iterator[T]:
-    """`map` by Ray tasks, the results in order; one or two items are done here. Raises what `function` raises."""
+    """`map` by Ray tasks, the results in order; one or two items are done here.
+
+    Raises what `function` raises.
+    """
     import ray
 
     arguments = list(items)
@@ -45,8 +49,8 @@ def in_lanes(
 ) -> Iterator[T]:
     """The items of `stream(*some)` for each of `arguments`, a process each, as they come.
 
-    The processes run on this node and hold none of its CPUs: the loss of another node does not end them, and they are
-    busy no more than a driver is.
+    The processes run on this node and hold none of its CPUs: the loss of another node does not end
+    them, and they are busy no more than a driver is.
     """
     import ray
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy

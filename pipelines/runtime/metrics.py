@@ -1,9 +1,10 @@
-"""What precompute counts while it runs, as Prometheus metrics of each Ray worker; cluster/grafana-dashboard.json draws them.
+"""What precompute counts while it runs, as Prometheus metrics of each Ray worker.
 
-One record a shard and stage, so the cost does not grow with images. Ray adds `ray_` before a name and `_total` after a
-counter's, and the labels of node and worker. `fae_stage_seconds` of stage `encode` is the time that an actor's device works:
-its rate is the busy share. Its count for `decode` less `fae_shards` is the shards that were done again. Retries of S3 are
-counted by storage/retry_metrics.py.
+cluster/grafana-dashboard.json draws them. One record a shard and stage, so the cost does not grow
+with images. Ray adds `ray_` before a name and `_total` after a counter's, and the labels of node
+and worker. `fae_stage_seconds` of stage `encode` is the time that an actor's device works: its rate
+is the busy share. Its count for `decode` less `fae_shards` is the number of shards that were done
+again. Retries of S3 are counted by storage/retry_metrics.py.
 """
 
 from __future__ import annotations
@@ -18,8 +19,8 @@ from typing import Any
 METRICS: dict[str, tuple[str, str, tuple[str, ...]]] = {
     "fae_images": ("counter", "Images whose latents are stored", ()),
     "fae_shards": ("counter", "Shards stored", ()),
-    "fae_image_errors": ("counter", "Images that could not be read, decoded or encoded", ("stage",)),
-    "fae_bytes": ("counter", "Bytes read from the source (encoded images) and latents written", ("direction",)),
+    "fae_image_errors": ("counter", "Images that were not read, decoded or encoded", ("stage",)),
+    "fae_bytes": ("counter", "Encoded bytes read and bytes of latents written", ("direction",)),
     "fae_stage_seconds": ("histogram", "Seconds of one shard in a stage", ("stage",)),
 }  # fmt: skip
 """Kind, description and labels of every metric."""

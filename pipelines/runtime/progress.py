@@ -1,4 +1,4 @@
-"""Progress of long work: a bar on a terminal, one line every ten seconds elsewhere; and its rates."""
+"""Progress of long work: a bar on a terminal, a line every ten seconds elsewhere; its rates."""
 
 from __future__ import annotations
 

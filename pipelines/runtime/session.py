@@ -23,12 +23,14 @@ QUIET = {
 }
 CONNECT_SECONDS = 10.0
 HTTP2_GREETING = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + bytes([0, 0, 0, 4, 0, 0, 0, 0, 0])
-"""RFC 9113: the client's preface and an empty SETTINGS frame, type 4, which a server answers with its own."""
+"""RFC 9113: the client's preface and an empty SETTINGS frame (type 4), which a server answers."""
 GCS_PORT = "RAY_GCS_SERVER_PORT"
 
 
 def start_ray(**local: Any) -> None:
-    """Attach to RAY_ADDRESS, else start a local cluster (`local` goes to ray.init); nothing if connected already.
+    """Attach to RAY_ADDRESS, else start a local cluster; nothing if connected already.
+
+    `local` goes to ray.init.
 
     Raises UserError where no server of Ray's kind answers at RAY_ADDRESS.
     """
@@ -46,11 +48,11 @@ def start_ray(**local: Any) -> None:
         _refuse_silence(address)
         local = {}
     else:
-        # Without an address Ray would join any cluster that happens to run on this machine. Ray Train asks the
-        # dashboard's state API about its controller, and complains every second without it.
+        # Without an address Ray would join any cluster that runs on this machine. Ray Train asks
+        # the dashboard's state API about its controller, and complains every second without it.
         local = {"address": "local", "include_dashboard": True, **local}
-        # Ray Train's own actors look for that API on this machine, and give up where they find a second cluster or
-        # what a killed one left behind, unless they are told where theirs is. So its port is chosen here.
+        # Ray Train's own actors look for that API on this machine. They give up where they find a
+        # second cluster, or what a killed one left behind, unless they are told where theirs is.
         port = os.environ[GCS_PORT] = str(free_port())
         for_tasks["RAY_API_SERVER_ADDRESS"] = f"127.0.0.1:{port}"
     try:
@@ -66,18 +68,18 @@ def start_ray(**local: Any) -> None:
 
 
 def prepare_data() -> None:
-    """Ray Data's settings of a process that runs data sets: errors keep their class, and torch's size is no issue."""
+    """Settings of Ray Data in a process that runs data sets: errors keep their class."""
     import ray.data
 
     context = ray.data.DataContext.get_current()
-    # Else a task's error comes wrapped in one that forgets its cause on the way, and `plain_error` finds none.
+    # Else a task's error is wrapped in one that loses its cause, and `plain_error` finds none.
     context.raise_original_map_exception = True
     # It warns every half minute of each process that has imported torch.
     context.issue_detectors_config.high_memory_detector_config.detection_time_interval_s = -1
 
 
 def free_port() -> int:
-    """A free port below the range that the kernel hands out by itself, so that nobody takes it before Ray does."""
+    """A free port below the range that the kernel hands out, so that nobody takes it before Ray."""
     for port in random.sample(range(20_000, 32_000), 100):
         with socket.socket() as candidate, contextlib.suppress(OSError):
             candidate.bind(("", port))
@@ -86,7 +88,7 @@ def free_port() -> int:
 
 
 def plain_error(error: Exception) -> Exception:
-    """The UserError that a task on some worker raised, out of what Ray wrapped it in; else `error` itself."""
+    """The UserError that a task on some worker raised, out of Ray's wrapping; else `error`."""
     from ray.exceptions import RayError
 
     cause: BaseException | None = error
@@ -98,7 +100,10 @@ def plain_error(error: Exception) -> Exception:
 
 
 def _refuse_silence(address: str) -> None:
-    """Raises UserError where no gRPC server answers at HOST:PORT or ray://HOST:PORT; Ray itself would wait for minutes."""
+    """Raises UserError where no gRPC server answers at HOST:PORT or ray://HOST:PORT.
+
+    Ray itself would wait for minutes.
+    """
     host, _, port = address.rpartition("://")[2].rpartition(":")
     if not host or not port.isdigit():
         return  # `auto` and whatever else Ray alone understands
@@ -110,9 +115,12 @@ def _refuse_silence(address: str) -> None:
                     raise OSError("another kind of server answers there")
     except (OSError, OverflowError) as error:
         raise UserError(
-            f"No Ray at {address}: tried port {port} of {host} for at most {CONNECT_SECONDS:g} s ({error}). "
-            "Check the address (--address or RAY_ADDRESS) and that the head runs: its own port is 6379 unless `ray start "
-            "--port` said another, and ray:// has 10001. From outside a cluster use fae submit, which speaks to port 8265."
+            f"No Ray at {address}: tried port {port} of {host} for at most {CONNECT_SECONDS:g} s "
+            f"({error}). "
+            "Check the address (--address or RAY_ADDRESS) and that the head runs: its own port is "
+            "6379 unless `ray start "
+            "--port` said another, and ray:// has 10001. From outside a cluster use fae submit, "
+            "which speaks to port 8265."
         ) from None
 
 

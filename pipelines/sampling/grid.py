@@ -14,7 +14,10 @@ from .image_sampler import ImageSampler
 
 
 def draw_grid(recipe: Recipe, path: str, columns: int = 8, scales: tuple[float, ...] = ()) -> None:
-    """One PNG for a look: a class in each row; with `scales`, a guidance scale in each column from the same noise."""
+    """One PNG for a look: a class in each row, images of it in the columns.
+
+    With `scales` each column has another guidance scale, from the same noise.
+    """
     sampler = ImageSampler(recipe)
     classes = recipe.sample.classes or list(range(min(sampler.num_classes, 10)))
     settings: list[tuple[str, Recipe]] = [("", recipe)] * columns

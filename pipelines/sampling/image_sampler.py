@@ -23,7 +23,8 @@ class ImageSampler:
             and recipe.pixel_decoder.checkpoint
         ):
             raise RecipeError(
-                "sample needs generator.checkpoint=…, autoencoder.checkpoint=… and pixel_decoder.checkpoint=… "
+                "sample needs generator.checkpoint=…, autoencoder.checkpoint=… and "
+                "pixel_decoder.checkpoint=… "
                 "(three .safetensors that `fae train` wrote)."
             )
         self.recipe = recipe

@@ -26,7 +26,10 @@ class LatentDecoder:
 
     @classmethod
     def of(cls, recipe: Recipe, device: torch.device, autoencoder_sha256: str) -> LatentDecoder:
-        """Load the recipe's decoders; CheckpointError where they do not belong to these latents or to each other."""
+        """Load the recipe's decoders.
+
+        Raises CheckpointError where they do not belong to these latents or to each other.
+        """
         assert recipe.autoencoder.checkpoint and recipe.pixel_decoder.checkpoint
         uri = recipe.autoencoder.checkpoint
         loaded = load_checkpoint(uri, "autoencoder")

@@ -1,7 +1,7 @@
-"""From noise to pictures on one device: a generator draws latents, the double decoder paints them.
+"""Noise to latents on one device: the generator and the recipe's sampler.
 
-Image i of a seed has its own noise, whatever else is drawn with it, on any machine. `fae sample` runs this in actors,
-`fae train generator` for its previews.
+Image i of a seed has its own noise, whatever else is drawn with it, on any machine. `fae sample`
+runs this in actors, `fae train generator` for its previews.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from ..config.sections import SampleSection
 
 
 def image_noise(seed: int, indices: Iterable[int], shape: Sequence[int]) -> Tensor:
-    """Standard normal noise [n, *shape] float32 of the images `indices`; each depends on (seed, index) alone."""
+    """Standard normal noise [n, *shape] float32; each image's depends on (seed, index) alone."""
     return normal_draws(seed, "image", 0, list(indices), tuple(shape))
 
 

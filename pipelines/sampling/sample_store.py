@@ -46,7 +46,7 @@ def missing_shards(uri: str, num_shards: int) -> list[int]:
 
 
 def write_sample_shard(row: dict[str, Any], output: str, formats: Sequence[str]) -> dict[str, Any]:
-    """Write one shard of images, and its PNG files where they are wanted; {shard, rows, drawn_at}."""
+    """Write one shard, and its PNG files where they are wanted; {shard, rows, drawn_at}."""
     images = [encode_png(image) for image in np.asarray(row["images"])]
     indices, labels = np.asarray(row["indices"]), np.asarray(row["labels"])
     if "png" in formats:
@@ -75,7 +75,7 @@ def encode_png(image: np.ndarray) -> bytes:
 
 
 def read_samples(uri: str, num_shards: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """(images uint8 [n, S, S, 3], labels int64 [n]) of each shard, in order of the images' indices."""
+    """(images uint8 [n, S, S, 3], labels int64 [n]) of each shard, in order of index."""
     for shard in range(num_shards):
         data = paths.read_bytes(paths.join(uri, "shards", _name(shard)))
         table = pq.read_table(pa.BufferReader(data), page_checksum_verification=True)
@@ -87,7 +87,10 @@ def read_samples(uri: str, num_shards: int) -> Iterator[tuple[np.ndarray, np.nda
 def commit_samples(
     output: str, sample: SampleSection, parts: dict[str, Any], num_shards: int, run: dict[str, Any]
 ) -> dict[str, Any]:
-    """Check that every image is there, write samples.npz where it is wanted, then the manifest; returns it."""
+    """Check that every image is there, write samples.npz where it is wanted, then the manifest.
+
+    Returns the manifest.
+    """
     manifest_uri = paths.join(output, "manifest.json")
     if paths.exists(manifest_uri):
         return dict(json.loads(paths.read_bytes(manifest_uri)))
@@ -108,7 +111,7 @@ def commit_samples(
 
 
 def write_npz(uri: str, num_shards: int, num_images: int) -> None:
-    """samples.npz with arr_0 uint8 [n, S, S, 3], as ADM's evaluator reads it; shard by shard, in bounded memory."""
+    """samples.npz with arr_0 uint8 [n, S, S, 3], as ADM's evaluator reads it, in bounded memory."""
     shards = read_samples(uri, num_shards)
     first, _ = next(shards)
     shape = (num_images, *first.shape[1:])
