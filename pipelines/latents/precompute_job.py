@@ -148,7 +148,7 @@ class EncodeShards:
             columns = self.encoder.encode(images, self.batch_size)
         finite = np.ones(len(ok), dtype=bool)
         for values in columns.values():
-            finite &= np.isfinite(values).reshape(len(ok), -1).all(axis=1)
+            finite &= np.isfinite(values).all(axis=(1, 2, 3))
         if not finite.all():
             shard = int(batch["shard"][0])
             records = plan_of(self.output).shard(shard)

@@ -377,6 +377,31 @@ def test_every_awkward_image_ends_in_exactly_one_place(autoencoder, tmp_path, ra
 
 
 @pytest.mark.integration
+@pytest.mark.parametrize("num_good", [0, 1])
+def test_shards_without_one_good_image_are_stored_with_their_errors(
+    autoencoder, tmp_path, ray_session, num_good
+):
+    images = tmp_path / "images"
+    images.mkdir()
+    photo = Image.effect_noise((280, 260), 60).convert("RGB")
+    for index in range(9):  # broken ones come first, so they fill whole shards
+        (images / f"{index:02d}.jpg").write_bytes(b"no image" * (index < 9 - num_good))
+        if index >= 9 - num_good:
+            photo.save(images / f"{index:02d}.jpg")
+    output = tmp_path / "store"
+    more = ["precompute.max_error_rate=1", "precompute.shard_size=4"]
+    more += ["precompute.columns=[mean,logvar_flip]"]
+    manifest = precompute(recipe_for(images, autoencoder, output, *more), show_progress=False)
+    counts = (manifest["planned"], manifest["stored"], manifest["errors"])
+    assert counts == (9, num_good, 9 - num_good)
+    assert manifest["latent_shape"] == [8, 14, 14]
+    assert verify_store(str(output)) == []
+    store = LatentStore.open(str(output))
+    stored = [key for i in range(store.num_shards) for key in store.read_shard(i)["key"]]
+    assert stored == [f"{index:02d}.jpg" for index in range(9 - num_good, 9)]
+
+
+@pytest.mark.integration
 def test_a_file_that_vanishes_after_planning_is_an_error_of_that_image(
     photographs, autoencoder, tmp_path, ray_session
 ):
