@@ -1,4 +1,4 @@
-"""A place belongs to the work that was first written there; other work is refused with what differs."""
+"""Errors of latent stores: one that is unusable, and one that belongs to other work."""
 
 from __future__ import annotations
 
@@ -10,4 +10,4 @@ class StoreError(UserError, ValueError):
 
 
 class StoreMismatch(StoreError):
-    """The output holds another model's, recipe's or source's store; the message names the part that differs."""
+    """The output holds the store of another model, recipe or source; the message names which."""

@@ -2,7 +2,7 @@
 
 A write is whole or absent: a temporary file renamed into place locally, one PUT on S3; `write_once`
 never replaces (hard link locally, `If-None-Match: *` on S3). s3.py says which environment variables
-apply on S3, and for how long a faltering server is tried again.
+apply on S3, and for how long its requests are retried.
 """
 
 from __future__ import annotations
@@ -192,22 +192,24 @@ def _advice(error: Exception) -> str:
         "SignatureDoesNotMatch",
     ):
         return "access denied (403). Check the credentials and their right to list, read and write."
-    patience = "It was tried again for FAE_S3_PATIENCE seconds."
+    retried = "The request was retried for FAE_S3_PATIENCE seconds."
     if code in ("SlowDown", "ServiceUnavailable") or "HTTP STATUS 503" in text:
         return (
-            f"the server is too busy (503). {patience} Ask its operator, or read with fewer tasks."
+            f"the server is too busy (503). {retried} Ask its operator, or read with fewer tasks."
         )
     if isinstance(error, BotoCoreError) or any(
         word in text for word in ("NETWORK_CONNECTION", "CURLCODE", "CONNECT TO", "TIMED OUT")
     ):
         name = type(error).__name__
-        return f"no connection ({name}). Check AWS_ENDPOINT_URL, the region and the network. {patience}"
+        return (
+            f"no connection ({name}). Check AWS_ENDPOINT_URL, the region and the network. {retried}"
+        )
     if code == "RequestTimeTooSkewed":
         return (
             "this machine's clock is not the server's (403). Set the clock, with NTP for example."
         )
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
-        return "no space left there. Free some; the same command then goes on from here."
+        return "no space left there. Free some, then run the same command again: it resumes."
     if isinstance(error, ClientError):
         return f"the server answered {code}."
     if isinstance(error, OSError) and error.strerror:
@@ -325,7 +327,7 @@ def _put_once(uri: str, bucket: str, key: str, data: bytes) -> str:
         # 409 is S3's answer to the loser of two conditional writes that overlap.
         if s3.code_of(error) not in _THERE_ALREADY:
             raise
-        # The first attempt may have been ours and done, and only its answer lost.
+        # An earlier attempt of this call may have written it, and only the answer was lost.
         if attempts > 1 and read_bytes(uri) == data:
             return hashlib.md5(data, usedforsecurity=False).hexdigest()
         raise FileExistsError(errno.EEXIST, "Written once and there already", uri) from None
@@ -336,10 +338,10 @@ def _bucket_key(uri: str) -> tuple[str, str]:
     if not bucket:
         raise StorageError(f"{uri}: no bucket. Expected s3://BUCKET/KEY.")
     if "@" in bucket or ":" in bucket:
-        # Not echoed: it may hold a secret.
+        # The message does not repeat the address, which may hold a secret.
         raise StorageError(
-            "An s3:// address holds no credentials or port: s3://BUCKET/KEY. Set AWS_ACCESS_KEY_ID, "
-            "AWS_SECRET_ACCESS_KEY and AWS_ENDPOINT_URL instead."
+            "An s3:// address holds no credentials or port: s3://BUCKET/KEY. Set "
+            "AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY and AWS_ENDPOINT_URL instead."
         )
     return bucket, key.rstrip("/")
 

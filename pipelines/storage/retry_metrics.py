@@ -1,4 +1,4 @@
-"""The Prometheus counter of S3 requests that are tried again, kept by every process that is connected to Ray."""
+"""The Prometheus counter of retried S3 requests; every process connected to Ray keeps it."""
 
 from __future__ import annotations
 
@@ -7,13 +7,13 @@ from functools import cache
 from typing import Any
 
 NAME = "fae_s3_retries"
-DESCRIPTION = "Requests to S3 that were tried again"
+DESCRIPTION = "Retries of requests to S3"
 LABELS = ("operation", "cause")
 
 
 def count_retry(operation: str, cause: str) -> None:
-    """Count one request to S3 that is tried again; nothing in a process that is not connected to Ray."""
-    # Reading S3 needs no Ray, and must not import it for this.
+    """Count one retry of an S3 request; does nothing in a process not connected to Ray."""
+    # Reading S3 works without Ray, so this does not import it.
     ray = sys.modules.get("ray")
     if ray is not None and ray.is_initialized():
         _counter().inc(tags={"operation": operation, "cause": cause})

@@ -1,8 +1,9 @@
-"""S3 for storage.py: clients made from the environment, and patience with servers that are busy or away.
+"""S3 for paths.py: clients made from the environment, and retries while a server is busy or away.
 
-AWS_ENDPOINT_URL (or AWS_ENDPOINT_URL_S3), AWS_DEFAULT_REGION and the usual credentials apply. AWS_NO_SIGN_REQUEST=1 reads
-public buckets without credentials, FAE_S3_ADDRESSING=path|virtual says how buckets are addressed (path is the default of an
-own endpoint), and FAE_S3_PATIENCE is for how many seconds an operation is tried again (default 180).
+AWS_ENDPOINT_URL (or AWS_ENDPOINT_URL_S3), AWS_DEFAULT_REGION and the usual credentials apply.
+AWS_NO_SIGN_REQUEST=1 reads public buckets without credentials. FAE_S3_ADDRESSING=path|virtual says
+how buckets are addressed (the default is path where an endpoint is set). FAE_S3_PATIENCE is the
+number of seconds during which an operation is retried (default 180).
 """
 
 from __future__ import annotations
@@ -35,7 +36,7 @@ from fae_core.errors import UserError
 
 from .retry_metrics import count_retry
 
-PATIENCE = 180.0
+RETRY_SECONDS = 180.0
 CONNECTIONS = 32
 """Requests that one process has in flight at most."""
 CONNECT_TIMEOUT, READ_TIMEOUT = 5, 30
@@ -57,50 +58,51 @@ class S3SettingsError(UserError, ValueError):
 
 @dataclass(frozen=True)
 class Settings:
-    """Where S3 is and how it is spoken to; a hashable key of its clients."""
+    """Where S3 is and how to call it; hashable, because it is the key of the cached clients."""
 
     endpoint: str | None
     region: str | None
     anonymous: bool
     addressing: str
-    patience: float
+    retry_seconds: float
 
     @classmethod
     def from_environment(cls) -> Settings:
-        """Raises S3SettingsError for a value that means nothing."""
+        """The settings that the environment gives. Raises S3SettingsError for an invalid value."""
         endpoint = os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL")
         region = os.environ.get("AWS_DEFAULT_REGION") or os.environ.get("AWS_REGION")
         addressing = os.environ.get("FAE_S3_ADDRESSING") or ("path" if endpoint else "auto")
         if addressing not in ("auto", "path", "virtual"):
             raise S3SettingsError(f"FAE_S3_ADDRESSING={addressing!r}: expected path or virtual.")
-        given = os.environ.get("FAE_S3_PATIENCE", str(PATIENCE))
+        given = os.environ.get("FAE_S3_PATIENCE", str(RETRY_SECONDS))
         try:
-            patience = float(given)
+            retry_seconds = float(given)
         except ValueError:
-            patience = -1.0
-        if not 0.0 <= patience < math.inf:
+            retry_seconds = -1.0
+        if not 0.0 <= retry_seconds < math.inf:
             raise S3SettingsError(f"FAE_S3_PATIENCE={given!r}: expected seconds, 0 or more.")
         anonymous = os.environ.get("AWS_NO_SIGN_REQUEST", "").lower() in _TRUE
-        return cls(endpoint or None, region or None, anonymous, addressing, patience)
+        return cls(endpoint or None, region or None, anonymous, addressing, retry_seconds)
 
 
 def client() -> Any:
-    """The boto3 client of this environment; its own retries are off, `with_retries` has them."""
+    """The boto3 client of this environment. Its own retries are off: call it in `with_retries`."""
     return _client(Settings.from_environment())
 
 
 def arrow_filesystem() -> fs.S3FileSystem:
-    """Arrow's file system of this environment, as patient as `with_retries`."""
+    """Arrow's file system of this environment; it retries for as long as `with_retries` does."""
     return _arrow(Settings.from_environment())
 
 
 def with_retries(operation: str, request: Callable[[], T]) -> T:
-    """What `request` returns; tried again after growing pauses while its error is one that passes.
+    """What `request` returns; retried after growing pauses while its error `is_transient`.
 
-    Each time is counted under the name `operation` (retry_metrics.py), where this is a process of Ray's.
+    In a process that is connected to Ray each retry is counted under the name `operation`
+    (retry_metrics.py). Raises the last error where the next pause would end after FAE_S3_PATIENCE.
 
-    That is 429, 5xx, a timeout and a connection that fails or breaks; never 403 or 404. boto3's own retries count attempts
-    from a quota that all threads share, which a short outage under many reads uses up; and they end before the body.
+    boto3's own retries do not serve: they take attempts from a quota that all threads share, which
+    a short outage under many reads uses up, and they do not cover the reading of the body.
     """
     settings = Settings.from_environment()
     started = time.monotonic()
@@ -111,7 +113,7 @@ def with_retries(operation: str, request: Callable[[], T]) -> T:
         except (ClientError, BotoCoreError) as error:
             pause = random.uniform(0.5, 1.0) * min(FIRST_PAUSE * 2**attempt, LONGEST_PAUSE)
             waited = time.monotonic() - started
-            if not is_transient(error) or waited + pause > settings.patience:
+            if not is_transient(error) or waited + pause > settings.retry_seconds:
                 raise
             count_retry(operation, code_of(error) or type(error).__name__)
             if waited > SAID_AFTER and not said:
@@ -119,7 +121,7 @@ def with_retries(operation: str, request: Callable[[], T]) -> T:
                     "S3 at %s: %s; trying for %.0f s in all (FAE_S3_PATIENCE).",
                     settings.endpoint or "AWS",
                     code_of(error) or type(error).__name__,
-                    settings.patience,
+                    settings.retry_seconds,
                 )
                 said = True
         time.sleep(pause)
@@ -127,7 +129,10 @@ def with_retries(operation: str, request: Callable[[], T]) -> T:
 
 
 def is_transient(error: Exception) -> bool:
-    """Whether the same request may succeed a little later."""
+    """Whether the same request may succeed a little later.
+
+    True for 429, 5xx, a timeout and a connection that fails or breaks; never for 403 or 404.
+    """
     if isinstance(error, ClientError):
         status = error.response.get("ResponseMetadata", {}).get("HTTPStatusCode")
         return status in _BUSY_STATUS or code_of(error) in _BUSY_CODES
@@ -135,7 +140,7 @@ def is_transient(error: Exception) -> bool:
 
 
 def code_of(error: Exception) -> str:
-    """The server's word for the error, like NoSuchKey; empty where it gave none."""
+    """The server's code for the error, like NoSuchKey; empty where it gave none."""
     if isinstance(error, ClientError):
         return str(error.response.get("Error", {}).get("Code", ""))
     return ""
@@ -158,13 +163,14 @@ def _client(settings: Settings) -> Any:
 
 @functools.cache
 def _arrow(settings: Settings) -> fs.S3FileSystem:
-    # Arrow pauses 25 ms, 50 ms, ... between attempts: so many of them last as long as our patience. Its "standard"
-    # strategy, the default, ends after three attempts, and all threads share its quota.
-    attempts = math.ceil(math.log2(settings.patience / ARROW_FIRST_PAUSE + 1))
+    # Arrow pauses 25 ms, 50 ms, ... between attempts: this many attempts last `retry_seconds`. Its
+    # "standard" strategy, the default, ends after three, and all threads share its quota.
+    attempts = math.ceil(math.log2(settings.retry_seconds / ARROW_FIRST_PAUSE + 1))
     options: dict[str, Any] = {
         "retry_strategy": fs.AwsDefaultS3RetryStrategy(max_attempts=attempts),
         "connect_timeout": CONNECT_TIMEOUT,
-        # Seconds without a byte; Arrow's documentation says that Linux ignores it, and Arrow 25 does not.
+        # Seconds without a byte. Arrow's documentation says that Linux ignores it; Arrow 25 does
+        # not.
         "request_timeout": READ_TIMEOUT,
         "anonymous": settings.anonymous,
         "force_virtual_addressing": settings.addressing == "virtual",

@@ -1,6 +1,7 @@
-"""Keeps passwords out of what is printed, logged or written: recipes, MLflow's parameters, error messages.
+"""Keeps passwords out of recipes, MLflow's parameters, error messages and logs.
 
-A secret is what stands before the @ of an address, and the value of an environment variable that is named like one.
+A secret is what stands before the @ of an address, or the value of an environment variable whose
+name says so (TOKEN, PASSWORD, ...).
 """
 
 from __future__ import annotations
@@ -17,10 +18,10 @@ _NAMED_SECRET = re.compile(
 
 
 def redact(text: str) -> str:
-    """`text` with the credentials in its addresses, and this environment's secrets, replaced by ***."""
+    """`text` with *** in place of credentials in addresses and of this environment's secrets."""
     text = _IN_ADDRESS.sub(rf"\1{HIDDEN}@", text)
     for name, value in os.environ.items():
-        # A value of a few letters is a flag or a word, which would be cut out of every sentence.
+        # A value of a few letters is a flag or a word, which may occur anywhere in the text.
         if _NAMED_SECRET.match(name) and len(value) >= MIN_LENGTH and value in text:
             text = text.replace(value, HIDDEN)
     return text
