@@ -1,7 +1,8 @@
-"""Is an s3:// prefix good for a latent store? Each thing that the store relies on is done once, for real, and removed.
+"""Whether an s3:// prefix is good for a latent store: a part of `fae doctor`.
 
-Part of `fae doctor`. Client and settings are those of every other command (s3.py), but the requests are bare, without its
-patience: a check says at once what does not work.
+Every operation that the store relies on is tried once, and what it wrote is removed. Client and
+settings are those of every other command (storage/s3.py), but the requests are sent without its
+retries, so that a check reports at once what does not work.
 """
 
 from __future__ import annotations
@@ -20,15 +21,18 @@ from .finding import Finding
 RULE_ID = "fae-abort-incomplete-uploads"
 RULE_DAYS = 7
 SKEW_WARNING, SKEW_PROBLEM = 60.0, 300.0
-"""Seconds; S3 refuses requests that are 15 minutes off."""
+"""Seconds between this clock and the server's. S3 refuses requests that are 15 minutes off."""
 CONTENT = b"fae doctor wrote this to see whether it can; it may be deleted.\n"
 
 
 def check_bucket(uri: str, fix: bool = False) -> Iterator[Finding]:
-    """Findings about `uri`, the first that everything else needs ending it; with `fix` the lifecycle rule is added."""
+    """Findings about `uri`. They end early where the later checks depend on one that failed.
+
+    With `fix`, the lifecycle rule that aborts incomplete uploads is added where it is missing.
+    """
     bucket, _, prefix = uri.removeprefix("s3://").rstrip("/").partition("/")
     if not bucket:
-        yield Finding("problem", "bucket", f"{uri}: no bucket. Expected s3://BUCKET/PREFIX.")
+        yield Finding("problem", "bucket", f"{uri} names no bucket. Expected s3://BUCKET/PREFIX.")
         return
     client = s3.client()
     folder = f"{prefix}/" if prefix else ""
@@ -55,15 +59,15 @@ def check_bucket(uri: str, fix: bool = False) -> Iterator[Finding]:
 
 
 def clock_skew(date: str, now: float) -> float:
-    """Seconds that this machine is ahead of the server whose HTTP `Date` header is given."""
+    """Seconds that `now` is ahead of `date`, a server's HTTP `Date` header."""
     return now - parsedate_to_datetime(date).timestamp()
 
 
 def covering_rule(rules: list[dict[str, Any]], folder: str) -> dict[str, Any] | None:
-    """The enabled lifecycle rule that aborts incomplete uploads of everything below `folder`, if there is one."""
+    """The first enabled lifecycle rule that aborts every incomplete upload below `folder`."""
     for rule in rules:
         scope = rule.get("Filter") or {}
-        # A rule for some tags or sizes alone does not cover the prefix.
+        # A rule that also filters by tag or size does not cover everything below the prefix.
         if set(scope) - {"Prefix"}:
             continue
         prefix = scope.get("Prefix", rule.get("Prefix", ""))
@@ -80,9 +84,11 @@ def _clock(answer: dict[str, Any]) -> Iterator[Finding]:
     skew = clock_skew(date, time.time())
     text = f"this machine is {abs(skew):.0f} s {'ahead of' if skew > 0 else 'behind'} the server"
     if abs(skew) > SKEW_PROBLEM:
-        yield Finding("problem", "clock", f"{text}; S3 refuses more than 900 s. Set it with NTP.")
+        yield Finding(
+            "problem", "clock", f"{text}; S3 refuses more than 900 s. Set the clock with NTP."
+        )
     elif abs(skew) > SKEW_WARNING:
-        yield Finding("warning", "clock", f"{text}. Set it with NTP.")
+        yield Finding("warning", "clock", f"{text}. Set the clock with NTP.")
     else:
         yield Finding("ok", "clock", f"{text} (its Date header has whole seconds)")
 
@@ -93,17 +99,17 @@ def _write_and_read(client: Any, bucket: str, key: str) -> Finding:
     if error is None:
         return Finding("ok", "write, read", f"by boto3 and by Arrow; checksums {settings}")
     if settings != "when_required":
-        # Ceph, for one, takes boto3's newer checksums and answers Arrow's with 411.
+        # Ceph, for example, accepts boto3's newer checksums and answers Arrow's with 411.
         error += (
-            " If reading and writing are allowed, the server may not know the checksums of newer clients: set "
-            "AWS_REQUEST_CHECKSUM_CALCULATION=when_required and AWS_RESPONSE_CHECKSUM_VALIDATION=when_required, "
-            "on the nodes too, and ask again."
+            " If the credentials may read and write, the server may not support the checksums of "
+            "newer clients: set AWS_REQUEST_CHECKSUM_CALCULATION=when_required and "
+            "AWS_RESPONSE_CHECKSUM_VALIDATION=when_required, on the nodes too, and run this again."
         )
     return Finding("problem", "write, read", error)
 
 
 def _round_trip(client: Any, bucket: str, key: str) -> None:
-    # Each of the two writes, and the other reads it back.
+    """Write with boto3 and read with Arrow, then the other way round. Raises StorageError."""
     uri = f"s3://{bucket}/{key}"
     client.put_object(Bucket=bucket, Key=key, Body=CONTENT)
     with paths.open_input(uri) as file:
@@ -114,13 +120,13 @@ def _round_trip(client: Any, bucket: str, key: str) -> None:
     by_boto3 = client.get_object(Bucket=bucket, Key=key)["Body"].read()
     if by_boto3 != CONTENT or by_arrow != CONTENT:
         raise paths.StorageError(
-            f"{uri}: Arrow reads {len(by_arrow)} bytes and boto3 {len(by_boto3)} of {len(CONTENT)} written. "
-            "The server, or a proxy before it, changes what it stores."
+            f"{uri}: Arrow reads {len(by_arrow)} bytes and boto3 {len(by_boto3)} of "
+            f"{len(CONTENT)} written. The server, or a proxy before it, changes the content."
         )
 
 
 def _conditional(client: Any, bucket: str, key: str) -> Finding:
-    # The object is there: a PUT that must not replace has to be refused.
+    """Whether the server refuses to replace `key`, which exists, under If-None-Match: *."""
     try:
         client.put_object(Bucket=bucket, Key=key, Body=CONTENT, IfNoneMatch="*")
     except ClientError as error:
@@ -128,17 +134,20 @@ def _conditional(client: Any, bucket: str, key: str) -> Finding:
         if code in ("PreconditionFailed", "412"):
             return Finding("ok", "write once", "a second PUT with If-None-Match: * was refused")
         return Finding(
-            "problem", "write once",
-            f"a PUT with If-None-Match: * ended as {code}. A manifest could not be committed here; "
-            "the server needs conditional writes (AWS, Ceph, MinIO have them).",
-        )  # fmt: skip
+            "problem",
+            "write once",
+            f"a PUT with If-None-Match: * failed with {code}. A manifest could not be committed "
+            "here; the server needs conditional writes (AWS, Ceph and MinIO support them).",
+        )
     except BotoCoreError as error:
-        return Finding("problem", "write once", str(paths.storage_error("write", key, error)))
+        failure = paths.storage_error("write", f"s3://{bucket}/{key}", error)
+        return Finding("problem", "write once", str(failure))
     return Finding(
-        "problem", "write once",
-        "the server ignored If-None-Match: *, so of two jobs that write one store both could commit. "
+        "problem",
+        "write once",
+        "the server ignored If-None-Match: *, so two jobs that write one store could both commit. "
         "Use a server with conditional writes, and never run two jobs on one output.",
-    )  # fmt: skip
+    )
 
 
 def _multipart(client: Any, bucket: str, key: str) -> Finding:
@@ -154,13 +163,13 @@ def _multipart(client: Any, bucket: str, key: str) -> Finding:
             MultipartUpload={"Parts": [{"PartNumber": 1, "ETag": part["ETag"]}]},
         )
         if client.head_object(Bucket=bucket, Key=key)["ContentLength"] != len(CONTENT):
-            raise paths.StorageError("a multipart upload has another size than its parts.")
+            raise paths.StorageError(f"{key}: a multipart upload differs in size from its parts.")
         abandoned = client.create_multipart_upload(Bucket=bucket, Key=key)["UploadId"]
         client.abort_multipart_upload(Bucket=bucket, Key=key, UploadId=abandoned)
 
     error = _attempt("upload in parts", bucket, key, upload)
     if error is None:
-        return Finding("ok", "multipart", "an upload in parts completed, another was aborted")
+        return Finding("ok", "multipart", "one upload in parts completed, another was aborted")
     return Finding("problem", "multipart", error)
 
 
@@ -179,11 +188,13 @@ def _lifecycle(client: Any, bucket: str, folder: str, fix: bool) -> Finding:
         }
         if not fix:
             return Finding(
-                "warning", "lifecycle",
-                f"nothing aborts incomplete uploads below {folder or 'the bucket'}: killed writers leave parts that are "
-                f"stored and paid for. `fae doctor s3://{bucket}/{folder} --fix` adds the rule {RULE_ID} ({RULE_DAYS} days) "
-                f"to the bucket's {len(rules)} others.",
-            )  # fmt: skip
+                "warning",
+                "lifecycle",
+                f"no rule aborts incomplete uploads below {folder or 'the bucket'}: killed writers "
+                "leave parts that are stored and paid for. "
+                f"`fae doctor s3://{bucket}/{folder} --fix` adds the rule {RULE_ID} "
+                f"({RULE_DAYS} days) to the bucket's {len(rules)} other rules.",
+            )
         kept = [other for other in rules if other.get("ID") != RULE_ID]
         client.put_bucket_lifecycle_configuration(
             Bucket=bucket, LifecycleConfiguration={"Rules": [*kept, rule]}
@@ -194,10 +205,13 @@ def _lifecycle(client: Any, bucket: str, folder: str, fix: bool) -> Finding:
                 "ok", "lifecycle", f"added {RULE_ID} ({RULE_DAYS} days); {len(kept)} others kept"
             )
         return Finding(
-            "problem", "lifecycle", f"the server took {RULE_ID} but does not show it with the {len(kept)} others. Look at the bucket's rules."
-        )  # fmt: skip
+            "problem",
+            "lifecycle",
+            f"the server accepted {RULE_ID} but does not list it with the {len(kept)} others. "
+            "Check the bucket's rules.",
+        )
     except (ClientError, BotoCoreError) as error:
-        advice = paths.storage_error("set or see lifecycle rules of", f"s3://{bucket}", error)
+        advice = paths.storage_error("read or set the lifecycle rules of", f"s3://{bucket}", error)
         return Finding("warning", "lifecycle", str(advice))
 
 
@@ -213,6 +227,7 @@ def _rules(client: Any, bucket: str) -> list[dict[str, Any]]:
 
 
 def _clean(client: Any, bucket: str, keys: list[str]) -> Iterator[Finding]:
+    """Remove `keys` and their unfinished uploads; a finding for each that cannot be removed."""
     for key in keys:
 
         def remove(key: str = key) -> None:
@@ -228,7 +243,7 @@ def _clean(client: Any, bucket: str, keys: list[str]) -> Iterator[Finding]:
 
 
 def _attempt(operation: str, bucket: str, key: str, action: Callable[[], None]) -> str | None:
-    # None, or what went wrong as the rest of the project says it.
+    """Run `action`. Returns None, or its failure in words as the storage room reports it."""
     try:
         action()
     except (ClientError, BotoCoreError, OSError) as error:

@@ -1,6 +1,7 @@
-"""`fae doctor`: is this cluster, this bucket, this tracking server usable, for this recipe? What to do where not.
+"""`fae doctor`: checks whether this cluster, bucket and tracking server are usable for a recipe.
 
-Also `python -m pipelines.doctor`, which `fae submit doctor` runs inside a cluster, where the answers count.
+Each finding says what is wrong and how to fix it. `fae submit doctor` runs the same checks inside
+a cluster, where the answers count.
 """
 
 from __future__ import annotations
@@ -17,15 +18,17 @@ from ..runtime import ray_private
 from ..runtime.session import start_ray
 from ..training.tracking import resolve_uri
 from .bucket import check_bucket
-from .cluster import check_fit, check_nodes, look_at_nodes
+from .cluster import check_fit
 from .finding import Finding
+from .nodes import check_nodes, look_at_nodes
 
 
 def doctor(words: Sequence[str], address: str | None = None, fix: bool = False) -> bool:
-    """Print a line a finding; whether there was no problem. `words` are [RECIPE [key=value …]] and s3:// prefixes.
+    """Print one line for each finding; returns whether there was no problem.
 
-    The recipe's own s3:// `output` is looked at too. Without a recipe and with a bucket, Ray is left alone unless
-    `address` names it. Raises UserError for words that are neither.
+    `words` are [RECIPE [key=value …]] and s3:// prefixes. The recipe's own s3:// `output` and
+    `storage` are checked too. With a bucket and without a recipe, Ray is not contacted unless
+    `address` is given. Raises UserError for words that are neither.
     """
     buckets = [word for word in words if word.startswith("s3://")]
     rest = [word for word in words if not word.startswith("s3://")]
@@ -49,11 +52,11 @@ def doctor(words: Sequence[str], address: str | None = None, fix: bool = False) 
 
 
 def check_cluster(recipe: Recipe | None, address: str | None = None) -> Iterator[Finding]:
-    """Connect to Ray and look. Raises UserError where there is none at `address`."""
+    """Connect to Ray and check its nodes. Raises UserError if no Ray answers at `address`."""
     if address and address.startswith(("http://", "https://")):
         raise UserError(
-            f"--address {address} is a job server, which shows no nodes. Ask from inside the cluster: "
-            f"fae submit doctor RECIPE … --address {address}"
+            f"--address {address} is a job server, which does not show nodes. Run the checks "
+            f"inside the cluster: fae submit doctor RECIPE … --address {address}"
         )
     if address:
         os.environ["RAY_ADDRESS"] = address
@@ -63,11 +66,12 @@ def check_cluster(recipe: Recipe | None, address: str | None = None) -> Iterator
     except (ConnectionError, RuntimeError, ValueError) as error:
         line = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise UserError(
-            f"No Ray at {where or 'this machine'}: {line[:300]}. From outside a cluster use fae submit doctor; "
-            "with token authentication set RAY_AUTH_MODE=token and RAY_AUTH_TOKEN."
+            f"No Ray at {where or 'this machine'}: {line[:300]}. From outside a cluster use "
+            "fae submit doctor; with token authentication set RAY_AUTH_MODE=token and "
+            "RAY_AUTH_TOKEN."
         ) from None
     if not where:
-        yield Finding("ok", "ray", "no RAY_ADDRESS: a local cluster, this machine alone")
+        yield Finding("ok", "ray", "RAY_ADDRESS is not set: a local cluster on this machine")
     nodes, findings = look_at_nodes()
     yield from findings
     yield from check_nodes(nodes)
@@ -85,25 +89,31 @@ def check_tracking(tracking: TrackingSection) -> Iterator[Finding]:
     shown = urlunsplit(parts._replace(netloc=parts.netloc.rpartition("@")[2]))
     if parts.scheme not in ("http", "https"):
         yield Finding(
-            "ok", "tracking", f"{shown}: a file of this machine. A cluster wants a server: MLFLOW_TRACKING_URI=http://…"
-        )  # fmt: skip
+            "ok",
+            "tracking",
+            f"{shown} is a file on this machine. A cluster needs a server: "
+            "MLFLOW_TRACKING_URI=http://…",
+        )
         return
     os.environ |= {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0", "MLFLOW_HTTP_REQUEST_TIMEOUT": "10"}
     from mlflow.tracking import MlflowClient
 
     try:
         MlflowClient(tracking_uri=uri).search_experiments(max_results=1)
-    except Exception as error:  # whatever a tracker raises
+    except Exception as error:  # MLflow's clients raise errors of many kinds.
         yield Finding(
-            "problem", "tracking",
-            f"{shown} does not answer ({type(error).__name__}). Training would go on without metrics. Check "
-            "MLFLOW_TRACKING_URI, MLFLOW_TRACKING_USERNAME and _PASSWORD, or set tracking.enabled=false.",
-        )  # fmt: skip
+            "problem",
+            "tracking",
+            f"{shown} does not answer ({type(error).__name__}). Training would run without "
+            "metrics. Check MLFLOW_TRACKING_URI, MLFLOW_TRACKING_USERNAME and _PASSWORD, or set "
+            "tracking.enabled=false.",
+        )
         return
     yield Finding("ok", "tracking", f"MLflow answers at {shown}")
 
 
 def _print(findings: Iterable[Finding]) -> int:
+    """Print the findings as they come; returns the number of problems."""
     problems = 0
     for finding in findings:
         print(finding, flush=True)

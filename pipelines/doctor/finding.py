@@ -1,4 +1,4 @@
-"""One line of `fae doctor`: ok, a warning or a problem, and what to do about it."""
+"""One line of `fae doctor`: what was checked, whether it is good, and what to do if it is not."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Literal
 
 @dataclass(frozen=True)
 class Finding:
-    """What was found of `subject`."""
+    """What a check found out about `subject`. Only a problem makes the command fail."""
 
     level: Literal["ok", "warning", "problem"]
     subject: str
@@ -16,3 +16,8 @@ class Finding:
 
     def __str__(self) -> str:
         return f"{self.level:<8} {self.subject:<12} {self.message}"
+
+
+def size_text(number: float) -> str:
+    """`number` bytes for people, in MB or GB of powers of ten."""
+    return f"{number / 1e9:.1f} GB" if number >= 1e9 else f"{number / 1e6:.0f} MB"

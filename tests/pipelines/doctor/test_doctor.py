@@ -16,8 +16,9 @@ from fae.cli import app
 from fae.pipelines.config.recipe import load_recipe
 from fae.pipelines.config.sections import TrackingSection
 from fae.pipelines.doctor.bucket import RULE_ID, check_bucket, clock_skew, covering_rule
-from fae.pipelines.doctor.cluster import Node, check_fit, check_nodes, matches
+from fae.pipelines.doctor.cluster import check_fit, matches
 from fae.pipelines.doctor.diagnosis import check_tracking, doctor
+from fae.pipelines.doctor.nodes import Node, check_nodes
 from fae.pipelines.runtime.packages import versions
 from fae_core.errors import UserError
 
