@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import gzip
 import json
 import re
 from pathlib import Path
@@ -17,12 +18,14 @@ from fae.cluster.kuberay import ray_job
 from tests.tiny import ROOT
 
 FILES = sorted((ROOT / "cluster" / "kuberay").glob("*.yaml"))
-CRDS = next((p for p in (ROOT.parent / "shared" / "data" / "kuberay-crds",) if p.is_dir()), None)
-needs_crds = pytest.mark.skipif(CRDS is None, reason="no ../shared/data/kuberay-crds")
+CRDS = Path(__file__).parent / "kuberay_crds"
 
 
 def strict(schema: Any) -> Any:
-    """A CRD's schema as Kubernetes applies it with field validation: unknown fields fail, int-or-string is both."""
+    """A CRD's schema as Kubernetes applies it with field validation.
+
+    Unknown fields fail, and int-or-string is both.
+    """
     if isinstance(schema, list):
         return [strict(item) for item in schema]
     if not isinstance(schema, dict):
@@ -39,8 +42,7 @@ def strict(schema: Any) -> Any:
 
 @functools.cache
 def validator(kind: str, version: str) -> jsonschema.Draft202012Validator:
-    assert CRDS is not None
-    text = (CRDS / f"ray.io_{kind.lower()}s.yaml").read_text()
+    text = gzip.decompress((CRDS / f"ray.io_{kind.lower()}s.yaml.gz").read_bytes())
     definition = yaml.load(text, Loader=yaml.CSafeLoader)
     found = next(v for v in definition["spec"]["versions"] if v["name"] == version)
     schema = strict(found["schema"]["openAPIV3Schema"])
@@ -59,13 +61,11 @@ def check(resource: dict[str, Any]) -> None:
     validator(resource["kind"], resource["apiVersion"].partition("/")[2]).validate(resource)
 
 
-@needs_crds
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.name)
 def test_a_kubernetes_file_is_what_kuberay_accepts(path):
     check(yaml.safe_load(path.read_text()))
 
 
-@needs_crds
 @pytest.mark.parametrize(
     ("place", "wrong"),
     [
@@ -89,7 +89,6 @@ def test_a_typo_in_a_kubernetes_file_would_be_found(place, wrong):
         check(job)
 
 
-@needs_crds
 @pytest.mark.parametrize("name", ["precompute", "train generator", "tune", "doctor"])
 def test_what_submit_writes_for_kuberay_is_accepted_too(name, monkeypatch):
     monkeypatch.setenv("AWS_REGION", "us-west-2")
