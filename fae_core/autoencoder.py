@@ -1,7 +1,9 @@
-"""The Feature Auto-Encoder of arXiv 2512.07829: frozen patch features -> small Gaussian latent -> features.
+"""The Feature Auto-Encoder of arXiv 2512.07829: patch features -> Gaussian latent -> features.
 
-One self-attention layer with wide heads and a linear projection encode (section 4.1, appendix A); six transformer
-blocks decode (section 4.2). Parameter counts fix what the paper leaves open; every remaining choice says so.
+One self-attention layer with wide heads and a linear projection encode (section 4.1, appendix A);
+six transformer blocks decode (section 4.2). Details that the paper leaves open are chosen so that
+the parameter counts equal the paper's; a choice that the counts do not decide is marked "not in the
+paper".
 """
 
 from __future__ import annotations
@@ -33,7 +35,7 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
 
 @dataclass(frozen=True)
 class AutoencoderConfig:
-    """Shape of a FeatureAutoencoder. `feature_dim` and `grid` are the backbone's."""
+    """Shape of a FeatureAutoencoder. `feature_dim` and `grid` are those of the backbone."""
 
     feature_dim: int
     latent_dim: int
@@ -43,17 +45,18 @@ class AutoencoderConfig:
     encoder_head_dim: int = 256
     encoder_depth: int = 1
     activation: Literal["gelu", "silu", "relu", "identity"] = "gelu"
-    """After the skip sum; not in the paper."""
+    """Applied to the sum of attention and skip branch; not in the paper."""
     pre_norm: bool = False
-    """RMSNorm before the attention; not in the paper."""
+    """Whether an RMSNorm precedes the attention; not in the paper."""
     decoder_depth: int = 6
     decoder_num_heads: int = 24
     kl_weight: float = 1e-6
-    """β of eq. 4.1; not in the paper. 1e-6 follows ml-starflow and 1d-tokenizer, whose reductions we share."""
+    """β of eq. 4.1; its value is not in the paper. 1e-6 is that of ml-starflow and 1d-tokenizer,
+    which reduce the loss's terms in the same way."""
 
 
 class Posterior:
-    """Diagonal Gaussian over latents: `mean` and `logvar` [B, N, C]; logvar is clamped to [-30, 20]."""
+    """Diagonal Gaussian over latents: `mean`, and `logvar` clamped to [-30, 20], both [B, N, C]."""
 
     def __init__(self, mean: Tensor, logvar: Tensor) -> None:
         self.mean = mean
@@ -68,17 +71,26 @@ class Posterior:
         return self.mean
 
     def kl(self) -> Tensor:
-        """KL divergence to the standard normal in nats, per element [B, N, C]; sum it over tokens and channels."""
+        """KL divergence to the standard normal in nats, per element [B, N, C], float32.
+
+        The divergence of an image is its sum over tokens and channels.
+        """
         mean, logvar = self.mean.float(), self.logvar.float()
         return 0.5 * (mean.square() + logvar.exp() - 1.0 - logvar)
 
 
 class FeatureEncoder(nn.Module):
-    """Posterior over latents [B, N, latent_dim] of standardised features [B, N, feature_dim].
+    """Posterior over latents [B, N, latent_dim] of standardized features [B, N, feature_dim].
 
-    `attention`: softmax attention whose heads are `head_dim` wide, so that the value and output projections are one
-    matrix; its result and a linear skip branch meet at width num_heads*head_dim, then activation and projection
-    (figure 7). `linear`: the projection alone. `transformer`: `depth` ordinary blocks, then the projection.
+    `kind` is one of
+
+    - `attention` (figure 7): softmax attention with `num_heads` heads of width `head_dim` and no
+      output projection of its own. The heads, concatenated to num_heads*head_dim channels, are
+      added to a linear skip branch of that width; activation and projection follow.
+    - `linear`: the projection alone.
+    - `transformer`: `depth` ordinary blocks, then the projection.
+
+    Raises ValueError for another kind.
     """
 
     def __init__(
@@ -127,10 +139,11 @@ class FeatureEncoder(nn.Module):
 
 
 class FeatureDecoder(nn.Module):
-    """Standardised features [B, N, feature_dim] of latents [B, N, latent_dim]; N = H*W of `grid`.
+    """Standardized features [B, N, feature_dim] of latents [B, N, latent_dim]; N = H*W of `grid`.
 
-    The width is the backbone's, so the residual stream is the output and no projection follows. A frozen sine-cosine
-    table beside the rotary positions is a parameter, as in LightningDiT: the paper's 170.43 M count holds it.
+    The blocks are as wide as the backbone's features, so their output needs no projection. Beside
+    the rotary positions there is a frozen sine-cosine table, which is a parameter as in
+    LightningDiT: the paper's count of 170.43 M includes it.
     """
 
     def __init__(
@@ -158,7 +171,7 @@ class FeatureDecoder(nn.Module):
 
 
 class FeatureAutoencoder(nn.Module):
-    """Encoder and decoder with the statistics that standardise the backbone's features per channel."""
+    """Encoder, decoder, and the per-channel statistics that standardize the backbone's features."""
 
     feature_mean: Tensor
     feature_std: Tensor
@@ -188,7 +201,10 @@ class FeatureAutoencoder(nn.Module):
         self.register_buffer("feature_std", torch.ones(config.feature_dim))
 
     def set_feature_stats(self, mean: Tensor, std: Tensor) -> None:
-        """Fix the per-channel mean and standard deviation [D] of the backbone's features."""
+        """Set the per-channel mean and standard deviation [D] of the backbone's features.
+
+        Raises ValueError where a value is not finite or a standard deviation is not above 0.
+        """
         if not bool(torch.isfinite(std).all() and (std > 0).all() and torch.isfinite(mean).all()):
             raise ValueError(
                 "Feature statistics must be finite, with every standard deviation above 0."
@@ -196,16 +212,16 @@ class FeatureAutoencoder(nn.Module):
         self.feature_mean.copy_(mean)
         self.feature_std.copy_(std)
 
-    def standardise(self, features: Tensor) -> Tensor:
+    def standardize(self, features: Tensor) -> Tensor:
         """Features [B, N, D] with zero mean and unit variance per channel, float32."""
         return (features.float() - self.feature_mean) / self.feature_std
 
     def encode(self, features: Tensor) -> Posterior:
         """Posterior over latents [B, N, C] of raw backbone features [B, N, D]."""
-        return self.encoder(self.standardise(features))
+        return self.encoder(self.standardize(features))
 
-    def decode_standardised(self, latents: Tensor) -> Tensor:
-        """Standardised features [B, N, D] of latents [B, N, C]."""
+    def decode_standardized(self, latents: Tensor) -> Tensor:
+        """Standardized features [B, N, D] of latents [B, N, C]."""
         return self.decoder(latents)
 
     def decode(self, latents: Tensor) -> Tensor:
@@ -213,7 +229,7 @@ class FeatureAutoencoder(nn.Module):
         return self.decoder(latents).float() * self.feature_std + self.feature_mean
 
     def forward(self, features: Tensor, noise: Tensor) -> dict[str, Tensor]:
-        """The loss's terms, so that a data-parallel wrapper sees one call: see `autoencoder_loss`."""
+        """The terms of `autoencoder_loss`; as `forward` it works in a data-parallel wrapper."""
         return autoencoder_loss(self, features, noise)
 
 
@@ -222,13 +238,14 @@ def autoencoder_loss(
 ) -> dict[str, Tensor]:
     """Eq. 4.1: squared error + β·KL, as 0-dim float32 tensors `loss`, `mse`, `kl`, `cosine`.
 
-    `features` [B, N, D] raw, `noise` [B, N, C] standard normal. `mse` is the mean over images, tokens and channels of
-    standardised features; `kl` is summed over tokens and channels and averaged over images (the reductions are not in
-    the paper; these are ml-starflow's). `cosine` compares raw features token by token.
+    `features` [B, N, D] are raw, `noise` [B, N, C] is standard normal. `mse` is the mean over
+    images, tokens and channels of standardized features; `kl` is summed over tokens and channels
+    and averaged over images. These reductions are not in the paper; they are those of ml-starflow.
+    `cosine` is the mean cosine similarity of raw features over images and tokens.
     """
-    target = model.standardise(features)
+    target = model.standardize(features)
     posterior = model.encoder(target)
-    output = model.decode_standardised(posterior.sample(noise)).float()
+    output = model.decode_standardized(posterior.sample(noise)).float()
     mse = F.mse_loss(output, target)
     kl = posterior.kl().sum(dim=(1, 2)).mean()
     with torch.no_grad():

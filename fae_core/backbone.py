@@ -1,19 +1,21 @@
 """The frozen visual encoder: canonical uint8 crops in, patch features out.
 
-Any timm ViT by name; resize, normalization and cast run on the module's own device, so only uint8 crosses
-processes. Presets name the encoders of arXiv 2512.07829 (DINOv2 and SigLIP2) and DINOv2's smaller sizes.
+Any timm ViT by name. Resize, normalization and cast run on the module's own device, so only uint8
+crosses processes. Presets name the encoders of arXiv 2512.07829 (DINOv2 and SigLIP2) and DINOv2's
+smaller sizes.
 """
 
 from __future__ import annotations
 
 import difflib
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import timm
 import torch
 from timm.data import resolve_model_data_config
+from timm.layers import resample_abs_pos_embed
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -23,14 +25,15 @@ from fae_core.weights import WeightsError, load_weights
 
 @dataclass(frozen=True)
 class BackboneSpec:
-    """A timm model and the square image size [px] it is fed; `dim` and `patch` are asserted when it is built."""
+    """A timm model and the side [px] of its input; `load_backbone` checks `dim` and `patch`."""
 
     timm_name: str
     image_size: int
     patch: int
     dim: int
     antialias_positions: bool = False
-    """How DINOv2's authors resample the position table: antialiased for register models alone."""
+    """Whether resampling the position table is antialiased: DINOv2's authors do so for the models
+    with registers only."""
 
     @property
     def grid(self) -> tuple[int, int]:
@@ -60,13 +63,14 @@ PRESETS = {
 
 
 def resolve_spec(name: str) -> BackboneSpec:
-    """The preset `name`, or a spec read off the timm ViT of that name. Raises WeightsError for neither."""
+    """The preset or the timm ViT called `name`. Raises WeightsError where there is neither."""
     if name in PRESETS:
         return PRESETS[name]
     if not timm.is_model(name):
         near = difflib.get_close_matches(name, [*PRESETS, *timm.list_models("vit_*")], n=3)
         raise WeightsError(
-            f"No backbone {name!r}. Near it: {', '.join(near) or 'nothing'}. Presets: {', '.join(PRESETS)}."
+            f"No backbone {name!r}. Near it: {', '.join(near) or 'nothing'}. "
+            f"Presets: {', '.join(PRESETS)}."
         )
     with torch.device("meta"):
         model: Any = timm.create_model(name, num_classes=0)
@@ -77,7 +81,7 @@ def resolve_spec(name: str) -> BackboneSpec:
 
 
 class Backbone(nn.Module):
-    """Frozen, in eval mode for good. Build it with `load_backbone`."""
+    """A frozen ViT that always stays in eval mode. Build it with `load_backbone`."""
 
     mean: Tensor
     std: Tensor
@@ -98,11 +102,15 @@ class Backbone(nn.Module):
         super().train(False)
 
     def train(self, mode: bool = True) -> Backbone:
-        """Stays in eval mode whatever a training loop asks."""
+        """Does nothing: the backbone stays in eval mode. Returns itself."""
         return self
 
     def preprocess(self, images: Tensor) -> Tensor:
-        """Normalized images [B, 3, size, size] float32 of uint8 crops [B, S, S, 3] (bicubic, antialiased)."""
+        """The model's input [B, 3, size, size] float32 of uint8 crops [B, S, S, 3].
+
+        Resized by antialiased bicubic interpolation, then normalized. Raises ValueError for images
+        of another dtype or shape.
+        """
         if images.dtype != torch.uint8 or images.ndim != 4 or images.shape[-1] != 3:
             raise ValueError(
                 f"Expected uint8 images [B, S, S, 3], not {images.dtype} {tuple(images.shape)}."
@@ -110,7 +118,10 @@ class Backbone(nn.Module):
         return self.normalize(images.permute(0, 3, 1, 2).float() / 255.0)
 
     def normalize(self, x: Tensor) -> Tensor:
-        """The model's input [B, 3, size, size] of images [B, 3, S, S] float32 in [0, 1], differentiably."""
+        """The model's input [B, 3, size, size] of images [B, 3, S, S] float32 in [0, 1].
+
+        Differentiable in the images.
+        """
         if x.shape[-1] != self.spec.image_size or x.shape[-2] != self.spec.image_size:
             size = (self.spec.image_size, self.spec.image_size)
             x = F.interpolate(x, size, mode="bicubic", antialias=True, align_corners=False).clamp(
@@ -119,9 +130,10 @@ class Backbone(nn.Module):
         return (x - self.mean) / self.std
 
     def intermediate(self, images: Tensor, blocks: Sequence[int]) -> list[Tensor]:
-        """Patch tokens [B, N, D] after each of `blocks` (from 0) of images [B, 3, S, S] float32 in [0, 1].
+        """Patch tokens [B, N, D] after each of `blocks`, which count from 0.
 
-        Differentiable in the images: perceptual distances and discriminators look through here.
+        `images` [B, 3, S, S] are float32 in [0, 1]. Differentiable in the images, for perceptual
+        losses and discriminators.
         """
         tokens: list[Tensor] = self.model.forward_intermediates(
             self.normalize(images), indices=list(blocks), output_fmt="NLC", intermediates_only=True
@@ -130,33 +142,25 @@ class Backbone(nn.Module):
 
     @torch.no_grad()
     def tokens(self, images: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Patch features [B, N, D] after the final norm, and the class token [B, D] where the model has one."""
+        """Patch features [B, N, D] after the final norm, and the class token [B, D] or None.
+
+        `images` are uint8 crops [B, S, S, 3].
+        """
         x = self.model.forward_features(self.preprocess(images))
         num_prefix = self.model.num_prefix_tokens
         class_token = x[:, 0] if getattr(self.model, "cls_token", None) is not None else None
         return x[:, num_prefix:], class_token
 
     def forward(self, images: Tensor) -> Tensor:
-        """Patch features [B, N, D] of uint8 crops [B, S, S, 3], without class or register tokens."""
+        """Patch features [B, N, D] of uint8 crops [B, S, S, 3]; no class or register tokens."""
         return self.tokens(images)[0]
-
-
-def _resample_positions(
-    table: Tensor, num_prefix: int, grid: tuple[int, int], antialias: bool
-) -> Tensor:
-    prefix, patches = table[:, :num_prefix], table[:, num_prefix:]
-    side = round(patches.shape[1] ** 0.5)
-    if (side, side) == grid:
-        return table
-    square = patches.transpose(1, 2).unflatten(2, (side, side)).float()
-    resized = F.interpolate(square, grid, mode="bicubic", antialias=antialias, align_corners=False)
-    return torch.cat([prefix, resized.flatten(2).transpose(1, 2).to(table.dtype)], dim=1)
 
 
 def load_backbone(name: str, weights: str = "hub", image_size: int | None = None) -> Backbone:
     """The frozen backbone `name` with weights from `weights` (see `fae_core.weights`) on the CPU.
 
-    `image_size` [px], a multiple of the patch, replaces the preset's. Raises WeightsError.
+    `image_size` [px], a multiple of the patch, replaces the preset's; the position table is
+    resampled to its grid. Raises WeightsError.
     """
     spec = resolve_spec(name)
     if image_size is not None:
@@ -164,9 +168,7 @@ def load_backbone(name: str, weights: str = "hub", image_size: int | None = None
             raise WeightsError(
                 f"Image size {image_size} is not a multiple of {name}'s patch, {spec.patch}."
             )
-        spec = BackboneSpec(
-            spec.timm_name, image_size, spec.patch, spec.dim, spec.antialias_positions
-        )
+        spec = replace(spec, image_size=image_size)
     state = load_weights(spec.timm_name, weights)
     sha256 = tensors_sha256(state)
     model: Any = timm.create_model(spec.timm_name, img_size=spec.image_size, num_classes=0)
@@ -174,8 +176,11 @@ def load_backbone(name: str, weights: str = "hub", image_size: int | None = None
         raise WeightsError(f"{spec.timm_name} is {model.embed_dim} wide, not {spec.dim}.")
     num_prefix = 0 if model.no_embed_class else model.num_prefix_tokens
     if "pos_embed" in state:
-        table = _resample_positions(
-            state["pos_embed"], num_prefix, spec.grid, spec.antialias_positions
+        table = resample_abs_pos_embed(
+            state["pos_embed"],
+            list(spec.grid),
+            num_prefix_tokens=num_prefix,
+            antialias=spec.antialias_positions,
         )
         state = {**state, "pos_embed": table}
     try:

@@ -1,6 +1,7 @@
-"""Trained modules as one safetensors file with their configuration and fingerprints in its metadata.
+"""Trained modules as safetensors files with configuration and fingerprints in the metadata.
 
-`load` builds the module back from the file alone. Nothing is unpickled: a file that is not safetensors is refused.
+`load` rebuilds the module from the file alone. Nothing is unpickled: a file that is not safetensors
+is refused.
 """
 
 from __future__ import annotations
@@ -33,11 +34,15 @@ MODULES: dict[str, tuple[Any, Any]] = {
 
 
 class CheckpointError(UserError, ValueError):
-    """A file that is no checkpoint of ours, or not a whole one."""
+    """A file that `save` did not write, or that is incomplete or damaged."""
 
 
 def save(path: str | Path, module: nn.Module, fingerprints: Mapping[str, str]) -> str:
-    """Write one of `MODULES` whole or not at all (temporary file, then rename); returns its `tensors_sha256`."""
+    """Write a module of one of `MODULES` to `path`; returns its `tensors_sha256`.
+
+    The write is atomic: a temporary file is renamed to `path`. `fingerprints` names what the module
+    was trained against.
+    """
     kind = next(name for name, (cls, _) in MODULES.items() if isinstance(module, cls))
     config: Any = module.config
     tensors = {name: t.detach().cpu().contiguous() for name, t in module.state_dict().items()}
@@ -59,7 +64,10 @@ def save(path: str | Path, module: nn.Module, fingerprints: Mapping[str, str]) -
 
 @dataclasses.dataclass(frozen=True)
 class Loaded:
-    """A module of `kind` built back (eval mode, on the CPU), what it was trained against, and its content hash."""
+    """A rebuilt module of `kind`, in eval mode on the CPU.
+
+    `fingerprints` names what it was trained against; `weights_sha256` is its `tensors_sha256`.
+    """
 
     kind: str
     module: Any
@@ -68,7 +76,10 @@ class Loaded:
 
 
 def read_metadata(path: str | Path) -> dict[str, str]:
-    """The file's own metadata: format, kind, config, fingerprints, weights_sha256. Raises CheckpointError."""
+    """The file's metadata: format, kind, config, fingerprints, weights_sha256.
+
+    Raises CheckpointError for a file that is missing or was not written by `save`.
+    """
     if not Path(path).is_file():
         raise CheckpointError(f"No checkpoint at {path}.")
     try:
@@ -84,9 +95,10 @@ def read_metadata(path: str | Path) -> dict[str, str]:
 
 
 def load(path: str | Path, *kinds: str) -> Loaded:
-    """Rebuild the module that `save` wrote; it must be of one of `kinds` where any are given.
+    """Rebuild the module that `save` wrote. Where `kinds` are given, it must be of one of them.
 
-    Raises CheckpointError, also when the weights' hash differs.
+    Raises CheckpointError for a file that is missing, of another kind, or whose weights do not
+    match the hash in its metadata.
     """
     metadata = read_metadata(path)
     if kinds and metadata["kind"] not in kinds:

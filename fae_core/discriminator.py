@@ -1,7 +1,8 @@
-"""What judges the pixel decoder: a patch discriminator on pixels, or small heads on a frozen backbone's features.
+"""The pixel decoder's discriminators: one on pixels, one on the features of a frozen backbone.
 
-The first is a PatchGAN with blurred downsampling, as in TA-TiTok and ml-starflow; the second follows the projected
-discriminators of StyleGAN-T and RAE. Both return logits for many places of an image; hinge losses average them.
+The first is a PatchGAN with blurred downsampling, as in TA-TiTok and ml-starflow; the second
+follows the projected discriminators of StyleGAN-T and RAE. Both return logits for many positions of
+an image, over which the hinge loss averages.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from fae_core.backbone import Backbone
 
 
 class BlurDownsample(nn.Module):
-    """Halves height and width after the binomial filter [1, 3, 3, 1], which keeps high frequencies from aliasing."""
+    """Halves height and width after a binomial filter [1, 3, 3, 1], which prevents aliasing."""
 
     kernel: Tensor
 
@@ -36,7 +37,7 @@ class BlurDownsample(nn.Module):
 
 
 class PatchDiscriminator(nn.Module):
-    """Logits [B, places] of images [B, 3, S, S] in [0, 1]; `widths` are the stages' channels."""
+    """Logits [B, positions] of images [B, 3, S, S] in [0, 1]; `widths` are the stages' channels."""
 
     def __init__(self, widths: Sequence[int] = (128, 256, 512), stem: int = 128) -> None:
         super().__init__()
@@ -63,10 +64,10 @@ class PatchDiscriminator(nn.Module):
 
 
 class FeatureDiscriminator(nn.Module):
-    """Logits [B, heads*N] from spectrally normalized heads on the block outputs of a frozen backbone.
+    """Logits [B, heads*N] from spectrally normalized heads on a frozen backbone's block outputs.
 
-    The backbone is given at each call and is no part of the module, so checkpoints hold the heads alone. `blocks` are
-    the depths whose tokens [B, N, D] are judged.
+    There is one head for each of `blocks`. The module takes the tokens [B, N, D] of these blocks
+    and does not hold the backbone, so checkpoints contain the heads alone.
     """
 
     def __init__(
@@ -98,7 +99,7 @@ class FeatureDiscriminator(nn.Module):
 
 
 class LeCam(nn.Module):
-    """LeCam regularization (arXiv 2104.03310) with running means of the logits; zero before the first update."""
+    """LeCam regularization (arXiv 2104.03310) by running means of the logits, which start at 0."""
 
     real: Tensor
     fake: Tensor
@@ -110,7 +111,7 @@ class LeCam(nn.Module):
         self.register_buffer("fake", torch.zeros(()))
 
     def forward(self, real_logits: Tensor, fake_logits: Tensor) -> Tensor:
-        """The penalty (0-dim) against the running means, which are then moved towards this batch."""
+        """The penalty, 0-dim, by the running means, which are then updated with this batch."""
         real, fake = real_logits.float().mean(), fake_logits.float().mean()
         penalty = F.relu(real - self.fake).square() + F.relu(self.real - fake).square()
         with torch.no_grad():
@@ -120,9 +121,10 @@ class LeCam(nn.Module):
 
 
 class Discriminator(nn.Module):
-    """A judge with its LeCam state: `kind` is `patch` (pixels) or `backbone` (a frozen backbone's features).
+    """The discriminator of `kind` `patch` (pixels) or `backbone` (features), and LeCam's state.
 
-    `forward(images, backbone)` returns logits [B, places]; the backbone is used by the second kind only.
+    `forward(images, backbone)` returns logits [B, positions]; only the second kind uses the
+    backbone. Raises ValueError for another kind.
     """
 
     def __init__(
@@ -156,9 +158,11 @@ def discriminator_loss(real_logits: Tensor, fake_logits: Tensor) -> Tensor:
 
 
 def augment(images: Tensor, draws: Tensor) -> Tensor:
-    """DiffAugment (arXiv 2006.10738) of images [B, 3, S, S] by uniform `draws` [B, 5] in [0, 1], differentiably.
+    """DiffAugment (arXiv 2006.10738) of images [B, 3, S, S] by uniform `draws` [B, 5] in [0, 1].
 
-    Brightness ±0.5, saturation x[0, 2], contrast x[0.5, 1.5], and a shift of up to an eighth, zeros coming in.
+    Brightness changes by up to ±0.5, saturation by a factor in [0, 2], contrast by one in
+    [0.5, 1.5]; then the image is shifted by up to an eighth of its size and padded with zeros.
+    Differentiable in the images.
     """
     brightness, saturation, contrast = (draws[:, i].view(-1, 1, 1, 1) for i in range(3))
     x = images + (brightness - 0.5)

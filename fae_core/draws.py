@@ -1,4 +1,8 @@
-"""Random numbers addressed by (seed, stream, step, sample), so that rank, batching and interruptions cannot change them."""
+"""Random numbers that depend on (seed, stream, step, sample) alone.
+
+Rank, batch size, gradient accumulation and interruptions do not change them, so a run on two
+workers draws the same numbers as a run on one, and so does a resumed run.
+"""
 
 from __future__ import annotations
 
@@ -13,9 +17,9 @@ CPU = torch.device("cpu")
 def sample_generator(
     seed: int, stream: str, step: int, sample: int, device: torch.device = CPU
 ) -> torch.Generator:
-    """A generator that depends on these four alone: never on rank, accumulation or what was drawn before.
+    """A generator on `device`, seeded by a hash of (seed, stream, step, sample).
 
-    A GPU's gives other numbers than a CPU's.
+    A generator on a GPU gives other numbers than one on the CPU.
     """
     digest = hashlib.sha256(f"{seed}/{stream}/{step}/{sample}".encode()).digest()
     return torch.Generator(device).manual_seed(int.from_bytes(digest[:8]) >> 1)
@@ -29,7 +33,10 @@ def normal_draws(
     shape: tuple[int, ...],
     device: torch.device = CPU,
 ) -> Tensor:
-    """Standard normal numbers [n, *shape] float32, drawn on `device`, one generator a sample."""
+    """Standard normal numbers [n, *shape] float32 for n `samples`, one generator for each.
+
+    They are drawn on `device`.
+    """
     draws = torch.empty((len(samples), *shape), device=device)
     for draw, sample in zip(draws, samples, strict=True):
         draw.normal_(generator=sample_generator(seed, stream, step, sample, device))
@@ -44,9 +51,10 @@ def uniform_draws(
     shape: tuple[int, ...] = (),
     device: torch.device = CPU,
 ) -> Tensor:
-    """Uniform numbers in [0, 1) [n, *shape] float32 on `device`, one generator a sample.
+    """Uniform numbers in [0, 1), [n, *shape] float32 on `device`, one generator for each sample.
 
-    Drawn on the CPU, so they are the same everywhere; the copy to a GPU does not wait for what it computes.
+    They are drawn on the CPU, so they are the same for every device. The copy to a GPU is
+    asynchronous: it does not wait for kernels that are running.
     """
     draws = [
         torch.rand(shape, generator=sample_generator(seed, stream, step, sample))

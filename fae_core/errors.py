@@ -1,7 +1,10 @@
-"""The base of every error whose message is for the person who ran the command: shown alone, without a traceback."""
+"""The base class of errors whose message is for the user: commands print it without a traceback."""
 
 from __future__ import annotations
 
 
 class UserError(Exception):
-    """Says what is wrong and what to do; commands print it and end with a non-zero status."""
+    """An error whose message says what is wrong and what to do.
+
+    Commands print the message alone and exit with a non-zero status.
+    """

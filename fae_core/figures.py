@@ -1,7 +1,8 @@
-"""Pictures of features: the first three principal components as colours, in the manner of DINOv2's figure 1.
+"""Pictures of features: the first three principal components as colours, as in DINOv2's figure 1.
 
-`principal_basis` fits one basis for several maps, so that equal colours mean equal features; `picture_grid` lays them out.
-Validation, `fae inspect` and the demo show what these return.
+`principal_basis` fits one basis for several maps, so that equal colours mean equal features;
+`picture_grid` arranges the maps in rows. Validation, `fae inspect` and the demo use these
+functions.
 """
 
 from __future__ import annotations
@@ -16,7 +17,10 @@ from PIL import Image
 
 @dataclass(frozen=True)
 class PrincipalBasis:
-    """Projection to three components, and the range of each that spans the colours."""
+    """Projection of features to three components, and the range of each that maps to colours.
+
+    `mean` [D], `components` [D, 3], `low` and `high` [3].
+    """
 
     mean: np.ndarray
     components: np.ndarray
@@ -33,8 +37,9 @@ class PrincipalBasis:
 def principal_basis(features: np.ndarray) -> PrincipalBasis:
     """The three leading components of features [..., D] by eigenvectors of the covariance.
 
-    Signs are fixed (largest entry positive), so the same features give the same colours; colours span the 1st to the
-    99th percentile. Fewer than three channels leave the last colours constant.
+    The largest entry of each component is positive, so the same features give the same colours.
+    Colours span the 1st to the 99th percentile. With fewer than three channels the last colours are
+    constant.
     """
     rows = np.asarray(features, np.float64).reshape(-1, features.shape[-1])
     mean = rows.mean(0)
@@ -55,9 +60,9 @@ def pca_map(
     basis: PrincipalBasis | None = None,
     size: int = 256,
 ) -> np.ndarray:
-    """Features [N, D] on `grid` as a uint8 picture [height, width, 3] whose longer side is `size` px.
+    """Features [N, D] on `grid` as a uint8 picture [height, width, 3].
 
-    Without a `basis` the picture has its own.
+    Its longer side is `size` px. Without `basis`, one is fitted to these features.
     """
     colours = (basis or principal_basis(features)).colours(features).reshape(*grid, 3)
     scale = size / max(grid)
@@ -72,9 +77,10 @@ def reconstruction_rows(
     reconstructions: np.ndarray,
     grid: tuple[int, int],
 ) -> list[list[np.ndarray]]:
-    """A row an image: uint8 [S, S, 3] of `images` [B, S, S, 3], and PCA maps of features, latents, reconstructions [B, N, *].
+    """A row for each image: the image, then PCA maps of its features, latents and reconstruction.
 
-    Features and their reconstruction share one basis, fitted to the features of all rows; latents have their own.
+    `images` are uint8 [B, S, S, 3]; the others are [B, N, *]. Features and reconstructions share
+    one basis, which is fitted to the features of all rows; latents have another.
     """
     feature_basis, latent_basis = principal_basis(features), principal_basis(latents)
     return [
@@ -94,9 +100,10 @@ def picture_grid(
     note: str = "",
     titles_of_rows: Mapping[int, Sequence[str]] | None = None,
 ) -> bytes:
-    """A PNG of uint8 pictures [H, W, 3] in rows under `titles`, and `note` (several lines) to their right.
+    """A PNG of uint8 pictures [H, W, 3] in rows, with `titles` above the first row.
 
-    None leaves a cell blank. `titles_of_rows` gives later rows titles of their own.
+    `note`, of one or more lines, stands to the right. None leaves a cell blank. `titles_of_rows`
+    gives titles to further rows, by the row's index.
     """
     from matplotlib.figure import Figure
 
@@ -130,7 +137,10 @@ Curve = tuple[Sequence[float], Sequence[float]]
 
 
 def curve_panels(panels: Mapping[str, Mapping[str, Curve]], logarithmic: bool = True) -> bytes:
-    """A PNG with a panel for each title: lines by name, each (steps, values); y is logarithmic where all are positive."""
+    """A PNG with a panel for each title and in it a line for each name, given as (steps, values).
+
+    With `logarithmic`, the y axis of a panel is logarithmic where all its values are positive.
+    """
     from matplotlib.figure import Figure
 
     columns = min(3, len(panels))

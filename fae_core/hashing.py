@@ -1,4 +1,8 @@
-"""What decides whether two sets of tensors are the same: one hash of names, dtypes, shapes and contents."""
+"""A content hash of named tensors, by which weights are identified in fingerprints and checkpoints.
+
+This module imports nothing of `fae_core`, so that the frozen backbone can use it without importing
+checkpoints and generators.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +13,10 @@ from torch import Tensor
 
 
 def tensors_sha256(tensors: Mapping[str, Tensor]) -> str:
-    """SHA-256 over names, dtypes, shapes and contents in name order: the same for any file format and device."""
+    """SHA-256, in hexadecimal, over names, dtypes, shapes and contents in the order of the names.
+
+    It does not depend on the file format or the device of the tensors.
+    """
     digest = hashlib.sha256()
     for name in sorted(tensors):
         tensor = tensors[name].detach().cpu().contiguous()

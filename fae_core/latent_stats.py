@@ -1,8 +1,9 @@
 """Exact per-channel mean and variance that merge in any order to the same bits.
 
-Values are counted in steps of 2^-24 (every finite float16 is a multiple; a float32 is rounded to the nearest), and
-sums are integers of any size. Integer addition is associative, so neither shard order nor the number of workers can
-change a digit. Used for the latent store's manifest and for standardising the backbone's features.
+Values are integer multiples of 2^-24: every finite float16 is one, and a float32 is rounded to the
+nearest. Sums are integers of any size. Integer addition is associative, so neither the order of the
+shards nor the number of workers changes the result. The latent store's manifest and the
+standardization of the backbone's features use these statistics.
 """
 
 from __future__ import annotations
@@ -15,7 +16,8 @@ SCALE_BITS = 24
 LIMIT = 2.0**19
 _HALF_BITS = 22
 _CHUNK = 1 << 17
-"""Values at a time: their eight-byte copies stay in a core's cache, and no sum of them overflows."""
+"""Values that are summed at once: few enough that their float64 and int64 copies stay in a core's
+cache and that no int64 sum of them overflows."""
 
 
 class ChannelStats:
@@ -31,7 +33,7 @@ class ChannelStats:
         return cls(0, [0] * num_channels, [0] * num_channels)
 
     def update(self, values: np.ndarray) -> None:
-        """Add values [..., C]. Raises ValueError on NaN, infinity or a magnitude of 2^19 and more."""
+        """Add values [..., C]. Raises ValueError for NaN, infinity and magnitudes from 2^19."""
         rows = np.asarray(values).reshape(-1, len(self._sums))
         step = max(1, _CHUNK // len(self._sums))
         for start in range(0, len(rows), step):
@@ -50,7 +52,7 @@ class ChannelStats:
         self.count += len(rows)
 
     def merge(self, other: ChannelStats) -> None:
-        """Add what `other` counted."""
+        """Add the values of `other`. Raises ValueError for another number of channels."""
         if len(other._sums) != len(self._sums):
             raise ValueError(f"{len(other._sums)} channels do not merge into {len(self._sums)}.")
         self.count += other.count

@@ -1,7 +1,8 @@
-"""The transformer block that FAE's networks share: RMSNorm, SwiGLU and rotary positions on a 2-D grid.
+"""The transformer block of FAE's networks: RMSNorm, SwiGLU and rotary positions on a 2-D grid.
 
-The paper names the three parts for its feature decoder (arXiv 2512.07829, appendix A); the arrangement (pre-norm,
-biased linear layers, SwiGLU at two thirds of the MLP ratio) is LightningDiT's, and gives the paper's parameter count.
+The paper names the three parts for its feature decoder (arXiv 2512.07829, appendix A). Their
+arrangement (pre-norm, biased linear layers, SwiGLU at two thirds of the MLP ratio) is
+LightningDiT's and gives the paper's parameter count.
 """
 
 from __future__ import annotations
@@ -14,7 +15,11 @@ from torch.nn import functional as F
 
 
 def sincos_position_table(dim: int, grid: tuple[int, int]) -> Tensor:
-    """Fixed 2-D sine-cosine table [H*W, dim] float32; half of the channels encode the row, half the column."""
+    """Fixed 2-D sine-cosine table [H*W, dim] float32 for a grid (H, W).
+
+    The first half of the channels encodes the column, the second half the row. Raises ValueError
+    where `dim` is not divisible by 4.
+    """
     if dim % 4:
         raise ValueError(f"A 2-D sine-cosine table needs a width divisible by 4, not {dim}.")
     frequencies = 1.0 / 10000 ** (torch.arange(dim // 4, dtype=torch.float64) / (dim // 4))
@@ -29,9 +34,11 @@ def sincos_position_table(dim: int, grid: tuple[int, int]) -> Tensor:
 
 
 def rope_table(head_dim: int, grid: tuple[int, int]) -> tuple[Tensor, Tensor]:
-    """Cosines and sines [H*W, head_dim] of 2-D rotary positions: first half rows, second half columns.
+    """Cosines and sines [H*W, head_dim] float32 of 2-D rotary positions on a grid (H, W).
 
-    Rotary embedding of arXiv 2104.09864 along each axis, base 10000.
+    Rotary embedding of arXiv 2104.09864 with base 10000 along each axis: the first half of the
+    channels encodes the row, the second half the column. Raises ValueError where `head_dim` is not
+    divisible by 4.
     """
     if head_dim % 4:
         raise ValueError(f"2-D rotary positions need a head width divisible by 4, not {head_dim}.")
@@ -54,10 +61,10 @@ def apply_rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 class RMSNorm(nn.RMSNorm):
-    """torch's RMSNorm, computed in the weight's precision and returned in the input's.
+    """torch's RMSNorm, computed in the weight's precision and returned in the input's dtype.
 
-    Autocast leaves this norm alone, and torch has no fused kernel for bfloat16 input with float32 weights: it would go
-    through half a dozen kernels instead of one.
+    Autocast does not cast this norm, and torch has no fused kernel for bfloat16 input with float32
+    weights: without the cast it runs half a dozen kernels instead of one.
     """
 
     def forward(self, x: Tensor) -> Tensor:
@@ -80,7 +87,7 @@ class SwiGLU(nn.Module):
 
 
 class Block(nn.Module):
-    """Pre-norm transformer block on tokens [B, N, dim]; N = H*W of the grid that the rotary table was made for."""
+    """Pre-norm transformer block on tokens [B, N, dim]; N = H*W of the rotary table's grid."""
 
     def __init__(self, dim: int, num_heads: int, mlp_ratio: float = 4.0) -> None:
         super().__init__()
@@ -103,13 +110,13 @@ class Block(nn.Module):
 
 
 def split_heads(qkv: Tensor, num_heads: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Queries, keys and values [B, heads, N, head_dim] of one projection [B, N, 3*heads*head_dim]."""
+    """Queries, keys, values [B, heads, N, head_dim] of one projection [B, N, 3*heads*head_dim]."""
     q, k, v = qkv.unflatten(-1, (3, num_heads, -1)).permute(2, 0, 3, 1, 4)
     return q, k, v
 
 
 def init_linear(module: nn.Module) -> None:
-    """Xavier-uniform weights and zero biases for linear layers, for use with `Module.apply`."""
+    """Xavier-uniform weights and zero biases for linear layers; pass it to `Module.apply`."""
     if isinstance(module, nn.Linear):
         nn.init.xavier_uniform_(module.weight)
         if module.bias is not None:

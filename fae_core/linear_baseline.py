@@ -1,7 +1,7 @@
-"""Linear PCA of standardised features: what an autoencoder of the same latent size has to beat.
+"""Linear PCA of standardized features: the baseline of an autoencoder of the same latent size.
 
-The covariance is summed batch by batch, so features are never kept; training fits it beside the channel statistics and
-validation reports its error next to the autoencoder's.
+The covariance is summed batch by batch, so features are not kept. Training fits the PCA together
+with the channel statistics, and validation reports its error beside the autoencoder's.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import numpy as np
 
 
 class Covariance:
-    """Running float64 sums of features [..., D] for their mean, standard deviation and correlation."""
+    """Running float64 sums of features for their mean, standard deviation and correlation."""
 
     def __init__(self, dim: int) -> None:
         self.count = 0
@@ -27,7 +27,7 @@ class Covariance:
         self.products += rows.T @ rows
 
     def fit(self, num_components: int) -> LinearBaseline:
-        """The PCA with the `num_components` largest eigenvalues of the channels' correlation matrix."""
+        """The PCA by the `num_components` leading eigenvectors of the channels' correlations."""
         mean = self.total / self.count
         covariance = self.products / self.count - np.outer(mean, mean)
         std = np.sqrt(np.maximum(np.diag(covariance), 1e-12))
@@ -44,6 +44,6 @@ class LinearBaseline:
     components: np.ndarray
 
     def reconstruct(self, features: np.ndarray) -> np.ndarray:
-        """Raw features [..., D], float64, after the way through C numbers a token."""
-        standardised = (features.astype(np.float64) - self.mean) / self.std
-        return (standardised @ self.components @ self.components.T) * self.std + self.mean
+        """Raw features [..., D], float64, reconstructed from C components for each token."""
+        standardized = (features.astype(np.float64) - self.mean) / self.std
+        return (standardized @ self.components @ self.components.T) * self.std + self.mean

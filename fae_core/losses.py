@@ -1,7 +1,8 @@
-"""The pixel decoder's losses: pixel error, perceptual distance, and the adversarial terms with their weights.
+"""The pixel decoder's losses: pixel error, perceptual distance, and the adversarial terms' weights.
 
-The paper says reconstruction, perceptual and adversarial "following" TiTok (arXiv 2512.07829, eq. 4.2) and no weight;
-the defaults in the recipe are ml-starflow's, which are TA-TiTok's.
+The paper has a reconstruction, a perceptual and an adversarial loss "following" TiTok (arXiv
+2512.07829, eq. 4.2) and gives no weights; the defaults in the recipe are those of ml-starflow and
+TA-TiTok.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from fae_core.errors import UserError
 
 
 def pixel_error(output: Tensor, target: Tensor, kind: str) -> Tensor:
-    """Mean absolute (`l1`) or squared (`l2`) error, 0-dim."""
+    """Mean absolute (`l1`) or squared (`l2`) error, 0-dim. Raises ValueError for another kind."""
     if kind == "l1":
         return F.l1_loss(output, target)
     if kind == "l2":
@@ -26,17 +27,17 @@ def pixel_error(output: Tensor, target: Tensor, kind: str) -> Tensor:
 
 
 class BackboneDistance(nn.Module):
-    """Perceptual distance [B] of images [B, 3, S, S] in [0, 1] by a frozen backbone: no download beyond its weights.
+    """Perceptual distance [B] of images [B, 3, S, S] in [0, 1] by a frozen backbone.
 
-    LPIPS's form without its learned weights: tokens of a few blocks scaled to unit length, squared difference summed
-    over channels, averaged over tokens and blocks; between 0 and 4.
+    It is LPIPS without the learned weights, so it needs no weights but the backbone's: tokens of
+    `num_taps` blocks are scaled to unit length, their squared difference is summed over channels
+    and averaged over tokens and blocks. The distance is between 0 and 4.
     """
 
     def __init__(self, backbone: Backbone, num_taps: int = 4) -> None:
         super().__init__()
-        self._backbone = [
-            backbone
-        ]  # in a list, so that it is no submodule: never trained, never saved
+        # A list keeps the backbone out of the submodules, so it is neither trained nor saved.
+        self._backbone = [backbone]
         depth = len(backbone.model.blocks)
         self.blocks = [depth * (i + 1) // num_taps - 1 for i in range(num_taps)]
 
@@ -52,7 +53,10 @@ class BackboneDistance(nn.Module):
 
 
 def lpips_distance() -> nn.Module:
-    """The package `lpips` with VGG-16, frozen. Raises UserError where the package or its weights are missing."""
+    """LPIPS with VGG-16 of the package `lpips`, frozen.
+
+    Raises UserError where the package or its weights are missing.
+    """
     try:
         import lpips
     except ImportError:
@@ -65,7 +69,8 @@ def lpips_distance() -> nn.Module:
     except OSError as error:
         raise UserError(
             f"lpips could not load VGG-16's weights, which torchvision downloads ({error}). Put "
-            "vgg16-397923af.pth into torch's hub folder; as a loss, losses.perceptual=backbone needs nothing."
+            "vgg16-397923af.pth into torch's hub folder; as a loss, losses.perceptual=backbone "
+            "needs nothing."
         ) from None
     return network.eval().requires_grad_(False)
 
@@ -73,7 +78,10 @@ def lpips_distance() -> nn.Module:
 def adaptive_weight(
     reconstruction: Tensor, adversarial: Tensor, last_layer: Tensor, largest: float = 1e4
 ) -> Tensor:
-    """‖∂reconstruction/∂W‖ / ‖∂adversarial/∂W‖ at the last layer W (VQGAN; constants of RAE's code), detached."""
+    """‖∂reconstruction/∂W‖ / ‖∂adversarial/∂W‖ at the last layer W, at most `largest`, detached.
+
+    The weight is VQGAN's, its constants are those of RAE's code.
+    """
     (by_reconstruction,) = torch.autograd.grad(reconstruction, last_layer, retain_graph=True)
     (by_adversary,) = torch.autograd.grad(adversarial, last_layer, retain_graph=True)
     ratio = by_reconstruction.norm() / (by_adversary.norm() + 1e-6)
@@ -81,9 +89,10 @@ def adaptive_weight(
 
 
 def noise_scale(sigma: float, rms: float, reference_rms: float | None) -> float:
-    """Standard deviation of the noise on raw features: sigma, or scaled by the size of this backbone's features.
+    """Standard deviation of the noise on raw features, scaled to this backbone's features.
 
-    The paper: 0.4 for DINOv2, other backbones in proportion to their embeddings' norm. `rms` is the root mean square
-    of this backbone's features, `reference_rms` that of DINOv2's, None where the backbone is DINOv2.
+    The paper has `sigma` 0.4 for DINOv2 and scales it for other backbones in proportion to the norm
+    of their features. `rms` is the root mean square of this backbone's features, `reference_rms`
+    that of DINOv2's; None, for DINOv2 itself, returns sigma.
     """
     return sigma if reference_rms is None else sigma * rms / reference_rms

@@ -1,7 +1,8 @@
-"""The pixel decoder: a plain ViT from patch features to an image (arXiv 2512.07829, section 4.2 and appendix D).
+"""The pixel decoder: a plain ViT from patch features to an image.
 
-It is trained on the backbone's own features with Gaussian noise on them, and then finetuned on the features that FAE's
-decoder rebuilds; so one decoder serves every FAE of the same backbone.
+It follows arXiv 2512.07829, section 4.2 and appendix D. It is trained on the backbone's own
+features with Gaussian noise, then finetuned on the features that FAE's decoder reconstructs, so one
+decoder serves every FAE of the same backbone.
 """
 
 from __future__ import annotations
@@ -15,12 +16,12 @@ from torch import Tensor, nn
 from fae_core.layers import init_linear, sincos_position_table
 
 SIZES = {"S": (384, 12, 6), "B": (768, 12, 12), "L": (1024, 24, 16)}
-"""Width, depth and heads; L is the paper's."""
+"""Width, depth and number of heads; L is the paper's size."""
 
 
 @dataclass(frozen=True)
 class PixelDecoderConfig:
-    """Shape of a PixelDecoder. `grid` is the features', `image_size` [px] a multiple of it."""
+    """Shape of a PixelDecoder. `grid` is the features'; `image_size` [px] is a multiple of it."""
 
     feature_dim: int
     grid: tuple[int, int]
@@ -51,7 +52,8 @@ class PixelDecoder(nn.Module):
         rows, columns = config.grid
         if rows != columns or config.image_size % rows:
             raise ValueError(
-                f"A pixel decoder needs a square grid that divides the image: {config.grid} for {config.image_size} px."
+                "A pixel decoder needs a square grid that divides the image: "
+                f"{config.grid} for {config.image_size} px."
             )
         self.patch = config.image_size // rows
         self.input = nn.Linear(config.feature_dim, config.width)
@@ -81,11 +83,11 @@ class PixelDecoder(nn.Module):
         pixels = self.output(self.norm(x)).float()
         pieces = pixels.unflatten(2, (3, self.patch, self.patch)).unflatten(1, self.config.grid)
         image = pieces.permute(0, 3, 1, 4, 2, 5).flatten(4, 5).flatten(2, 3)
-        return image + 0.5  # grey is where training starts
+        return image + 0.5  # training starts from grey images
 
 
 def to_uint8(images: Tensor) -> Tensor:
-    """uint8 crops [B, S, S, 3] of images [B, 3, S, S] in [0, 1]; outside values are clamped, others rounded."""
+    """uint8 crops [B, S, S, 3] of images [B, 3, S, S]: values are clamped to [0, 1] and rounded."""
     return (images.clamp(0.0, 1.0) * 255.0).round().to(torch.uint8).permute(0, 2, 3, 1)
 
 

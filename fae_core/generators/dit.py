@@ -1,8 +1,9 @@
-"""The diffusion transformer: SiT (arXiv 2401.08740) and LightningDiT (arXiv 2501.01423) in one file.
+"""The diffusion transformer: SiT (arXiv 2401.08740) and LightningDiT (arXiv 2501.01423).
 
-Latents [B, C, H, W], a time and a class go in, a velocity [B, C, H, W] comes out. The two differ in three switches:
-SiT has LayerNorm, a GELU MLP and fixed positions alone; LightningDiT has RMSNorm, SwiGLU and rotary positions besides.
-FAE's generator is LightningDiT-XL/1 at 32 channels, 675.26 M parameters (arXiv 2512.07829, appendix D).
+The input is latents [B, C, H, W], times and classes, the output a velocity [B, C, H, W]. The two
+differ in three settings: SiT has LayerNorm, a GELU MLP and fixed positions only; LightningDiT has
+RMSNorm, SwiGLU and, in addition, rotary positions. FAE's generator is LightningDiT-XL/1 at 32
+channels, 675.26 M parameters (arXiv 2512.07829, appendix D).
 """
 
 from __future__ import annotations
@@ -29,14 +30,17 @@ from fae_core.layers import (
 )
 
 SIZES = {"S": (384, 12, 6), "B": (768, 12, 12), "L": (1024, 24, 16), "XL": (1152, 28, 16)}
-"""Width, depth and heads of DiT's sizes (arXiv 2212.09748, table 1)."""
+"""Width, depth and number of heads of DiT's sizes (arXiv 2212.09748, table 1)."""
 
 NUM_FREQUENCIES = 256
 
 
 @dataclass(frozen=True)
 class DiTConfig:
-    """Shape of a DiT. `grid` is the latent's height and width; `num_classes` 0 has a single class and no guidance."""
+    """Shape of a DiT. `grid` is the latent's height and width.
+
+    With `num_classes` 0 there is only the null class, and no guidance.
+    """
 
     latent_dim: int
     grid: tuple[int, int]
@@ -51,7 +55,8 @@ class DiTConfig:
     qk_norm: bool = False
     num_classes: int = 1000
     label_dropout: float = 0.1
-    """Share of training labels replaced by the null class; not in the FAE paper: DiT's and LightningDiT's."""
+    """Share of training labels replaced by the null class. It is not in the FAE paper; 0.1 is the
+    value of DiT and LightningDiT."""
     checkpoint_activations: bool = False
 
     @classmethod
@@ -67,14 +72,17 @@ class DiTConfig:
 
 
 class GELUTanh(nn.GELU):
-    """GELU in its tanh form, which DiT uses."""
+    """GELU in its tanh approximation, which DiT uses."""
 
     def __init__(self) -> None:
         super().__init__(approximate="tanh")
 
 
 class TimestepEmbedding(nn.Module):
-    """Embeddings [B, width] of times [B] in [0, 1]: 256 cosines and sines, then two layers (DiT's code)."""
+    """Embeddings [B, width] of times [B] in [0, 1]: 256 cosines and sines, then two layers.
+
+    As in DiT's code.
+    """
 
     frequencies: Tensor
 
@@ -94,19 +102,19 @@ class TimestepEmbedding(nn.Module):
 
 
 def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
-    """adaLN's affine map of tokens x [B, N, D] by per-image shift and scale [B, D]."""
+    """adaLN's affine map x·(1 + scale) + shift of tokens x [B, N, D] by shift and scale [B, D]."""
     return x * (1.0 + scale[:, None]) + shift[:, None]
 
 
 def make_norm(kind: str, width: int) -> nn.Module:
-    """RMSNorm with a gain (LightningDiT) or LayerNorm without parameters (DiT, SiT)."""
+    """RMSNorm with a gain for `rmsnorm` (LightningDiT), else LayerNorm without parameters (SiT)."""
     if kind == "rmsnorm":
         return RMSNorm(width, eps=1e-6)
     return nn.LayerNorm(width, eps=1e-6, elementwise_affine=False)
 
 
 class DiTBlock(nn.Module):
-    """Attention and MLP, each between adaLN-zero's shift and scale before it and its gate after it."""
+    """Attention and MLP, each with adaLN-zero: shift and scale before it, a gate after it."""
 
     def __init__(self, config: DiTConfig) -> None:
         super().__init__()
@@ -144,7 +152,7 @@ class DiTBlock(nn.Module):
 
 
 class DiT(LatentModel):
-    """velocity = model(latents, t, labels); class `num_classes` is the null class that guidance subtracts."""
+    """velocity = model(latents, t, labels). Class `num_classes` is the null class of guidance."""
 
     rope_cos: Tensor
     rope_sin: Tensor
@@ -173,7 +181,7 @@ class DiT(LatentModel):
         self._initialize()
 
     def _initialize(self) -> None:
-        """DiT's: Xavier for linear layers, 0.02 for embeddings, zeros for every adaLN and the output."""
+        """As DiT: Xavier for linear layers, std 0.02 for embeddings, 0 for adaLN and the output."""
         self.apply(init_linear)
         nn.init.normal_(self.label.weight, std=0.02)
         for layer in self.time.layers:
@@ -187,7 +195,7 @@ class DiT(LatentModel):
 
     @property
     def null_class(self) -> int:
-        """The label that stands for no class."""
+        """The label that means "no class"."""
         return self.config.num_classes
 
     def patchify(self, latents: Tensor) -> Tensor:
@@ -203,7 +211,10 @@ class DiT(LatentModel):
         return pieces.permute(0, 3, 1, 4, 2, 5).flatten(4, 5).flatten(2, 3)
 
     def forward(self, latents: Tensor, t: Tensor, labels: Tensor) -> Tensor:
-        """Velocity [B, C, H, W] of latents [B, C, H, W] at times t [B] in [0, 1] (1 is noise) for labels int64 [B]."""
+        """Velocity [B, C, H, W] of latents [B, C, H, W] at times t [B] for labels int64 [B].
+
+        Times are in [0, 1]; 1 is noise.
+        """
         x = self.input(self.patchify(latents)) + self.position
         condition = self.time(t) + self.label(labels)
         for block in self.blocks:
@@ -218,5 +229,8 @@ class DiT(LatentModel):
 
 
 def drop_labels(labels: Tensor, dropped: Tensor, null_class: int) -> Tensor:
-    """Labels with the null class where `dropped` (bool [B]) says so: what trains the unconditional branch."""
+    """Labels int64 [B] with the null class where `dropped`, bool [B], is true.
+
+    These train the unconditional model of guidance.
+    """
     return torch.where(dropped, torch.full_like(labels, null_class), labels)

@@ -1,8 +1,10 @@
-"""STARFlow: a normalizing flow of causal transformers on latents (arXiv 2506.06276, on TARFlow, arXiv 2412.06329).
+"""STARFlow: a normalizing flow of causal transformers on latents (arXiv 2506.06276).
 
-Each block turns tokens x into z_i = (x_i - mu_i(x_<i)) / sigma_i(x_<i) and reads them in the direction opposite to its
-neighbour's. All but one are shallow and stand on the data's side; the deep one stands next to the noise and alone
-knows the class. The likelihood is exact; sampling inverts block by block, token by token, with cached keys and values.
+It builds on TARFlow (arXiv 2412.06329). Each block maps tokens x to z_i = (x_i - mu_i(x_<i)) /
+sigma_i(x_<i), and consecutive blocks read the tokens in opposite directions. The last block, next
+to the noise, is deep and is the only one that sees the class; the others are shallow. The
+likelihood is exact. Sampling inverts block by block and token by token, with cached keys and
+values.
 """
 
 from __future__ import annotations
@@ -22,9 +24,9 @@ from fae_core.layers import RMSNorm, apply_rope, init_linear, rope_table, split_
 
 HEAD_DIM = 64
 SOFTPLUS_ONE = math.log(math.e - 1.0)
-"""softplus of this is 1: a raw output of 0 means sigma = 1."""
+"""softplus of this is 1, so a raw output of 0 gives sigma = 1."""
 LATENT_PENALTY = 1e-4
-"""Weight of the mean square of every block's output but the last (STARFlow, appendix B.2)."""
+"""Weight of the mean square of every block's output except the last (STARFlow, appendix B.2)."""
 
 SIZES: dict[str, tuple[int, tuple[int, ...]]] = {
     "S": (384, (2, 2, 8)),
@@ -33,25 +35,27 @@ SIZES: dict[str, tuple[int, tuple[int, ...]]] = {
     "L": (1024, (2, 2, 2, 16)),
     "XL": (2048, (2, 2, 2, 2, 2, 18)),
 }
-"""Width and layers per block, data side first. XL is the paper's for ImageNet, 1.41 B; the smaller are ours."""
+"""Width, and layers of each block from the data to the noise. XL is the paper's for ImageNet, with
+1.41 B parameters; the smaller sizes are not in the paper."""
 
 
 @dataclass(frozen=True)
 class StarFlowConfig:
-    """Shape of a StarFlow. `grid` is the latent's height and width; every cell is a token (patch 1)."""
+    """Shape of a StarFlow. `grid` is the latent's height and width; every position is a token."""
 
     latent_dim: int
     grid: tuple[int, int]
     width: int = 2048
     layers: tuple[int, ...] = (2, 2, 2, 2, 2, 18)
-    """Layers of each block from the data to the noise; the last one is the deep, conditional block."""
+    """Layers of each block from the data to the noise; the last is the deep, conditional block."""
     num_classes: int = 1000
     label_dropout: float = 0.1
-    """Share of training labels replaced by the null class; the paper gives it for text only."""
+    """Share of training labels replaced by the null class; the paper gives this for text only."""
     noise_std: float = 0.3
-    """Gaussian noise on training latents, in their own units; the paper's for SD-VAE. For FAE not given."""
+    """Standard deviation of the noise on training latents, in their own units. 0.3 is the paper's
+    value for SD-VAE; there is none for FAE."""
     soft_clip: float = 4.0
-    """Raw outputs r become a·tanh(r/a)."""
+    """Raw outputs r are replaced by a·tanh(r/a) for this a."""
     checkpoint_activations: bool = False
 
     @classmethod
@@ -66,14 +70,14 @@ class StarFlowConfig:
 
 
 class KeyValueCache:
-    """Keys and values [B, heads, places, HEAD_DIM] of the places that a layer has seen, in memory taken once."""
+    """Keys and values [B, heads, positions, HEAD_DIM] of a layer, in memory allocated once."""
 
     def __init__(self, batch: int, places: int, width: int, like: Tensor) -> None:
         self.buffers = like.new_empty(2, batch, width // HEAD_DIM, places, HEAD_DIM)
         self.length = 0
 
     def extend(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """All keys and values so far, these [B, heads, n, HEAD_DIM] the last of them."""
+        """Append k and v [B, heads, n, HEAD_DIM]; returns all keys and values so far."""
         first, self.length = self.length, self.length + k.shape[2]
         for buffer, new in zip(self.buffers, (k, v), strict=True):
             buffer[:, :, first : self.length] = new
@@ -82,7 +86,7 @@ class KeyValueCache:
 
 
 class CausalLayer(nn.Module):
-    """Pre-LayerNorm causal transformer layer; with a cache it takes only the new positions."""
+    """Pre-LayerNorm causal transformer layer; with a cache its input is the new positions only."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
@@ -107,10 +111,10 @@ class CausalLayer(nn.Module):
 
 
 class FlowBlock(nn.Module):
-    """One autoregressive affine map of tokens [B, N, C] in raster order; `flip` is the caller's business.
+    """One autoregressive affine map of tokens [B, N, C] in the given order; the caller flips them.
 
-    The network sees [class prefix,] start token, x_1 .. x_{N-1}; its output at a place parametrises the token that comes
-    next, whose position that place carries.
+    The network's input is [class prefix,] start token, x_1 .. x_{N-1}. Its output at each of these
+    gives mu and sigma of the next token, and the input carries the position of that next token.
     """
 
     rope_cos: Tensor
@@ -135,11 +139,15 @@ class FlowBlock(nn.Module):
         self.register_buffer("rope_cos", cos, persistent=False)
         self.register_buffer("rope_sin", sin, persistent=False)
         self.apply(init_linear)
-        # The released code leaves this bias random; at zero the block starts as the identity exactly.
+        # The released code leaves this bias random; at zero the block starts as the identity
+        # exactly.
         nn.init.zeros_(self.output.weight)
 
     def embed(self, tokens: Tensor, labels: Tensor | None) -> Tensor:
-        """Network inputs of the places before `tokens` [B, n, C] ends: [prefix,] start, then the tokens given."""
+        """Network inputs [B, 1 + n, width]: the start token, then `tokens` [B, n, C].
+
+        A conditional block puts the class prefix of `labels` [B] before them: [B, 2 + n, width].
+        """
         start = self.start.expand(len(tokens), -1, -1)
         x = self.input(torch.cat([start, tokens], dim=1))
         if self.prefix is None:
@@ -149,7 +157,7 @@ class FlowBlock(nn.Module):
         return torch.cat([self.prefix(one_hot)[:, None], x], dim=1)
 
     def run(self, x: Tensor, place: int, caches: Sequence[KeyValueCache] | None) -> Tensor:
-        """Hidden states of x [B, n, width], which stand at `place` and after it."""
+        """Hidden states [B, n, width] of inputs x of that shape; `place` is the first position."""
         cos, sin = (
             self.rope_cos[place : place + x.shape[1]],
             self.rope_sin[place : place + x.shape[1]],
@@ -178,7 +186,10 @@ class FlowBlock(nn.Module):
     def inverse(
         self, z: Tensor, labels: Tensor | None, null: Tensor | None = None, guidance: float = 0.0
     ) -> Tensor:
-        """Tokens x [B, N, C] of z, one after the other; with `null` labels guided by `guidance` (omega, 0 is none)."""
+        """Tokens x [B, N, C] float32 of z [B, N, C], computed one after the other.
+
+        With `null` labels [B] they are guided by `guidance`, the paper's omega; 0 is no guidance.
+        """
         guided = null is not None and guidance != 0.0
         if guided:
             assert labels is not None and null is not None
@@ -205,7 +216,11 @@ class FlowBlock(nn.Module):
 def guide(
     mean: Tensor, null_mean: Tensor, std: Tensor, null_std: Tensor, omega: float
 ) -> tuple[Tensor, Tensor]:
-    """STARFlow's guidance (eq. 9): the Gaussian whose score is extrapolated, with the variances' ratio clipped to 1."""
+    """Mean and standard deviation under STARFlow's guidance (eq. 9).
+
+    They are those of the Gaussian whose score is extrapolated from the null class's; the ratio of
+    the variances is clipped to 1.
+    """
     ratio = (std / null_std).square().clamp(0.0, 1.0)
     divisor = 1.0 + omega - omega * ratio
     return mean + omega * ratio / divisor * (mean - null_mean), std / divisor.sqrt()
@@ -225,11 +240,14 @@ class StarFlow(LatentModel):
 
     @property
     def null_class(self) -> int:
-        """The label that stands for no class."""
+        """The label that means "no class"."""
         return self.config.num_classes
 
     def forward(self, latents: Tensor, labels: Tensor) -> dict[str, Tensor]:
-        """Noise-side tokens `z` [B, N, C], `log_det` [B] (of dz/dx) and `penalty`, the mean squares between blocks."""
+        """Tokens `z` [B, N, C] on the noise's side, `log_det` [B] of dz/dx, and `penalty`, 0-dim.
+
+        The penalty is the sum of the mean squares of the tokens between blocks.
+        """
         x = latents.flatten(2).transpose(1, 2)
         log_det = x.new_zeros(len(x), dtype=torch.float32)
         penalty = x.new_zeros((), dtype=torch.float32)
@@ -249,9 +267,10 @@ class StarFlow(LatentModel):
 
     @torch.no_grad()
     def sample(self, noise: Tensor, labels: Tensor, guidance: float = 0.0) -> Tensor:
-        """Latents [B, C, H, W] of standard normal noise of that shape; `guidance` (omega) acts in the deep block alone.
+        """Latents [B, C, H, W] float32 of standard normal noise of that shape.
 
-        In float32 whatever the surroundings, because an inverse in bf16 is not one.
+        `guidance`, the paper's omega, acts in the deep block only. Autocast is off, because in
+        bfloat16 the result would not be the inverse.
         """
         height, width = noise.shape[2:]
         null = torch.full_like(labels, self.null_class)
@@ -270,7 +289,7 @@ class StarFlow(LatentModel):
         return x.transpose(1, 2).unflatten(2, (height, width))
 
     def denoise(self, latents: Tensor, labels: Tensor) -> Tensor:
-        """Tweedie's estimate x + noise_std²·grad log p(x) [B, C, H, W] of the latents before training's noise."""
+        """Tweedie's estimate x + noise_std²·grad log p(x), [B, C, H, W], of noiseless latents."""
         with torch.enable_grad(), torch.autocast(latents.device.type, enabled=False):
             x = latents.detach().float().requires_grad_(True)
             (score,) = torch.autograd.grad(self.log_likelihood(x, labels).sum(), x)
@@ -286,10 +305,12 @@ def _log_density(output: dict[str, Tensor]) -> Tensor:
 def flow_loss(
     model: nn.Module, latents: Tensor, noise: Tensor, labels: Tensor, noise_std: float
 ) -> dict[str, Tensor]:
-    """0-dim `loss` (nats per dimension without ½ln 2π, plus the penalty) and `bits_per_dim` of noised latents.
+    """0-dim `loss` and `bits_per_dim` of latents [B, C, H, W] plus noise_std·noise.
 
-    Bits per dimension are those of a density: they may be negative. With fresh noise of `noise_std` the expected
-    negative log-likelihood cannot be under the noise's own entropy, ½ln(2πe) + ln(noise_std) nats per dimension.
+    The loss is in nats per dimension, without the constant ½ln 2π, plus the weighted penalty. Bits
+    per dimension are those of a density, so they may be negative. With fresh noise the expected
+    negative log-likelihood is at least the entropy of the noise, ½ln(2πe) + ln(noise_std) nats per
+    dimension.
     """
     output = model(latents + noise_std * noise, labels)
     nll = -_log_density(output).mean() / output["z"][0].numel()

@@ -1,1 +1,1 @@
-"""Scores: what a latent keeps, and how good generated images are."""
+"""Scores of latents, of reconstructions and of generated images."""

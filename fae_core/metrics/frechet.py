@@ -1,7 +1,8 @@
-"""Fréchet distance between Gaussians fitted to features, from moments that merge (Heusel et al., arXiv 1706.08500).
+"""Fréchet distance between Gaussians fitted to features, from moments that merge.
 
-`pipelines/evaluate.py` merges one `Moments` per chunk of images, so that the features of a whole set never meet in one
-place; `frechet_of_features` is the same for small sets in one process.
+The distance is that of Heusel et al. (arXiv 1706.08500). `fae evaluate` merges one `Moments` for
+each chunk of images, so the features of a whole set are never in one process; `frechet_of_features`
+does the same for small sets in one process.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ import numpy as np
 
 @dataclass(frozen=True)
 class Gaussian:
-    """Mean [D] and covariance [D, D] float64 of a set; `count` is its size, None where its source does not tell."""
+    """Mean [D] and covariance [D, D] float64 of a set; `count` is its size, None where unknown."""
 
     mean: np.ndarray
     covariance: np.ndarray
@@ -23,7 +24,10 @@ class Gaussian:
 
 @dataclass
 class Moments:
-    """Count, mean [D] and centred outer products [D, D], float64: Chan's merging, so a large mean cancels nothing."""
+    """Count, mean [D] and the sum of centred outer products [D, D], float64.
+
+    They merge by Chan's formula, which is exact to rounding also where the mean is large.
+    """
 
     count: int
     mean: np.ndarray
@@ -31,7 +35,7 @@ class Moments:
 
     @classmethod
     def of(cls, features: np.ndarray) -> Moments:
-        """The moments of features [n, D]. Raises ValueError on NaN and infinity."""
+        """The moments of features [n, D]. Raises ValueError for NaN and infinity."""
         rows = np.asarray(features, dtype=np.float64)
         if not np.isfinite(rows).all():
             raise ValueError("Features must be finite.")
@@ -42,7 +46,7 @@ class Moments:
         return cls(len(rows), mean, centred.T @ centred)
 
     def merge(self, other: Moments) -> None:
-        """Add what `other` counted."""
+        """Add the rows of `other`. Raises ValueError for another number of dimensions."""
         if other.mean.shape != self.mean.shape:
             raise ValueError(f"{len(other.mean)} dimensions do not merge into {len(self.mean)}.")
         count = self.count + other.count
@@ -67,9 +71,11 @@ class Moments:
 def frechet_distance(a: Gaussian, b: Gaussian) -> float:
     """‖μa − μb‖² + tr(Σa + Σb − 2 (Σa Σb)^½), at least 0.
 
-    The trace of the root is taken from the eigenvalues of Σa^½ Σb Σa^½, which is symmetric: no imaginary rest, and
-    singular covariances need no offset. Warns where a set has no more images than dimensions: its covariance is
-    singular and the distance depends on the number of images more than on their quality.
+    The trace of the root is computed from the eigenvalues of Σa^½ Σb Σa^½. That matrix is
+    symmetric, so there is no imaginary part, and singular covariances need no offset. Warns where a
+    set has no more images than dimensions: its covariance is singular, and the distance depends
+    more on the number of images than on their quality. Raises ValueError for different numbers of
+    dimensions.
     """
     if a.mean.shape != b.mean.shape:
         raise ValueError(f"{len(a.mean)} dimensions against {len(b.mean)}.")
@@ -77,8 +83,8 @@ def frechet_distance(a: Gaussian, b: Gaussian) -> float:
     few = [g.count for g in (a, b) if g.count is not None and g.count <= dim]
     if few:
         warnings.warn(
-            f"{min(few)} images for {dim} dimensions: the covariance is singular, and the Fréchet distance compares "
-            "only with others from as many images. Take more images.",
+            f"{min(few)} images for {dim} dimensions: the covariance is singular, and the Fréchet "
+            "distance compares only with others from as many images. Take more images.",
             RuntimeWarning,
             stacklevel=2,
         )

@@ -1,7 +1,8 @@
-"""Inception-v3 of 2015, the network of FID, sFID and the Inception Score, and that score from sums that merge.
+"""Inception-v3 of 2015, the network of FID, sFID and Inception Score, and that score from sums.
 
-The network is torch-fidelity's port of TensorFlow's graph, resize included. sFID's features are ADM's: the first seven
-channels of `mixed_6/conv`, in TensorFlow's order of axes, so that ADM's mu_s and sigma_s apply.
+The network is torch-fidelity's port of TensorFlow's graph, with its resize. sFID's features are
+those of ADM: the first seven channels of `mixed_6/conv`, in TensorFlow's order of axes, so ADM's
+mu_s and sigma_s can be compared with.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ SPATIAL_DIM = 17 * 17 * SPATIAL_CHANNELS
 
 
 class Inception(nn.Module):
-    """Frozen, in float32. Build it with `load_inception`."""
+    """The network, frozen and in float32. Build it with `load_inception`."""
 
     def __init__(self, network: Any, weights_sha256: str) -> None:
         super().__init__()
@@ -39,16 +40,20 @@ class Inception(nn.Module):
 
     @torch.inference_mode()
     def forward(self, images: Tensor) -> dict[str, Tensor]:
-        """Of uint8 images [B, S, S, 3]: `inception` [B, 2048], `spatial` [B, 2023], `logits` [B, 1008] without bias."""
+        """`inception` [B, 2048], `spatial` [B, 2023] and `logits` [B, 1008] without bias.
+
+        `images` are uint8 [B, S, S, 3].
+        """
         pool, logits = self.network(images.permute(0, 3, 1, 2))
         spatial = self.mixed_6_conv[:, :SPATIAL_CHANNELS].permute(0, 2, 3, 1).flatten(1)
         return {"inception": pool, "spatial": spatial, "logits": logits}
 
 
 def load_inception(weights: Path | None = None) -> Inception:
-    """The network with weights from a file (.pth or .safetensors in torch-fidelity's names), else its download.
+    """The network with the weights of a file, or with those that torch-fidelity downloads.
 
-    Nothing is unpickled. Raises WeightsError.
+    The file is .pth or .safetensors in torch-fidelity's names. Nothing is unpickled. Raises
+    WeightsError where torch-fidelity is not installed or the weights are missing or do not fit.
     """
     try:
         from torch_fidelity import feature_extractor_inceptionv3 as fidelity
@@ -63,10 +68,11 @@ def load_inception(weights: Path | None = None) -> Inception:
         state = read_tensors(weights)
     else:
         raise WeightsError(
-            f"No Inception weights at {weights}: see evaluate.inception_weights and FAE_INCEPTION_WEIGHTS."
+            f"No Inception weights at {weights}: see evaluate.inception_weights and "
+            "FAE_INCEPTION_WEIGHTS."
         )
     with tempfile.TemporaryDirectory() as folder:
-        # torch-fidelity unpickles the file that it is given: it is given one that holds these tensors alone.
+        # torch-fidelity unpickles the file it is given, so that file holds these tensors alone.
         path = Path(folder) / "inception.pth"
         torch.save(state, path)
         try:
@@ -86,13 +92,17 @@ def _download(url: str) -> dict[str, Tensor]:
             return dict(torch.hub.load_state_dict_from_url(url, weights_only=True))
     except OSError as error:
         raise WeightsError(
-            f"Inception's weights could not be downloaded ({error}). Fetch {url} elsewhere and give the file as "
-            "evaluate.inception_weights=… or FAE_INCEPTION_WEIGHTS; evaluate.scores=[frechet_backbone] needs none."
+            f"Inception's weights could not be downloaded ({error}). Fetch {url} elsewhere and "
+            "give the file as evaluate.inception_weights=… or FAE_INCEPTION_WEIGHTS; "
+            "evaluate.scores=[frechet_backbone] needs none."
         ) from None
 
 
 def split_numbers(num_images: int, num_splits: int, seed: int) -> np.ndarray:
-    """The split [n] int64 of each image after torch-fidelity's shuffle; all have the same size, give or take one."""
+    """The split, int64 [n], of each image after torch-fidelity's shuffle.
+
+    The sizes of the splits differ by at most one.
+    """
     order = np.random.RandomState(seed).permutation(num_images)
     bounds = np.arange(1, num_splits) * num_images // num_splits
     numbers = np.empty(num_images, dtype=np.int64)
@@ -102,7 +112,11 @@ def split_numbers(num_images: int, num_splits: int, seed: int) -> np.ndarray:
 
 @dataclass
 class SplitSums:
-    """Of each of S splits: images [S], sum of the class probabilities p [S, C], and sum of Σ p log p [S]; float64."""
+    """Sums over the images of each of S splits, float64.
+
+    `counts` [S] are the images, `probabilities` [S, C] sum the class probabilities p, and
+    `negentropies` [S] sum Σ p log p.
+    """
 
     counts: np.ndarray
     probabilities: np.ndarray
@@ -110,7 +124,7 @@ class SplitSums:
 
     @classmethod
     def of(cls, logits: np.ndarray, splits: np.ndarray, num_splits: int) -> SplitSums:
-        """The sums of logits [n, C] whose rows belong to `splits` [n]."""
+        """The sums of logits [n, C]; `splits` [n] is the split of each row."""
         log_p = torch.from_numpy(logits).double().log_softmax(dim=1).numpy()
         p = np.exp(log_p)
         member = np.zeros((num_splits, len(splits)))
@@ -118,13 +132,13 @@ class SplitSums:
         return cls(member.sum(axis=1), member @ p, member @ (p * log_p).sum(axis=1))
 
     def merge(self, other: SplitSums) -> None:
-        """Add what `other` counted."""
+        """Add the sums of `other`."""
         self.counts = self.counts + other.counts
         self.probabilities = self.probabilities + other.probabilities
         self.negentropies = self.negentropies + other.negentropies
 
     def score(self) -> float:
-        """The Inception Score (arXiv 1606.03498): exp of the mean of KL(p ‖ mean p), averaged over the splits."""
+        """Inception Score (arXiv 1606.03498): exp of the mean KL(p ‖ mean p), mean over splits."""
         marginal = self.probabilities / self.counts[:, None]
         smallest = np.finfo(np.float64).tiny
         marginal_part = (marginal * np.log(marginal.clip(min=smallest))).sum(axis=1)

@@ -1,7 +1,8 @@
-"""Scores that need the features themselves: precision and recall of k-NN manifolds, and the kernel distance.
+"""Scores that need the features of whole sets: precision and recall, and the kernel distance.
 
-Precision and recall are Kynkäänniemi et al.'s (arXiv 1904.06991) as ADM's evaluator has them; the kernel distance is
-KID (arXiv 1801.01401). Both equal torch-fidelity's on the same features; `pipelines/evaluate.py` gathers those.
+Precision and recall are those of Kynkäänniemi et al. (arXiv 1904.06991) as in ADM's evaluator; the
+kernel distance is KID (arXiv 1801.01401). All equal torch-fidelity's on the same features. `fae
+evaluate` gathers the features.
 """
 
 from __future__ import annotations
@@ -16,22 +17,24 @@ BLOCK = 2048
 
 
 class TooFewImages(UserError, ValueError):
-    """A score that needs more images than there are."""
+    """There are fewer images than a score needs."""
 
 
 def precision_recall(
     generated: np.ndarray, real: np.ndarray, num_neighbors: int = 3
 ) -> tuple[float, float]:
-    """Share of generated features [n, D] within the real manifold, and of real ones [m, D] within the generated.
+    """Precision and recall of generated features [n, D] against real features [m, D].
 
-    A manifold is the union of the balls around its points that reach to their `num_neighbors`-th neighbour.
-    Distances are made 2,048 rows at a time. Raises TooFewImages.
+    Precision is the share of generated features within the manifold of the real ones, recall the
+    share of real features within the manifold of the generated ones. A manifold is the union of
+    balls around its points, each with the distance to the point's `num_neighbors`-th neighbour as
+    its radius. Distances are computed for 2,048 rows at a time. Raises TooFewImages.
     """
     fewest = min(len(generated), len(real))
     if fewest <= num_neighbors:
         raise TooFewImages(
-            f"precision_recall with {num_neighbors} neighbours needs more than {num_neighbors} images of each set, "
-            f"not {fewest}."
+            f"precision_recall with {num_neighbors} neighbours needs more than {num_neighbors} "
+            f"images of each set, not {fewest}."
         )
     a, b = torch.from_numpy(generated).float(), torch.from_numpy(real).float()
     precision = _share_within(a, b, _radii(b, num_neighbors))
@@ -40,7 +43,7 @@ def precision_recall(
 
 
 def _radii(points: Tensor, num_neighbors: int) -> Tensor:
-    # The nearest of all is the point itself.
+    # The nearest neighbour of each point is the point itself.
     blocks = [torch.cdist(block, points) for block in points.split(BLOCK)]
     return torch.cat([distances.kthvalue(num_neighbors + 1).values for distances in blocks])
 
@@ -57,14 +60,16 @@ def kernel_distance(
     subset_size: int = 1000,
     seed: int = 2020,
 ) -> float:
-    """KID of features [n, D] and [m, D]: unbiased MMD² with the kernel (x·y / D + 1)³, mean over random subsets.
+    """KID of features [n, D] and [m, D]: the mean unbiased MMD² of random subsets.
 
-    It may be slightly negative. Subsets are drawn as torch-fidelity draws them. Raises TooFewImages.
+    The kernel is (x·y / D + 1)³, and the result may be slightly negative. Subsets are drawn as
+    torch-fidelity draws them. Raises TooFewImages.
     """
     if min(len(a), len(b)) < subset_size:
         raise TooFewImages(
             f"kid draws subsets of {subset_size} images, and there are {min(len(a), len(b))}. Set "
-            "evaluate.kid_subset_size; scores of different sizes compare, with more noise for smaller ones."
+            "evaluate.kid_subset_size; scores of different sizes compare, with more noise for "
+            "smaller ones."
         )
     random = np.random.RandomState(seed)
     distances = []

@@ -1,7 +1,8 @@
-"""Semantic probes on plain arrays: k-NN, linear probe, patch similarity and matching, as arXiv 2512.07829 looks at latents.
+"""Semantic probes on plain arrays: k-NN, linear probe, patch similarity and patch matching.
 
-The paper probes with DINOv2's ready-made head and shows similarity and matching in pictures only; the other numbers are
-ours. `fae probe` calls these on features, on their reconstructions and on latents alike.
+arXiv 2512.07829 probes latents with DINOv2's pretrained linear head and shows similarity and
+matching in pictures only; the other numbers are not in the paper. `fae probe` applies these
+functions to features, to their reconstructions and to latents.
 """
 
 from __future__ import annotations
@@ -22,12 +23,12 @@ KNN_CHUNK = 512
 HELD_OUT_EVERY = 5
 KMEANS_STARTS = 4
 SMALLEST_OBJECT = 1 / 16
-"""Share of the patches under which a cluster is no object."""
+"""The smallest share of the patches that counts as an object."""
 
 
 @dataclass(frozen=True)
 class Accuracy:
-    """Right answers out of `num_images`."""
+    """`num_right` correct answers out of `num_images`."""
 
     num_right: int
     num_images: int
@@ -38,7 +39,10 @@ class Accuracy:
 
     @property
     def interval(self) -> tuple[float, float]:
-        """Wilson's 95 % interval (JASA 22, 1927): sound at 0 and 1 and for few images, unlike the normal one."""
+        """Wilson's 95 % interval (JASA 22, 1927).
+
+        Unlike the normal approximation it holds at 0 and 1 and for few images.
+        """
         n, p = self.num_images, self.value
         centre = (p + Z_95**2 / (2 * n)) / (1 + Z_95**2 / n)
         half = Z_95 * math.sqrt(p * (1 - p) / n + Z_95**2 / (4 * n * n)) / (1 + Z_95**2 / n)
@@ -52,9 +56,10 @@ def knn_accuracy(
     test_labels: np.ndarray,
     num_neighbors: int,
 ) -> Accuracy:
-    """Majority of the nearest training vectors by cosine; of equal votes the smallest label wins.
+    """k-NN accuracy on `test` [m, D]: the majority label of the nearest `train` vectors [n, D].
 
-    `train` [n, D], `test` [m, D]. Raises ValueError for more neighbours than training vectors.
+    Nearness is the cosine; of labels with equal votes the smallest wins. Raises ValueError for more
+    neighbours than training vectors.
     """
     if num_neighbors > len(train):
         raise ValueError(f"{num_neighbors} neighbours of {len(train)} training vectors.")
@@ -71,7 +76,10 @@ def knn_accuracy(
 
 @dataclass(frozen=True)
 class LinearProbe:
-    """Multinomial logistic regression on standardised vectors; the standardisation is part of the head."""
+    """Multinomial logistic regression on standardized vectors.
+
+    `head` is scikit-learn's pipeline of standardization and regression, `regularization` its C.
+    """
 
     head: Any
     regularization: float
@@ -84,9 +92,10 @@ class LinearProbe:
         grid: Sequence[float],
         max_iterations: int = 1000,
     ) -> LinearProbe:
-        """Fit to features [n, D] with the best C of `grid` (scikit-learn's: smaller is stronger).
+        """Fit to features [n, D] with the best C of `grid`; a smaller C regularizes more.
 
-        C is chosen on every fifth image of each class and the head then fitted to all; of equals the strongest wins.
+        C is chosen by the accuracy on every fifth image of each class, the smallest of equals; the
+        head is then fitted to all images.
         """
         held = held_out(labels)
         best = min(grid)
@@ -99,13 +108,13 @@ class LinearProbe:
         return cls(_head(best, max_iterations).fit(_double(features), labels), best)
 
     def accuracy(self, features: np.ndarray, labels: np.ndarray) -> Accuracy:
-        """Of features [m, D], which need not be of the kind that the head was fitted to."""
+        """The accuracy on features [m, D], also of another kind than the head was fitted to."""
         right = self.head.predict(_double(features)) == labels
         return Accuracy(int(right.sum()), len(labels))
 
 
 def held_out(labels: np.ndarray) -> np.ndarray:
-    """True at the second, seventh, … image of each class: no class is left without its first."""
+    """bool [n], true at the second, seventh, … image of each class: each keeps its first image."""
     held = np.zeros(len(labels), bool)
     for label in np.unique(labels):
         held[np.flatnonzero(labels == label)[1::HELD_OUT_EVERY]] = True
@@ -119,9 +128,9 @@ def cosine_matrix(tokens: np.ndarray) -> np.ndarray:
 
 
 def similarity_correlation(first: np.ndarray, second: np.ndarray) -> np.ndarray:
-    """Pearson correlation [B] of the cosine matrices of two token sets [B, N, *], over pairs of different patches.
+    """Pearson correlation [B] of the cosine matrices of two sets of tokens [B, N, *].
 
-    Tokens that are all alike have none: 0.
+    It is taken over pairs of different patches. It is 0 where all tokens of an image are equal.
     """
     rows, columns = np.triu_indices(first.shape[1], 1)
     a, b = (cosine_matrix(tokens)[:, rows, columns] for tokens in (first, second))
@@ -131,12 +140,15 @@ def similarity_correlation(first: np.ndarray, second: np.ndarray) -> np.ndarray:
 
 
 def match_patches(source: np.ndarray, target: np.ndarray) -> np.ndarray:
-    """For each token of `source` [n, D] the index [n] of the token of `target` [N, D] with the largest cosine."""
+    """The indices [n], int64, of the tokens of `target` [N, D] nearest to those of `source` [n, D].
+
+    The nearest token is the one with the largest cosine.
+    """
     return np.asarray((_unit(source) @ _unit(target).T).argmax(1))
 
 
 def within_one_patch(first: np.ndarray, second: np.ndarray, grid: tuple[int, int]) -> np.ndarray:
-    """True [n] where two patch indices are the same place of `grid` or neighbours, diagonals too."""
+    """bool [n], true where two patches of `grid` are the same or neighbours, also diagonally."""
     rows = np.abs(first // grid[1] - second // grid[1])
     columns = np.abs(first % grid[1] - second % grid[1])
     return np.asarray((rows <= 1) & (columns <= 1))
@@ -145,10 +157,12 @@ def within_one_patch(first: np.ndarray, second: np.ndarray, grid: tuple[int, int
 def object_patches(
     tokens: np.ndarray, grid: tuple[int, int], num_clusters: int, seed: int
 ) -> np.ndarray:
-    """Indices of an image's object among its patch tokens [N, D]: the K-means cluster that touches the border least.
+    """Indices of the patches, of tokens [N, D], that belong to an image's object.
 
-    K-means on unit vectors, as in the paper; which of its clusters is the object is not there: a background runs to the
-    border. Clusters of less than a sixteenth of the image do not count.
+    The tokens, scaled to unit length, are clustered by K-means as in the paper. The paper does not
+    say which cluster is the object: here it is the one with the smallest share of patches on the
+    border, because a background extends to the border. Clusters of less than a sixteenth of the
+    image are ignored.
     """
     means = KMeans(min(num_clusters, len(tokens)), n_init=KMEANS_STARTS, random_state=seed)
     clusters = means.fit_predict(_unit(tokens))

@@ -1,4 +1,4 @@
-"""How near a reconstruction is to its own original, image by image. LPIPS is `fae_core.losses.lpips_distance`."""
+"""The similarity of each reconstruction to its original; LPIPS is in `fae_core.losses`."""
 
 from __future__ import annotations
 
@@ -14,9 +14,10 @@ def psnr(output: Tensor, target: Tensor) -> Tensor:
 
 
 def ssim(output: Tensor, target: Tensor) -> Tensor:
-    """Structural similarity [B] of images [B, 3, S, S] in [0, 1]: Gaussian window of 11, sigma 1.5, mean over channels.
+    """Structural similarity [B] of images [B, 3, S, S] in [0, 1], averaged over channels.
 
-    Wang et al. 2004; equal to scikit-image's with gaussian_weights, sigma 1.5 and use_sample_covariance=False.
+    Wang et al. 2004 with a Gaussian window of 11 px and sigma 1.5; equal to scikit-image's with
+    gaussian_weights=True, sigma=1.5 and use_sample_covariance=False.
     """
     positions = torch.arange(11, dtype=torch.float32, device=output.device) - 5
     window = torch.exp(-(positions**2) / (2 * 1.5**2))

