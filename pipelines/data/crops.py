@@ -20,7 +20,7 @@ Image.MAX_IMAGE_PIXELS = None
 
 CROPS = {"exact": "adm-center-crop-1", "fast": "adm-center-crop-1-fast-1"}
 """What a fingerprint says of the crop, by `data.decoder`."""
-FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")
+FORMATS = (*("JPEG", "PNG", "WEBP", "GIF", "BMP", "DIB", "TIFF", "AVIF", "JPEG2000", "PPM", "QOI"),)
 
 
 class ImageError(ValueError):

@@ -16,7 +16,12 @@ import pyarrow as pa
 
 from fae_core.errors import UserError
 
-IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff")
+IMAGE_SUFFIXES = (
+    *(".jpg", ".jpeg", ".jpe", ".jfif", ".mpo", ".png", ".apng", ".webp", ".gif", ".bmp", ".dib"),
+    *(".tif", ".tiff", ".avif", ".avifs", ".jp2", ".j2k", ".jpc", ".jpf", ".jpx", ".j2c"),
+    *(".pbm", ".pgm", ".ppm", ".pnm", ".qoi"),
+)
+"""Names of the formats that crops.py decodes; which one a file is, its content says."""
 ROWS_AT_ONCE = 2**16
 RECORDS = pa.schema(
     [
@@ -24,9 +29,10 @@ RECORDS = pa.schema(
         ("uri", pa.large_string()),
         ("label", pa.int64()),
         ("caption", pa.large_string()),
+        ("captions", pa.list_(pa.large_string())),
     ]
 )
-"""The columns of a plan in memory."""
+"""The columns of a plan in memory. `captions` are all of an image that has several, else null."""
 
 T = TypeVar("T")
 
@@ -43,14 +49,24 @@ class ImageRecord:
     uri: str
     label: int | None = None
     caption: str | None = None
+    captions: tuple[str, ...] | None = None
+    """All captions of an image that has several; `caption` is the first."""
 
 
-def records_table(records: Iterable[ImageRecord]) -> pa.Table:
-    """`records` as columns; an iterator is taken in as it goes, never held whole as objects."""
+def records_table(records: Iterable[ImageRecord], with_labels: bool = True) -> pa.Table:
+    """`records` as columns; an iterator is taken in as it goes, never held whole as objects.
+
+    Without `with_labels` the labels are null.
+    """
     batches = []
     for some in batched(records, ROWS_AT_ONCE):
         try:
-            columns = [[getattr(record, name) for record in some] for name in RECORDS.names]
+            columns = [
+                [None] * len(some)
+                if name == "label" and not with_labels
+                else [getattr(record, name) for record in some]
+                for name in RECORDS.names
+            ]
             batches.append(pa.record_batch(columns, schema=RECORDS))
         except UnicodeEncodeError:
             for record in some:
@@ -60,8 +76,18 @@ def records_table(records: Iterable[ImageRecord]) -> pa.Table:
 
 
 def records_of(table: pa.Table) -> list[ImageRecord]:
-    """The rows of a table with the columns RECORDS."""
-    return [ImageRecord(**row) for row in table.select(RECORDS.names).cast(RECORDS).to_pylist()]
+    """The rows of a table with the columns RECORDS; `captions` may be absent."""
+    rows = _whole(table).to_pylist()
+    for row in rows:
+        row["captions"] = None if row["captions"] is None else tuple(row["captions"])
+    return [ImageRecord(**row) for row in rows]
+
+
+def _whole(table: pa.Table) -> pa.Table:
+    if "captions" not in table.column_names:
+        nulls = pa.nulls(len(table), RECORDS.field("captions").type)
+        table = table.append_column("captions", nulls)
+    return table.select(RECORDS.names).cast(RECORDS)
 
 
 def batched(items: Iterable[T], size: int) -> Iterator[list[T]]:
@@ -80,12 +106,13 @@ def check_text(*texts: str) -> None:
 
 
 def source_digest(records: pa.Table | Sequence[ImageRecord]) -> str:
-    """SHA-256 over key, uri, label and caption of every record in order."""
+    """SHA-256 over key, uri, label and captions of every record in order."""
     digest = hashlib.sha256()
-    table = records if isinstance(records, pa.Table) else records_table(records)
+    table = _whole(records) if isinstance(records, pa.Table) else records_table(records)
     for batch in table.to_batches(max_chunksize=8192):
-        for row in zip(*(column.to_pylist() for column in batch.columns), strict=True):
-            digest.update(json.dumps(row).encode())
+        for *row, captions in zip(*(c.to_pylist() for c in batch.columns), strict=True):
+            # A record without several captions hashes as it did before there could be several.
+            digest.update(json.dumps(row if captions is None else [*row, captions]).encode())
     return digest.hexdigest()
 
 

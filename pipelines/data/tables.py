@@ -1,25 +1,81 @@
-"""Parquet files and lists (CSV or Parquet with an address column) to image records."""
+"""Parquet files of images, and lists of addresses (CSV, TSV, JSON lines, Parquet), to image records."""
 
 from __future__ import annotations
 
 import csv
 import difflib
 import io
+import json
 import os
 import posixpath
-from collections.abc import Iterator, Sequence
+import re
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
+from urllib.parse import unquote
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from ..config.sections import DataSection
 from ..storage import paths
+from .account import Account
+from .conventions import caption_column, captions_of, label_of
 from .listing import relative_path
 from .records import ImageRecord, SourceError
 
+LISTS = (".csv", ".tsv", ".jsonl", ".parquet")
+NOT_PARQUET = "not a .parquet file"
+TABLE_FORMAT = "part of a table format's bookkeeping (a name that begins with _)"
+_PARTITION = re.compile(r"([^/=]+)=([^/]*)")
 
-def refuse_extensions(schema: pa.Schema, columns: Sequence[str], uri: str) -> None:
+Values = dict[str, Any]
+
+
+def plan_parquet(uris: Sequence[str], data: DataSection, account: Account) -> Iterator[ImageRecord]:
+    """The rows of the Parquet files among `uris`; a file that cannot be read is a recorded loss.
+
+    Raises SourceError for Delta and Iceberg tables, whose Parquet files are not all of the table,
+    and for columns that cannot serve.
+    """
+    num_read = 0
+    for uri in _table_files(uris, data, account):
+        try:
+            schema = _schema(uri)
+        except SourceError as error:
+            account.lose(uri, str(error))
+            continue
+        num_read += 1
+        yield from _image_rows(uri, schema, data, account)
+    if account.num_losses and not num_read:
+        raise SourceError(account.losses[0]["message"])
+
+
+def plan_list(uris: Sequence[str], data: DataSection, account: Account) -> Iterator[ImageRecord]:
+    """The images that a list names. Raises SourceError."""
+    if len(uris) != 1 or not uris[0].lower().endswith(LISTS):
+        raise SourceError(
+            f"data.path={data.path!r}: a list is one {', '.join(LISTS[:-1])} or .parquet file, not "
+            f"{len(uris)} files."
+        )
+    uri = uris[0]
+    names, rows = _list_rows(uri)
+    _require(data.uri_column, "uri_column", names, uri)
+    columns = _Columns(names, data, account, uri, {data.uri_column})
+    for row, values in enumerate(rows(columns.wanted)):
+        where = f"{uri}, row {row}"
+        given = values.get(data.uri_column)
+        if not given:
+            raise SourceError(f"{where}: no value in column {data.uri_column!r}.")
+        address = _resolve(str(given), parent(uri), where)
+        yield columns.record(str(given), address, values, where)
+
+
+def parquet_columns(uri: str) -> list[str]:
+    """Names of the columns of the Parquet file `uri`. Raises SourceError for another file."""
+    return list(_schema(uri).names)
+
+
+def refuse_extensions(schema: pa.Schema, columns: Iterable[str], uri: str) -> None:
     """Values of Ray's type for Python objects unpickle, and so run, when they are looked at."""
 
     def extended(kind: pa.DataType) -> bool:
@@ -57,51 +113,137 @@ def beside(given: str, folder: str, where: str) -> str:
     return address
 
 
-def plan_parquet(uris: Sequence[str], data: DataSection) -> Iterator[ImageRecord]:
+class _Columns:
+    """Which columns of a table are key, label and caption; makes records of its rows."""
+
+    def __init__(
+        self, names: Sequence[str], data: DataSection, account: Account, uri: str, used: set[str]
+    ) -> None:
+        self.account = account
+        self.key = data.key_column
+        if self.key is not None:
+            _require(self.key, "key_column", names, uri)
+        self.label = data.label_column
+        if self.label is not None and self.label not in names:
+            if self.label != DataSection.model_fields["label_column"].default:
+                _require(self.label, "label_column", names, uri)
+            self.label = None
+        self.caption = caption_column(names, data, uri)
+        known = {name for name in (self.key, self.label, self.caption) if name is not None}
+        self.wanted = [name for name in names if name in known | used]
+        for name in names:
+            note = f"column {name}"
+            if name not in known | used and note not in account.unused:
+                account.unused.append(note)
+        if self.label:
+            account.labels_from = f"column {self.label}"
+        if self.caption:
+            account.captions_from = f"column {self.caption}"
+
+    def record(self, key: str, uri: str, values: Values, where: str) -> ImageRecord:
+        """The row's record; `key` names it where no column does. Raises SourceError."""
+        if self.key is not None:
+            found = values.get(self.key)
+            if found is None or found == "":
+                raise SourceError(f"{where}: no value in column {self.key!r} (data.key_column).")
+            key = str(found)
+        label = values.get(self.label) if self.label else None
+        caption = values.get(self.caption) if self.caption else None
+        return make_record(key, uri, label, caption, where, self.account)
+
+
+def make_record(
+    key: str, uri: str, label: Any, caption: Any, where: str, account: Account
+) -> ImageRecord:
+    """One image's record; a label or caption that cannot be one is lost, and the image is not."""
+    number: Any = None
+    captions: tuple[str, ...] = ()
+    try:
+        number = label_of(label)
+    except ValueError as error:
+        account.lose(where, str(error))
+    try:
+        captions = captions_of(caption)
+    except ValueError as error:
+        account.lose(where, str(error))
+    several = captions if len(captions) > 1 else None
+    return ImageRecord(key, uri, number, captions[0] if captions else None, several)
+
+
+def _table_files(uris: Sequence[str], data: DataSection, account: Account) -> Iterator[str]:
+    path = str(data.path)
     for uri in uris:
-        if not uri.lower().endswith(".parquet"):
-            continue
-        _require(data.image_column, "image_column", parquet_schema(uri).names, uri)
-        relative = relative_path(uri, str(data.path))
-        for row, values in enumerate(_parquet_rows(uri, _wanted(data), data)):
-            where = f"{uri}, row {row}"
-            key = f"{relative}#{row:08d}" if data.key_column is None else _key(values, data, where)
-            yield make_record(key, f"{uri}#row={row}", values, data, where)
+        parts = relative_path(uri, path).split("/")
+        if "_delta_log" in parts:
+            raise SourceError(
+                f"data.path={path!r} is a Delta table, some of whose Parquet files may be deleted "
+                "rows. Export it (deltalake: DeltaTable(path).to_pyarrow_dataset()) first."
+            )
+        if parts[0] == "metadata" and parts[-1].endswith(".metadata.json"):
+            raise SourceError(
+                f"data.path={path!r} is an Iceberg table, some of whose Parquet files may be "
+                "deleted rows. Export it (pyiceberg: table.scan().to_arrow()) first."
+            )
+        if len(uris) > 1 and any(part.startswith("_") for part in parts):
+            account.skip(TABLE_FORMAT, uri)
+        elif not uri.lower().endswith(".parquet"):
+            account.skip(NOT_PARQUET, uri)
+        else:
+            yield uri
 
 
-def plan_list(uris: Sequence[str], data: DataSection) -> Iterator[ImageRecord]:
-    if len(uris) != 1 or not uris[0].lower().endswith((".csv", ".parquet")):
-        raise SourceError(
-            f"data.path={data.path!r}: a list is one .csv or .parquet file, not {len(uris)} files."
+def _image_rows(
+    uri: str, schema: pa.Schema, data: DataSection, account: Account
+) -> Iterator[ImageRecord]:
+    _require(data.image_column, "image_column", schema.names, uri)
+    _refuse_other_than_images(schema, data, uri)
+    relative = relative_path(uri, str(data.path))
+    partitions = dict(_PARTITION.findall(parent(relative)))
+    names = [*schema.names, *(name for name in partitions if name not in schema.names)]
+    columns = _Columns(names, data, account, uri, {data.image_column})
+    wanted = [n for n in columns.wanted if n in schema.names and n != data.image_column]
+    refuse_extensions(schema, wanted, uri)
+    class_names = _class_names(schema, columns.label)
+    if class_names and not account.class_names:
+        account.class_names = class_names
+        account.labels_from = f"column {columns.label} (ClassLabel)"
+    shared = {name: unquote(value) for name, value in partitions.items()}
+    for row, values in enumerate(_parquet_rows(uri, wanted)):
+        yield columns.record(
+            f"{relative}#{row:08d}", f"{uri}#row={row}", shared | values, f"{uri}, row {row}"
         )
-    uri = uris[0]
-    read = _csv_rows if uri.lower().endswith(".csv") else _parquet_rows
-    for row, values in enumerate(read(uri, [data.uri_column, *_wanted(data)], data)):
-        where = f"{uri}, row {row}"
-        given = values.get(data.uri_column)
-        if not given:
-            raise SourceError(f"{where}: no value in column {data.uri_column!r}.")
-        address = _resolve(str(given), parent(uri), where)
-        key = str(given) if data.key_column is None else _key(values, data, where)
-        yield make_record(key, address, values, data, where)
 
 
-def _wanted(data: DataSection) -> list[str]:
-    columns = (data.key_column, data.label_column, data.caption_column)
-    return [column for column in columns if column is not None]
+def _refuse_other_than_images(schema: pa.Schema, data: DataSection, uri: str) -> None:
+    """Raises SourceError where the image column holds neither bytes nor Hugging Face's struct."""
+    refuse_extensions(schema, [data.image_column], uri)
+    if _holds_images(schema.field(data.image_column).type):
+        return
+    fitting = [field.name for field in schema if _holds_images(field.type)]
+    advice = f" {' and '.join(fitting)} would fit: set data.image_column." if fitting else ""
+    raise SourceError(
+        f"{uri}: column {data.image_column!r} is {schema.field(data.image_column).type}; expected "
+        f"the encoded bytes of an image, or Hugging Face's struct<bytes, path>.{advice}"
+    )
 
 
-def _check_columns(
-    names: Sequence[str], wanted: Sequence[str], data: DataSection, uri: str
-) -> list[str]:
-    """Those of `wanted` that are there; only label and caption of default name may be absent."""
-    for field in ("uri_column", "key_column", "label_column", "caption_column"):
-        column = getattr(data, field)
-        default = DataSection.model_fields[field].default
-        optional = field in ("label_column", "caption_column") and column == default
-        if column in wanted and not optional:
-            _require(column, field, names, uri)
-    return [column for column in dict.fromkeys(wanted) if column in names]
+def _holds_images(kind: pa.DataType) -> bool:
+    if pa.types.is_dictionary(kind):
+        kind = kind.value_type
+    if pa.types.is_struct(kind):
+        return any(kind.field(i).name in ("bytes", "path") for i in range(kind.num_fields))
+    binary = (pa.types.is_binary, pa.types.is_large_binary, pa.types.is_fixed_size_binary)
+    return any(check(kind) for check in (*binary, pa.types.is_binary_view, pa.types.is_null))
+
+
+def _class_names(schema: pa.Schema, label: str | None) -> list[str]:
+    """The names of a column of Hugging Face's type ClassLabel, which they keep in the metadata."""
+    try:
+        text = (schema.metadata or {})[b"huggingface"]
+        names = json.loads(text)["info"]["features"][label]["names"]
+        return [str(name) for name in names]
+    except (KeyError, TypeError, ValueError):
+        return []
 
 
 def _require(column: str, field: str, names: Sequence[str], uri: str) -> None:
@@ -113,75 +255,72 @@ def _require(column: str, field: str, names: Sequence[str], uri: str) -> None:
         )
 
 
-def parquet_schema(uri: str) -> pa.Schema:
+def _schema(uri: str) -> pa.Schema:
     try:
         with paths.open_input(uri) as file:
             return pq.read_schema(file)
-    except pa.ArrowInvalid as error:
+    except (pa.ArrowInvalid, OSError) as error:
+        if isinstance(error, paths.StorageError):
+            raise
         raise SourceError(f"{uri} is not readable Parquet: {error}") from None
 
 
-def _parquet_rows(uri: str, wanted: Sequence[str], data: DataSection) -> Iterator[dict[str, Any]]:
-    schema = parquet_schema(uri)
-    columns = _check_columns(schema.names, wanted, data, uri)
-    refuse_extensions(schema, columns, uri)
+def _parquet_rows(uri: str, columns: Sequence[str]) -> Iterator[Values]:
     with paths.open_input(uri) as file, pq.ParquetFile(file) as parquet:
         if not columns:
             yield from ({} for _ in range(parquet.metadata.num_rows))
             return
-        for batch in parquet.iter_batches(batch_size=8192, columns=columns):
+        for batch in parquet.iter_batches(batch_size=8192, columns=list(columns)):
             yield from batch.to_pylist()
 
 
-def _csv_rows(uri: str, wanted: Sequence[str], data: DataSection) -> Iterator[dict[str, Any]]:
+def _list_rows(uri: str) -> tuple[list[str], Callable[[Sequence[str]], Iterator[Values]]]:
+    """(column names, a function that gives the rows with some columns) of a list."""
+    suffix = uri.lower().rpartition(".")[2]
+    if suffix == "parquet":
+        schema = _schema(uri)
+
+        def rows(columns: Sequence[str]) -> Iterator[Values]:
+            refuse_extensions(schema, columns, uri)
+            return _parquet_rows(uri, columns)
+
+        return list(schema.names), rows
     try:
         text = paths.read_bytes(uri).decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise SourceError(f"{uri} is not UTF-8 text (byte {error.start}).") from None
-    reader = csv.DictReader(io.StringIO(text, newline=""))
-    columns = _check_columns(list(reader.fieldnames or []), wanted, data, uri)
-    for row in reader:
-        yield {column: row[column] or None for column in columns}
+    if suffix == "jsonl":
+        objects = [
+            _json_object(line, uri, n) for n, line in enumerate(text.splitlines(), 1) if line
+        ]
+        names = list(dict.fromkeys(name for found in objects for name in found))
+        return names, lambda columns: iter(objects)
+    reader = csv.DictReader(
+        io.StringIO(text, newline=""), delimiter="\t" if suffix == "tsv" else ","
+    )
+    return list(reader.fieldnames or []), lambda columns: (
+        {column: row[column] or None for column in columns} for row in reader
+    )
 
 
-def _key(values: dict[str, Any], data: DataSection, where: str) -> str:
-    key = values.get(str(data.key_column))
-    if key is None or key == "":
-        raise SourceError(f"{where}: no value in column {data.key_column!r} (data.key_column).")
-    return str(key)
-
-
-def make_record(
-    key: str, uri: str, values: dict[str, Any], data: DataSection, where: str
-) -> ImageRecord:
-    caption = values.get(data.caption_column) if data.caption_column else None
-    label = values.get(data.label_column) if data.label_column else None
-    return ImageRecord(key, uri, _label(label, where), None if caption is None else str(caption))
-
-
-def _label(value: Any, where: str) -> int | None:
-    # pandas turns a column of integers with gaps into floats; NaN is its gap.
-    if value is None or value == "" or value != value:
-        return None
+def _json_object(line: str, uri: str, number: int) -> Values:
     try:
-        number = int(value)
-        if isinstance(value, float) and number != value:
-            raise ValueError
-    except (TypeError, ValueError, OverflowError):
-        raise SourceError(
-            f"{where}: the label {value!r} is not an integer. Number the classes, or set "
-            "data.label_column=null."
-        ) from None
-    return number
+        found = json.loads(line)
+    except ValueError as error:
+        raise SourceError(f"{uri}, line {number} is not JSON: {error}") from None
+    if not isinstance(found, dict):
+        raise SourceError(f"{uri}, line {number} is no JSON object.")
+    return found
 
 
 def _resolve(given: str, folder: str, where: str) -> str:
     """The address `given` by a file in `folder`; a relative one may not leave that folder."""
-    scheme, separator, _ = given.partition("://")
+    scheme, separator, rest = given.partition("://")
     if separator and scheme.isalnum():
         if scheme not in ("s3", "file"):
             raise SourceError(f"{where}: {given!r} is neither a path nor s3://. Download it first.")
-        return given.removeprefix("file://")
+        # RFC 8089: a file URI is percent-encoded, and its host is empty or localhost.
+        return given if scheme == "s3" else unquote(rest.removeprefix("localhost"))
     if given.startswith("/"):
         return given
     return beside(given, folder, where)

@@ -16,6 +16,15 @@ class DataSection(Section):
     """Folder, file or s3:// prefix of the images."""
     format: Literal["auto", "folder", "parquet", "webdataset", "list"] = "auto"
     """How `path` is read; auto decides by what is there."""
+    follow_links: bool | None = None
+    """Folders: true reads what links lead to outside of `path`, false leaves them out and counts
+    them; without it such links are an error, because either could be meant."""
+    suffixes: list[str] | None = None
+    """Folders: names that end so are images, '' for names without a suffix; every format that is
+    decoded without it."""
+    members: str | None = None
+    """WebDataset: the part of a sample that is the image where there are several, like jpg of
+    000.jpg and 000.mask.png."""
     image_column: str = "image"
     """Parquet: column with the encoded bytes, or Hugging Face's struct<bytes, path>."""
     key_column: str | None = None
@@ -23,9 +32,11 @@ class DataSection(Section):
     uri_column: str = "uri"
     """Lists: column with the image's path or s3:// address."""
     label_column: str | None = "label"
-    """Parquet and lists: integer class, if the column is there."""
+    """Column of the class, an integer or a name, if it is there; null takes no labels, from class
+    folders neither."""
     caption_column: str | None = "caption"
-    """Parquet and lists: text, if the column is there."""
+    """Column of the caption, one text or a list of them; `text` or `prompt` where only one of them is
+    there. null takes no captions."""
     max_pixels: int = Field(100_000_000, gt=0)
     """An image that declares more pixels is an error of that image (decompression bombs)."""
     decoder: Literal["exact", "fast"] = "exact"
