@@ -135,7 +135,10 @@ def test_pickled_values_in_a_source_are_refused(
     for column in (objects, nested):
         pq.write_table(pa.table({"image": column}), tmp_path / "i.parquet")
         data = DataSection(path=str(tmp_path / "i.parquet"))
-        assert all(isinstance(blob, Exception) for blob in read_records(list_images(data), data))
+        with pytest.raises(SourceError, match="'image' is of the extension type"):
+            list_images(data)
+        planned = [ImageRecord("0", f"{data.path}#row=0"), ImageRecord("1", f"{data.path}#row=1")]
+        assert all(isinstance(blob, Exception) for blob in read_records(planned, data))
     assert not exploded.exists()
 
 

@@ -15,7 +15,7 @@ from ..config.sections import DataSection
 from ..storage import paths, s3
 from .crops import ImageError, decode_records
 from .records import ImageRecord
-from .tables import beside, parent, refuse_extensions
+from .tables import LISTS, beside, parent, refuse_extensions
 
 THREADS = s3.CONNECTIONS
 
@@ -75,7 +75,7 @@ def _source_filter(data: DataSection) -> Callable[[str], bool]:
         return lambda uri: True
     remote = paths.is_s3(data.path)
     root = data.path.rstrip("/") if remote else paths.filesystem(data.path)[1].rstrip("/")
-    may_be_list = data.format == "auto" and root.lower().endswith((".csv", ".parquet"))
+    may_be_list = data.format == "auto" and root.lower().endswith(LISTS)
 
     def inside(uri: str) -> bool:
         match = _ROW.fullmatch(uri) or _RANGE.fullmatch(uri)

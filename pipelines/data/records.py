@@ -77,13 +77,14 @@ def records_table(records: Iterable[ImageRecord], with_labels: bool = True) -> p
 
 def records_of(table: pa.Table) -> list[ImageRecord]:
     """The rows of a table with the columns RECORDS; `captions` may be absent."""
-    rows = _whole(table).to_pylist()
+    rows = whole_records(table).to_pylist()
     for row in rows:
         row["captions"] = None if row["captions"] is None else tuple(row["captions"])
     return [ImageRecord(**row) for row in rows]
 
 
-def _whole(table: pa.Table) -> pa.Table:
+def whole_records(table: pa.Table) -> pa.Table:
+    """The table with all columns of RECORDS; without the column `captions` nobody has several."""
     if "captions" not in table.column_names:
         nulls = pa.nulls(len(table), RECORDS.field("captions").type)
         table = table.append_column("captions", nulls)
@@ -108,7 +109,7 @@ def check_text(*texts: str) -> None:
 def source_digest(records: pa.Table | Sequence[ImageRecord]) -> str:
     """SHA-256 over key, uri, label and captions of every record in order."""
     digest = hashlib.sha256()
-    table = _whole(records) if isinstance(records, pa.Table) else records_table(records)
+    table = whole_records(records) if isinstance(records, pa.Table) else records_table(records)
     for batch in table.to_batches(max_chunksize=8192):
         for *row, captions in zip(*(c.to_pylist() for c in batch.columns), strict=True):
             # A record without several captions hashes as it did before there could be several.

@@ -27,7 +27,7 @@ from fae_core.pixel_decoder import PixelDecoder
 
 from ..config import Recipe
 from ..config.sections import TrainingSection
-from ..data import plan_images
+from ..data import plan_source
 from ..data.decoding import DECODE_CPUS, WINDOW_BATCHES
 from ..latents import LatentEncoder, LatentStore
 from ..networks import backbone_of, backbone_spec
@@ -81,7 +81,7 @@ def memory_of(recipe: Recipe, job: str) -> list[Process]:
 def precompute_memory(recipe: Recipe) -> list[Process]:
     """Of `fae precompute` where this machine's cores are all there are; lists the source. Raises SourceError."""
     options, cpus = recipe.precompute, os.cpu_count() or 1
-    num_images = len(plan_images(recipe.data))
+    num_images = len(plan_source(recipe.data).table)
     backbone = blank_backbone(recipe)
     autoencoder: nn.Module = FeatureAutoencoder(autoencoder_config(recipe, backbone))
     encoder = LatentEncoder(

@@ -17,6 +17,7 @@ from fae_core.figures import pca_map, picture_grid, principal_basis
 
 from ..config import RecipeError, load_recipe
 from ..config.sections import DataSection
+from ..data.account import Account
 from ..data.reading import load_crops
 from ..storage import StoreError, paths
 from .manifest import missing_shards, read_manifest
@@ -86,6 +87,9 @@ def _show_store(console: Console, uri: str) -> None:
         table.add_row(part, value)
     table.add_row("fingerprint", plan.fingerprint)
     console.print(table)
+    if plan.account:
+        for line in Account.from_dict(dict(plan.account)).lines():
+            console.print(line, markup=False)
     for error in errors[:SHOWN_ERRORS]:
         console.print(f"error: {error['key']} [{error['stage']}] {error['message']}", markup=False)
     if len(errors) > SHOWN_ERRORS:

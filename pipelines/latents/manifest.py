@@ -94,6 +94,7 @@ def commit(uri: str, plan: Plan, run: Mapping[str, Any], each: Each = map) -> di
         "fingerprint": plan.fingerprint,
         "parts": dict(plan.parts),
         "source": plan.source,
+        "account": plan.account,
         "shard_size": plan.shard_size,
         "planned": plan.num_images,
         "stored": sum(entry["rows"] for entry in entries),

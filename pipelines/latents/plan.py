@@ -11,13 +11,21 @@ import io
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from ..data.records import RECORDS, ImageRecord, records_of, records_table, source_digest
+from ..data.records import (
+    RECORDS,
+    ImageRecord,
+    records_of,
+    records_table,
+    source_digest,
+    whole_records,
+)
 from ..storage import StoreError, StoreMismatch, fingerprint_of, paths
 
 FORMAT = "fae-latents-1"
@@ -36,6 +44,10 @@ class Plan:
     shard_size: int
     parts: Mapping[str, str]
     source: str
+    account: Mapping[str, Any]
+    """What the source held besides the planned images (data/account.py); empty where unknown."""
+    has_captions: bool
+    """Whether some image has several captions, which the shards' column `captions` holds."""
     _file: pq.ParquetFile = field(repr=False, compare=False)
     _group_size: int = field(repr=False, compare=False)
 
@@ -55,7 +67,7 @@ class Plan:
 
     def table(self) -> pa.Table:
         """All records, with the columns RECORDS."""
-        return self._file.read(columns=RECORDS.names).cast(RECORDS)
+        return whole_records(self._file.read(columns=RECORDS.names))
 
     def shard_rows(self, index: int) -> int:
         """How many images shard `index` holds."""
@@ -67,6 +79,7 @@ def ensure_plan(
     records: pa.Table | Sequence[ImageRecord],
     shard_size: int,
     parts: Mapping[str, str],
+    account: Mapping[str, Any] | None = None,
 ) -> Plan:
     """The store's plan, written now unless it is there.
 
@@ -74,14 +87,13 @@ def ensure_plan(
     source since it was planned are no difference: they become errors of their shards. Raises
     StoreMismatch where the plan that is there differs.
     """
-    if not isinstance(records, pa.Table):
-        records = records_table(records)
+    records = whole_records(records) if isinstance(records, pa.Table) else records_table(records)
     source = source_digest(records)
     plan_uri = paths.join(uri, PLAN)
     if not paths.exists(plan_uri):
         # Where another driver was first, its plan is compared like any other.
         with contextlib.suppress(FileExistsError):
-            paths.write_once(plan_uri, _encode_plan(records, shard_size, parts, source))
+            paths.write_once(plan_uri, _encode_plan(records, shard_size, parts, source, account))
     plan = open_plan(uri)
     differing = [
         f"{name}: {plan.parts.get(name, 'nothing')} there, {parts.get(name, 'nothing')} now"
@@ -120,25 +132,34 @@ def open_plan(uri: str) -> Plan:
         shard_size,
         info["parts"],
         str(info["source"]),
+        info.get("account", {}),
+        "captions" in file.schema_arrow.names,
         file,
         group_size,
     )
 
 
 def _encode_plan(
-    records: pa.Table, shard_size: int, parts: Mapping[str, str], source: str
+    records: pa.Table,
+    shard_size: int,
+    parts: Mapping[str, str],
+    source: str,
+    account: Mapping[str, Any] | None,
 ) -> bytes:
     info = {"format": FORMAT, "shard_size": shard_size, "parts": dict(parts), "source": source}
-    schema = pa.schema(
-        [
-            ("shard", pa.int64()),
-            ("key", pa.string()),
-            ("uri", pa.string()),
-            ("label", pa.int64()),
-            ("caption", pa.string()),
-        ],
-        metadata={"fae": json.dumps(info)},
-    )
+    if account is not None:
+        info["account"] = dict(account)
+    fields = [
+        ("shard", pa.int64()),
+        ("key", pa.string()),
+        ("uri", pa.string()),
+        ("label", pa.int64()),
+        ("caption", pa.string()),
+    ]
+    if records["captions"].null_count < len(records):
+        fields.append(("captions", pa.list_(pa.string())))
+    schema = pa.schema(fields, metadata={"fae": json.dumps(info)})
+    records = records.select([name for name, _ in fields[1:]])
     num_shards = -(-len(records) // shard_size)
     group_size = shard_size * max(1, -(-num_shards // PLAN_GROUPS))
     buffer = io.BytesIO()
@@ -161,6 +182,9 @@ def _source_differences(plan: Plan, records: pa.Table) -> list[str]:
         unequal = pc.not_equal(now[name], then[name])
         one_is_null = pc.xor(pc.is_null(now[name]), pc.is_null(then[name]))
         changed |= pc.coalesce(unequal, one_is_null).to_numpy()
+    if any(table["captions"].null_count < len(table) for table in (now, then)):
+        pairs = zip(now["captions"].to_pylist(), then["captions"].to_pylist(), strict=True)
+        changed |= np.array([a != b for a, b in pairs])
     found = []
     if len(added):
         key = added["key"][0].as_py()

@@ -8,6 +8,7 @@ file is written by one call.
 from __future__ import annotations
 
 import json
+import sys
 import time
 from functools import partial
 from itertools import islice
@@ -18,7 +19,8 @@ import numpy as np
 from fae_core.errors import UserError
 
 from ..config import Recipe, RecipeError, with_absolute_paths
-from ..data import plan_images
+from ..data import plan_source
+from ..data.account import Account
 from ..data.crops import CROPS
 from ..networks import backbone_fingerprints
 from ..runtime import Progress, RowStages, fan_out, metrics, run_rows
@@ -50,10 +52,14 @@ def precompute(recipe: Recipe, show_progress: bool = True) -> dict[str, Any]:
     started, written = time.monotonic(), recipe.to_yaml()
     recipe = with_absolute_paths(recipe)
     assert recipe.output is not None
-    records = plan_images(recipe.data)
+    source = plan_source(recipe.data)
+    if show_progress:
+        print("\n".join(source.account.lines()), file=sys.stderr, flush=True)
+    _check_losses(source.account, recipe.precompute.max_error_rate)
     parts = fingerprint_parts(recipe)
-    plan = ensure_plan(recipe.output, records, recipe.precompute.shard_size, parts)
-    del records
+    size = recipe.precompute.shard_size
+    plan = ensure_plan(recipe.output, source.table, size, parts, source.account.to_dict())
+    del source
     paths.write_bytes(paths.join(recipe.output, "recipe.yaml"), written.encode())
     todo = missing_shards(recipe.output, plan)
     rates = encode_shards(recipe, plan, todo, parts, show_progress) if todo else {}
@@ -117,6 +123,20 @@ def encode_shards(
         progress.add(int(row["rows"]), len(found), float(row["encoded_at"]))
         _check_error_rate(recipe.precompute.max_error_rate, plan, num_errors, first)
     return progress.close()
+
+
+def _check_losses(account: Account, allowed: float) -> None:
+    """Raises TooManyErrors where planning lost more members, sidecars and files than is allowed."""
+    if account.num_losses <= allowed * (account.num_images + account.num_losses):
+        return
+    first = "\n".join(
+        f"  {loss['address']} [plan] {loss['message']}" for loss in account.losses[:10]
+    )
+    raise TooManyErrors(
+        f"{account.num_losses} files, members or sidecars of data.path={account.path} cannot be read, "
+        f"beside {account.num_images} planned images: more than precompute.max_error_rate="
+        f"{allowed:g} allows. Nothing was written. Mend them or raise the rate. The first:\n{first}"
+    )
 
 
 def _check_error_rate(

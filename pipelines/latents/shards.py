@@ -33,7 +33,12 @@ LATENT_COLUMNS = ("mean", "logvar", "mean_flip", "logvar_flip")
 THREADS = 16
 SHARDS_AT_ONCE = 2048
 """Shards that are described together when a store is committed."""
-WORD_COLUMNS = {"key": pa.string(), "label": pa.int64(), "caption": pa.string()}
+WORD_COLUMNS = {
+    "key": pa.string(),
+    "label": pa.int64(),
+    "caption": pa.string(),
+    "captions": pa.list_(pa.string()),
+}
 """Cast to these before a value is looked at: those of some extension types would run code."""
 Each = Callable[[Callable[[Any], Any], Iterable[Any]], Iterable[Any]]
 """`map`, or what spreads its calls over a cluster and gives their results in order."""
@@ -60,6 +65,7 @@ def write_shard(
     latents: Mapping[str, np.ndarray],
     errors: Sequence[Mapping[str, str]],
     fingerprint: str,
+    with_captions: bool = False,
 ) -> str:
     """Write shard `index` and its errors; returns the shard's ETag.
 
@@ -82,7 +88,7 @@ def write_shard(
     elif paths.exists(errors_uri(uri, index)):
         paths.delete(errors_uri(uri, index))
     rows = [records[i] for i in kept]
-    data = encode_shard(index, rows, latents, len(errors), fingerprint)
+    data = encode_shard(index, rows, latents, len(errors), fingerprint, with_captions)
     return paths.write_bytes(shard_uri(uri, index), data)
 
 
@@ -92,14 +98,20 @@ def encode_shard(
     latents: Mapping[str, np.ndarray],
     num_errors: int,
     fingerprint: str,
+    with_captions: bool = False,
 ) -> bytes:
-    """The Parquet bytes of a shard: the same for the same input and version of pyarrow."""
+    """The Parquet bytes of a shard: the same for the same input and version of pyarrow.
+
+    `with_captions` adds the column `captions`, all captions of images that have several.
+    """
     statistics = {}
     columns: dict[str, Any] = {
         "key": pa.array([r.key for r in records], pa.string()),
         "label": pa.array([r.label for r in records], pa.int64()),
         "caption": pa.array([r.caption for r in records], pa.string()),
     }
+    if with_captions:
+        columns["captions"] = pa.array([r.captions for r in records], WORD_COLUMNS["captions"])
     for name, values in latents.items():
         values = np.ascontiguousarray(values, np.float16)
         if len(values) != len(records):

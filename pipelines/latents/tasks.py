@@ -52,7 +52,10 @@ def store_shard(row: dict[str, Any], output: str, columns: Sequence[str]) -> dic
     latents: dict[str, np.ndarray] = {name: np.asarray(row[name]) for name in columns}
     with metrics.stage("write"):
         kept = [int(i) for i in row["ok"]]
-        write_shard(output, index, plan.shard(index), kept, latents, errors, plan.fingerprint)
+        records = plan.shard(index)
+        write_shard(
+            output, index, records, kept, latents, errors, plan.fingerprint, plan.has_captions
+        )
     metrics.count_bytes("written", sum(values.nbytes for values in latents.values()))
     metrics.count_shard(len(row["ok"]), errors)
     return {

@@ -20,7 +20,7 @@ from torch import nn
 from fae_core import checkpoint
 
 from ..config import Recipe, RecipeError, flatten
-from ..data import plan_images
+from ..data import plan_source
 from ..data.records import ImageRecord
 from ..storage import paths
 
@@ -114,7 +114,7 @@ def plan(recipe: Recipe, run_uri: str) -> None:
     uri = paths.join(run_uri, "plan.parquet")
     if paths.exists(uri):
         return
-    table = plan_images(recipe.data).select(["key", "uri"])
+    table = plan_source(recipe.data).table.select(["key", "uri"])
     buffer = io.BytesIO()
     pq.write_table(table, buffer)
     paths.write_bytes(uri, buffer.getvalue())

@@ -1,0 +1,368 @@
+"""Sources as people have them: what is planned of each, and the account of everything else."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import tarfile
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from PIL import Image
+
+from fae.pipelines.config.sections import DataSection
+from fae.pipelines.data.account import Account
+from fae.pipelines.data.reading import load_crops, read_records
+from fae.pipelines.data.records import SourceError, records_of
+from fae.pipelines.data.sources import Source, list_images, plan_source
+from fae.pipelines.storage import paths
+
+
+def encoded(shade: int = 1, kind: str = "JPEG") -> bytes:
+    stream = io.BytesIO()
+    Image.new("RGB", (40, 30), (shade, 100, 50)).save(stream, kind)
+    return stream.getvalue()
+
+
+def write(path: Path, content: bytes | str) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    return path
+
+
+def write_tar(path: Path, members: list[tuple[str, bytes]], cut: int | None = None) -> Path:
+    stream = io.BytesIO()
+    with tarfile.open(fileobj=stream, mode="w") as archive:
+        for name, content in members:
+            info = tarfile.TarInfo(name)
+            info.size = len(content)
+            archive.addfile(info, io.BytesIO(content))
+    return write(path, stream.getvalue()[:cut])
+
+
+def plan(path: Path | str, **settings: object) -> Source:
+    return plan_source(DataSection(path=str(path), **settings))
+
+
+def labels(source: Source) -> list[int | None]:
+    return source.table["label"].to_pylist()
+
+
+def captions(source: Source) -> list[str | None]:
+    return source.table["caption"].to_pylist()
+
+
+def skipped(source: Source) -> dict[str, int]:
+    """Skips by the first words of their reasons."""
+    return {reason.split(" (")[0]: skip.count for reason, skip in source.account.skipped.items()}
+
+
+# Folders
+
+
+def test_every_listed_file_is_planned_or_skipped_with_a_reason(tmp_path):
+    for name in ("a.jpg", "b.jfif", "c.jpe", "d.JPEG"):
+        write(tmp_path / name, encoded())
+    write(tmp_path / "e.avif", encoded(kind="AVIF"))
+    write(tmp_path / "f.jp2", encoded(kind="JPEG2000"))
+    write(tmp_path / "g", encoded())
+    write(tmp_path / ".DS_Store", b"x")
+    write(tmp_path / ".cache/h.jpg", encoded())
+    write(tmp_path / "notes.txt", b"x")
+    write(tmp_path / "i.heic", b"x")
+    os.symlink(tmp_path / "gone.jpg", tmp_path / "j.jpg")
+    source = plan(tmp_path)
+    account = source.account
+    assert account.num_images == 6 and account.num_files == 12
+    assert account.num_files == account.num_images + account.num_skipped
+    assert skipped(source) == {
+        "hidden": 2,
+        "HEIC, which Pillow does not read": 1,
+        "no suffix": 1,
+        "not an image by its name": 1,
+        "broken link or special file": 1,
+    }
+    records = records_of(source.table)
+    images, kept, errors = load_crops(records, 32, DataSection(path=str(tmp_path)))
+    assert (len(images), kept, errors) == (6, [0, 1, 2, 3, 4, 5], [])
+    with_all = plan(tmp_path, suffixes=[".jpg", ""])
+    assert with_all.table["key"].to_pylist() == ["a.jpg", "g"]
+    assert Account.from_dict(json.loads(json.dumps(account.to_dict()))) == account
+    assert len(account.lines()) <= 10 and "12 listed = 6 read + 6 skipped" in account.lines()[1]
+
+
+def test_an_image_beside_class_folders_is_counted_as_one_without_a_label(tmp_path):
+    for label in range(2):
+        for index in range(2):
+            write(tmp_path / f"c{label}" / f"{index}.jpg", encoded())
+    write(tmp_path / "preview.png", encoded(kind="PNG"))
+    source = plan(tmp_path)
+    assert labels(source) == [0, 0, 1, 1, None]
+    account = source.account
+    assert (account.num_labels, account.num_classes) == (4, 2)
+    assert account.class_names == ["c0", "c1"] and account.labels_from == "class folders"
+    assert "labels    4 of 5 images, 2 classes (c0 … c1)" in "\n".join(account.lines())
+
+
+def test_splits_as_classes_are_seen_at_once(tmp_path):
+    for split in ("train", "val"):
+        write(tmp_path / split / "cat" / "0.jpg", encoded())
+    lines = "\n".join(plan(tmp_path).account.lines())
+    assert "These are splits: give data.path=" in lines and "/train" in lines
+
+
+def test_links_out_of_the_source_are_followed_left_out_or_asked_about(tmp_path):
+    outside = tmp_path / "outside"
+    for index in range(3):
+        write(outside / f"{index}.jpg", encoded())
+    root = tmp_path / "root"
+    write(root / "a" / "x.jpg", encoded())
+    os.symlink(outside, root / "b")
+    os.symlink(outside / "1.jpg", root / "a" / "link.jpg")
+    os.symlink(root, root / "a" / "loop")
+    with pytest.raises(SourceError, match="2 links .* data.follow_links=true"):
+        plan(root)
+    followed = plan(root, follow_links=True)
+    keys = ["a/link.jpg", "a/x.jpg", "b/0.jpg", "b/1.jpg", "b/2.jpg"]
+    assert followed.table["key"].to_pylist() == keys
+    assert labels(followed) == [0, 0, 1, 1, 1]
+    data = DataSection(path=str(root), follow_links=True)
+    assert all(isinstance(blob, bytes) for blob in read_records(list_images(data), data))
+    left_out = plan(root, follow_links=False)
+    assert left_out.table["key"].to_pylist() == ["a/x.jpg"]
+    assert skipped(left_out) == {"link out of the source": 2}
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "csv", "parquet"])
+def test_metadata_files_give_captions_and_labels_as_in_imagefolder(root, kind):
+    rows = [
+        {"file_name": "a.jpg", "text": "a cat", "label": "cat"},
+        {"file_name": "deep/b.jpg", "text": "a dog", "label": "dog"},
+        {"file_name": "gone.jpg", "text": "nothing", "label": "dog"},
+    ]
+    stream = io.BytesIO()
+    if kind == "parquet":
+        pq.write_table(pa.Table.from_pylist(rows), stream)
+    elif kind == "csv":
+        lines = ["file_name,text,label", *(",".join(row.values()) for row in rows)]
+        stream.write("\n".join(lines).encode())
+    else:
+        stream.write("\n".join(map(json.dumps, rows)).encode())
+    paths.write_bytes(paths.join(root, f"x/set/metadata.{kind}"), stream.getvalue())
+    for name in ("a.jpg", "deep/b.jpg", "c.jpg"):
+        paths.write_bytes(paths.join(root, "x/set", name), encoded())
+    source = plan(paths.join(root, "x"))
+    assert captions(source) == ["a cat", None, "a dog"]
+    assert labels(source) == [0, None, 1]
+    account = source.account
+    assert account.class_names == ["cat", "dog"]
+    assert account.captions_from == f"metadata.{kind}, column text"
+    assert account.unused == ["1 rows of metadata for files that are not there"]
+    assert account.num_skipped == 0 and account.num_files == 4
+
+
+def test_a_broken_line_of_metadata_costs_its_own_image_the_caption(tmp_path):
+    for name in ("a.jpg", "b.jpg"):
+        write(tmp_path / name, encoded())
+    lines = ['{"file_name": "a.jpg", "text": ["one", "two"]}', '{"file_name": "b.jpg", "te']
+    write(tmp_path / "metadata.jsonl", "\n".join(lines))
+    source = plan(tmp_path)
+    assert captions(source) == ["one", None]
+    assert source.table["captions"].to_pylist() == [["one", "two"], None]
+    (loss,) = source.account.losses
+    assert loss["address"].endswith("metadata.jsonl, line 2") and loss["stage"] == "plan"
+
+
+def test_texts_beside_images_are_captions(root):
+    for name in ("a.jpg", "b.jpg", "c.jpg"):
+        paths.write_bytes(paths.join(root, name), encoded())
+    paths.write_bytes(paths.join(root, "a.txt"), b"a cat\n")
+    paths.write_bytes(paths.join(root, "b.txt"), "café".encode("latin-1"))
+    paths.write_bytes(paths.join(root, "notes.txt"), b"x")
+    source = plan(root)
+    assert captions(source) == ["a cat", None, None]
+    (loss,) = source.account.losses
+    assert loss["address"].endswith("b.txt") and "UTF-8" in loss["message"]
+    assert skipped(source) == {"not an image by its name": 1}
+    without = plan(root, caption_column=None)
+    assert captions(without) == [None] * 3 and skipped(without) == {"not an image by its name": 3}
+
+
+# Parquet
+
+
+def test_what_spark_left_behind_is_not_read(tmp_path):
+    table = pa.table({"image": [encoded(1), encoded(2)], "label": [0, 1]})
+    for folder in (tmp_path, tmp_path / "_temporary" / "0"):
+        folder.mkdir(parents=True, exist_ok=True)
+        pq.write_table(table, folder / "part-0.parquet")
+    write(tmp_path / "_SUCCESS", b"")
+    source = plan(tmp_path)
+    assert source.account.num_images == 2
+    assert skipped(source) == {"part of a table format's bookkeeping": 2}
+
+
+@pytest.mark.parametrize(
+    ("log", "words"),
+    [("_delta_log/00000000000000000000.json", "Delta"), ("metadata/v1.metadata.json", "Iceberg")],
+)
+def test_tables_whose_files_are_not_the_table_are_refused_in_words(tmp_path, log, words):
+    (tmp_path / "data").mkdir()
+    pq.write_table(pa.table({"image": [encoded()]}), tmp_path / "data" / "0.parquet")
+    write(tmp_path / log, b"{}")
+    with pytest.raises(SourceError, match=f"{words} table.*Export it"):
+        plan(tmp_path)
+
+
+def test_captions_have_the_names_that_people_give_them(tmp_path):
+    image = [{"bytes": encoded(), "path": None}]
+    pq.write_table(pa.table({"image": image, "text": ["a cat"]}), tmp_path / "a.parquet")
+    source = plan(tmp_path)
+    assert captions(source) == ["a cat"] and source.account.captions_from == "column text"
+    both = pa.table({"image": image, "text": ["x"], "prompt": ["y"], "width": [3]})
+    pq.write_table(both, tmp_path / "a.parquet")
+    with pytest.raises(SourceError, match="text and prompt could both hold the captions"):
+        plan(tmp_path)
+    chosen = plan(tmp_path, caption_column="prompt")
+    assert captions(chosen) == ["y"] and chosen.account.unused == ["column text", "column width"]
+
+
+def test_several_captions_in_a_cell_stay_a_list(tmp_path):
+    table = pa.table({"image": [encoded()] * 3, "caption": [["a", "b"], ["c"], None]})
+    pq.write_table(table, tmp_path / "a.parquet")
+    source = plan(tmp_path)
+    assert captions(source) == ["a", "c", None]
+    assert source.table["captions"].to_pylist() == [["a", "b"], None, None]
+
+
+def test_class_names_are_numbered_in_their_order_and_kept(tmp_path):
+    pq.write_table(
+        pa.table({"image": [encoded()] * 3, "label": ["dog", "cat", None]}), tmp_path / "a.parquet"
+    )
+    source = plan(tmp_path)
+    assert labels(source) == [1, 0, None] and source.account.class_names == ["cat", "dog"]
+
+
+def test_names_of_hugging_faces_class_labels_are_kept(tmp_path):
+    features = {"label": {"names": ["cat", "dog"], "_type": "ClassLabel"}}
+    metadata = {"huggingface": json.dumps({"info": {"features": features}})}
+    table = pa.table({"image": [encoded()] * 2, "label": [1, 0]}).replace_schema_metadata(metadata)
+    pq.write_table(table, tmp_path / "a.parquet")
+    source = plan(tmp_path)
+    assert labels(source) == [1, 0] and source.account.class_names == ["cat", "dog"]
+
+
+def test_hive_partitions_are_labels(tmp_path):
+    for name in ("cat", "wild%20dog"):
+        folder = tmp_path / f"label={name}"
+        folder.mkdir()
+        pq.write_table(pa.table({"image": [encoded()]}), folder / "0.parquet")
+    source = plan(tmp_path)
+    assert labels(source) == [0, 1] and source.account.class_names == ["cat", "wild dog"]
+
+
+@pytest.mark.parametrize(
+    ("cells", "words"),
+    [
+        (["aGVsbG8="], "is string"),
+        ([[{"bytes": b"x"}]], "is list"),
+        ([[1, 2, 3]], "is list"),
+    ],
+)
+def test_a_column_without_encoded_images_is_refused_while_planning(tmp_path, cells, words):
+    pq.write_table(pa.table({"image": cells, "jpg": [b"x"]}), tmp_path / "a.parquet")
+    with pytest.raises(SourceError, match=f"column 'image' {words}.*jpg would fit"):
+        plan(tmp_path)
+
+
+def test_one_unreadable_parquet_file_costs_what_it_holds(tmp_path):
+    pq.write_table(pa.table({"image": [encoded()]}), tmp_path / "a.parquet")
+    write(tmp_path / "b.parquet", b"no parquet at all")
+    source = plan(tmp_path)
+    assert source.account.num_images == 1 and source.account.num_losses == 1
+    assert source.account.losses[0]["address"].endswith("b.parquet")
+
+
+# WebDataset
+
+
+def test_a_bad_sidecar_costs_its_own_sample_the_caption(tmp_path):
+    members = [
+        ("000.jpg", encoded()), ("000.txt", "café".encode("latin-1")),
+        ("001.jpg", encoded()), ("001.txt", b"fine"),
+        ("002.jpg", encoded()), ("002.json", b'{"caption": "x",'),
+        ("003.jpg", encoded()), ("003.json", b'{"caption": "good", "label": 4}'),
+    ]  # fmt: skip
+    source = plan(write_tar(tmp_path / "0.tar", members))
+    assert captions(source) == [None, "fine", None, "good"]
+    assert labels(source) == [None, None, None, 4]
+    lost = [
+        (loss["address"].partition("0.tar")[2], loss["message"]) for loss in source.account.losses
+    ]
+    assert [where for where, _ in lost] == [", member 000.txt", ", member 002.json"]
+    assert "UTF-8" in lost[0][1] and "JSON" in lost[1][1]
+
+
+def test_a_name_that_is_not_unicode_costs_its_own_member(tmp_path):
+    name = b"caf\xe9.jpg".decode("utf-8", "surrogateescape")
+    source = plan(write_tar(tmp_path / "0.tar", [(name, encoded()), ("b.jpg", encoded())]))
+    assert source.table["key"].to_pylist() == ["0.tar/b"]
+    assert "not valid Unicode" in source.account.losses[0]["message"]
+
+
+def test_a_tar_that_is_cut_short_gives_the_images_before_the_cut(tmp_path):
+    members = [(f"{index}.jpg", encoded()) for index in range(4)]
+    whole = write_tar(tmp_path / "whole.tar", members)
+    second = next(i for i, r in enumerate(list_images(DataSection(path=str(whole)))) if i == 2)
+    start = int(
+        list_images(DataSection(path=str(whole)))[second].uri.partition("offset=")[2].split("&")[0]
+    )
+    (tmp_path / "cut").mkdir()
+    path = write(tmp_path / "cut" / "0.tar", whole.read_bytes()[: start + 100])
+    source = plan(path)
+    assert source.table["key"].to_pylist() == ["0.tar/0", "0.tar/1"]
+    assert source.account.num_losses >= 1
+    assert "0.tar" in source.account.losses[0]["address"]
+
+
+def test_the_member_that_is_the_image_is_chosen_by_a_setting(tmp_path):
+    members = [
+        (f"{index:03d}.{part}", encoded(kind=kind))
+        for index in range(2)
+        for part, kind in (("jpg", "JPEG"), ("mask.png", "PNG"))
+    ]
+    path = write_tar(tmp_path / "0.tar", members)
+    with pytest.raises(SourceError, match="several images: jpg, mask.png. Set data.members"):
+        plan(path)
+    source = plan(path, members="jpg")
+    assert source.table["key"].to_pylist() == ["0.tar/000", "0.tar/001"]
+    assert source.account.unused == ["members .mask.png (data.members=jpg)"]
+    masks = plan(path, members="mask.png")
+    assert masks.table["key"].to_pylist() == ["0.tar/000", "0.tar/001"]
+
+
+# Lists
+
+
+def test_labels_that_pandas_wrote_as_floats_are_integers(tmp_path):
+    for name in ("1.jpg", "2.jpg"):
+        write(tmp_path / "i" / name, encoded())
+    path = write(tmp_path / "list.csv", "uri,label\ni/1.jpg,3.0\ni/2.jpg,\n")
+    assert labels(plan(path)) == [3, None]
+
+
+@pytest.mark.parametrize("kind", ["csv", "tsv", "jsonl"])
+def test_lists_are_read_by_their_kind_and_file_addresses_are_decoded(tmp_path, kind):
+    image = write(tmp_path / "a b.jpg", encoded())
+    address = f"file://{tmp_path}/a%20b.jpg"
+    separator = "\t" if kind == "tsv" else ","
+    text = f"uri{separator}text\n{address}{separator}a cat\n"
+    if kind == "jsonl":
+        text = json.dumps({"uri": address, "text": "a cat"}) + "\n"
+    data = DataSection(path=str(write(tmp_path / f"list.{kind}", text)))
+    (record,) = list_images(data)
+    assert (record.uri, record.caption) == (str(image), "a cat")
+    assert read_records([record], data) == [image.read_bytes()]
