@@ -1,1 +1,1 @@
-"""Getting a command onto a Ray cluster: Ray's job server, KubeRay, `ray up`. Imports nothing of the other packages."""
+"""A command on a Ray cluster: Ray's job server, KubeRay, `ray up`. It imports the recipe alone."""

@@ -1,4 +1,8 @@
-"""A `fae` command as a cluster's job runs it: module, arguments, checked paths, and the name that makes it one job."""
+"""A `fae` command as a job: its words, its recipe, the paths it may use, and its name.
+
+A job runs `python -m fae COMMAND RECIPE key=value …`. Which words are a command is known to the
+command line alone, which hands the names in.
+"""
 
 from __future__ import annotations
 
@@ -6,55 +10,59 @@ import difflib
 import hashlib
 import re
 import shlex
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import yaml
+from fae.pipelines.config import Recipe, flatten, load_recipe
 
 from .environment import refuse_password
 from .errors import SubmitError
 
-MODULES = {
-    "precompute": "pipelines.precompute",
-    "train autoencoder": "pipelines.train_autoencoder",
-    "train pixel-decoder": "pipelines.train_pixel_decoder",
-    "train generator": "pipelines.train_generator",
-    "sample": "pipelines.sample",
-    "evaluate": "pipelines.evaluate",
-    "probe": "pipelines.probe",
-    "tune": "tune.search",
-    "doctor": "pipelines.doctor",
+RECIPES = "fae/pipelines/config/recipes"
+"""Folder of the shipped recipes in a working tree."""
+PLACES = {
+    "precompute": ("output",),
+    "sample": ("output",),
+    "evaluate": ("evaluate.output",),
+    "probe": ("probe.output",),
+    "train": ("storage", "run"),
+    "tune": ("storage", "tune.name"),
+    "run": ("storage",),
 }
-PATH_KEYS = re.compile(r"^(output|storage|latents|data\.path)$|(^|\.)(checkpoint|start_from)$")
-NAMED_BY_OUTPUT = ("precompute", "sample")
+"""By a command's first word: the recipe's keys that say where it writes; the others only ask."""
 
 
 @dataclass(frozen=True)
 class Command:
-    """`name` of MODULES, RECIPE, and key=value arguments."""
+    """A command's name, RECIPE, and key=value arguments; doctor's may also be s3:// addresses."""
 
     name: str
     recipe: str
-    overrides: tuple[str, ...]
+    arguments: tuple[str, ...]
 
     @classmethod
-    def parse(cls, words: Sequence[str]) -> Command:
-        """From the words after `fae submit`. Raises SubmitError for an unknown command or a missing recipe."""
+    def parse(cls, words: Sequence[str], names: Collection[str]) -> Command:
+        """From the words after `fae submit`; `names` are the commands that can be jobs.
+
+        Raises SubmitError for another command, a missing recipe, a word that is not key=value, and
+        a password in an address.
+        """
         words = list(words)
-        name = " ".join(words[:2]) if words[:1] == ["train"] else "".join(words[:1])
-        if name not in MODULES:
-            near = difflib.get_close_matches(name, MODULES, n=1)
+        grouped = any(name.startswith(f"{words[0]} ") for name in names) if words else False
+        name = " ".join(words[: 2 if grouped else 1])
+        if name not in names:
+            near = difflib.get_close_matches(name, names, n=1)
             hint = f" Did you mean {near[0]!r}?" if near else ""
             raise SubmitError(
-                f"No command {name!r} to submit.{hint} There are: {', '.join(MODULES)}."
+                f"No command {name!r} to submit.{hint} There are: {', '.join(names)}."
             )
         rest = words[len(name.split()) :]
         if not rest or "=" in rest[0]:
             raise SubmitError(f"{name} needs a recipe: fae submit {name} RECIPE key=value …")
         for word in rest[1:]:
             key, equals, value = word.partition("=")
-            if not equals and not (name == "doctor" and word.startswith("s3://")):
+            if not equals and not (name == "doctor" and _is_bucket(word)):
                 raise SubmitError(
                     f"{word!r} is not key=value (for example output=s3://bucket/latents)."
                 )
@@ -62,60 +70,82 @@ class Command:
         return cls(name, rest[0], tuple(rest[1:]))
 
     @property
-    def module(self) -> str:
-        return MODULES[self.name]
-
-    @property
     def entrypoint(self) -> str:
         """The shell command of the job."""
-        return shlex.join(["python", "-m", self.module, self.recipe, *self.overrides])
+        words = ["python", "-m", "fae", *self.name.split(), self.recipe, *self.arguments]
+        return shlex.join(words)
 
     @property
-    def only_asks(self) -> bool:
-        """Whether it may be asked again after it was answered; other commands have nothing left to do."""
-        return self.name == "doctor"
+    def recipe_is_file(self) -> bool:
+        return self.recipe.endswith((".yaml", ".yml"))
 
-    def value(self, key: str, root: Path) -> str | None:
-        """What the overrides, or else the recipe's file below `root`, give for the dotted `key`."""
-        for word in reversed(self.overrides):
-            if word.startswith(f"{key}="):
-                return word.partition("=")[2]
-        path = root / self.recipe
-        if not self.recipe.endswith((".yaml", ".yml")):
-            path = root / "pipelines" / "recipes" / f"{self.recipe}.yaml"
-        try:
-            found = yaml.safe_load(path.read_text())
-            for part in key.split("."):
-                found = found.get(part)
-            return None if found is None else str(found)
-        except (OSError, AttributeError, yaml.YAMLError):
-            return None  # the job itself reads the recipe and says what is wrong with it
+    @property
+    def places(self) -> tuple[str, ...]:
+        """The recipe's keys that say where the command writes."""
+        return PLACES.get(self.name.split()[0], ())
 
-    def submission_id(self, root: Path) -> str:
-        """`fae-precompute-latents-1a2b3c4d`: of the command and where it writes, so the same work has the same name."""
-        if self.name in NAMED_BY_OUTPUT:
-            place = [self.value("output", root) or ""]
+    def load(self, root: Path | None = None) -> Recipe:
+        """The recipe as the job will read it: a file below `root`, or a shipped one by its name.
+
+        The working tree `root` may ship other recipes than this installation, and then they count.
+        Raises RecipeError.
+        """
+        name = self.recipe
+        if root is not None:
+            sent = root / (name if self.recipe_is_file else f"{RECIPES}/{name}.yaml")
+            name = str(sent) if self.recipe_is_file or sent.is_file() else name
+        return load_recipe(name, [word for word in self.arguments if not _is_bucket(word)])
+
+    def submission_id(self, recipe: Recipe) -> str:
+        """`fae-precompute-latents-1a2b3c4d`: of the command and where it writes.
+
+        So the same work has the same name. What has no place of its own is named by its arguments:
+        a chain, whose stages have folders by their content, and a command that writes nothing.
+        """
+        values = flatten(recipe.model_dump())
+        place = [values[key] for key in self.places]
+        if place and all(place) and self.name != "run":
+            shown = place[-1].rstrip("/").rpartition("/")[2]
         else:
-            place = [self.value("storage", root) or "", self.value("run", root) or ""]
-        shown = place[-1].rstrip("/").rpartition("/")[2]
-        if not shown:
-            place, shown = [self.recipe, *self.overrides], Path(self.recipe).stem
+            place, shown = [self.recipe, *self.arguments], Path(self.recipe).stem
         digest = hashlib.sha256("\0".join([self.name, *place]).encode()).hexdigest()[:8]
         words = re.sub(r"[^a-z0-9]+", "-", f"fae-{self.name}-{shown}".lower()).strip("-")
         return f"{words[:36].strip('-')}-{digest}"
 
-    def refuse_paths_of_this_machine(self, root: Path) -> None:
-        """Raises SubmitError for relative paths: on the cluster they would be in the job's copy, which Ray deletes."""
-        given = [word for word in self.overrides if PATH_KEYS.search(word.partition("=")[0])]
-        relative = [word for word in given if not _is_shared(word.partition("=")[2])]
-        if self.name.startswith("train") and not self.value("storage", root):
-            relative.append("storage=runs (the default)")
+    def refuse_paths_of_this_machine(self, recipe: Recipe) -> None:
+        """Raises SubmitError for relative paths.
+
+        On the cluster they would be in the job's copy of the working tree, which Ray deletes. A
+        default counts where the command writes there.
+        """
+        defaults = path_values(Recipe())
+        relative = []
+        for key, path in path_values(recipe).items():
+            default = " (the default)" * (path == defaults.get(key))
+            if not _is_shared(path) and (not default or key in self.places):
+                relative.append(f"{key}={path}{default}")
         if relative:
             raise SubmitError(
-                f"{', '.join(relative)}: a relative path means the job's own copy of the working tree, which the "
-                "cluster deletes. Give s3://…, or an absolute path of a folder that every node shares."
+                f"{', '.join(relative)}: a relative path means the job's own copy of the working "
+                "tree, which the cluster deletes. Give s3://…, or an absolute path of a folder "
+                "that every node shares."
             )
 
 
+def _is_bucket(word: str) -> bool:
+    return word.startswith("s3://")
+
+
 def _is_shared(path: str) -> bool:
-    return "://" in path or path.startswith("/") or path in ("", "null")
+    return "://" in path or path.startswith("/")
+
+
+KEYS = re.compile(r"(^|\.)(path|output|storage|latents|images|reference|checkpoint|start_from)$")
+
+
+def path_values(recipe: Recipe) -> dict[str, str]:
+    return {
+        k: v
+        for k, v in flatten(recipe.model_dump()).items()
+        if KEYS.search(k) and isinstance(v, str)
+    }

@@ -1,7 +1,8 @@
 """Which of this shell's variables travel with a job: an allow-list, and never a secret.
 
-What a job is given (`runtime_env`, entrypoint, metadata) is stored by the head node, shown by its dashboard and by
-`ray job list`; credentials therefore come to the nodes from their role or their Kubernetes Secret, not from here.
+The head node stores what a job is given (`runtime_env`, entrypoint, metadata), and its dashboard
+and `ray job list` show it. Credentials therefore come to the nodes from their role or their
+Kubernetes Secret, not from here.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from urllib.parse import urlsplit, urlunsplit
 
 from .errors import SubmitError
 
-# Nothing of RAY_*: the cluster's own addresses and token would be overwritten, and Ray refuses a job
+# Nothing of RAY_*: it would overwrite the cluster's own addresses and token, and Ray refuses a job
 # whose driver sets a variable that the job sets too.
 ALLOWED = (
     "AWS_ENDPOINT_URL",
@@ -32,8 +33,9 @@ SECRET_NAME = re.compile(
 )
 USERINFO = re.compile(r"://[^/\s@]+@")
 WHERE_SECRETS_GO = (
-    "A job's environment is stored on the head node and shown in its dashboard. Give the nodes their own: an instance "
-    "role (aws.yaml), or envFrom a Kubernetes Secret (cluster/kuberay/*.yaml)."
+    "A job's environment is stored on the head node and shown in its dashboard. Give the nodes "
+    "their own: an instance role (aws.yaml), or envFrom a Kubernetes Secret "
+    "(cluster/kuberay/*.yaml)."
 )
 
 
@@ -42,8 +44,8 @@ def job_environment(
 ) -> tuple[dict[str, str], list[str]]:
     """Variables for the job, and remarks on what was changed or left out.
 
-    They are those of ALLOWED that `shell` has, and `names`. Raises SubmitError for a name that looks like a secret's,
-    a name that the shell has not, and a value that holds a password.
+    They are those of ALLOWED that `shell` has, and `names`. Raises SubmitError for a name that
+    looks like a secret's, a name that the shell has not, and a value that holds a password.
     """
     made: dict[str, str] = {}
     remarks: list[str] = []
@@ -51,17 +53,18 @@ def job_environment(
         value, without = shell[name], without_userinfo(shell[name])
         if value != without:
             remarks.append(
-                f"{name} goes without the user and password in it; the nodes need them from their Secret "
-                "(MLflow: MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD)."
+                f"{name} is sent without the user and password in it; the nodes need them from "
+                "their Secret (MLflow: MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD)."
             )
         if name == "MLFLOW_TRACKING_URI" and not without.startswith(("http://", "https://")):
-            remarks.append(f"{name} stays here: it is a file of this machine, not a server.")
+            remarks.append(f"{name} is not sent: it is a file of this machine, not a server.")
             continue
         made[name] = without
     for name in names:
         if "=" in name:
             raise SubmitError(
-                f"--env {name.partition('=')[0]}=…: give the name alone, its value comes from this shell."
+                f"--env {name.partition('=')[0]}=…: give the name alone, its value comes from this "
+                "shell."
             )
         if SECRET_NAME.search(name):
             raise SubmitError(f"--env {name}: that looks like a secret. {WHERE_SECRETS_GO}")
@@ -84,6 +87,6 @@ def refuse_password(what: str, value: str) -> None:
     """Raises SubmitError, without the value, if it is an address with `user:password@` in it."""
     if USERINFO.search(value):
         raise SubmitError(
-            f"{what}: the address holds a user or a password. {WHERE_SECRETS_GO} For MLflow these are "
-            "MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD."
+            f"{what}: the address holds a user or a password. {WHERE_SECRETS_GO} For MLflow these "
+            "are MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD."
         )

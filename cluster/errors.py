@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from fae_core.errors import UserError
 
-class SubmitError(Exception):
-    """What was given, what was expected, what to do. `fae` shows it alone and ends with status 2."""
+
+class SubmitError(UserError):
+    """What was given, what was expected, what to do."""

@@ -1,6 +1,7 @@
-"""`fae submit --backend kuberay`: the command as a RayJob from the templates in cluster/kuberay, applied by kubectl if asked.
+"""`fae submit --backend kuberay`: the command as a RayJob, made from a template in cluster/kuberay.
 
-The pods run the code of their image, so only its settings go in; credentials stay in the Secret that the template names.
+The pods run the code of their image, so the command and its settings are all that is filled in.
+Credentials stay in the Secret that the template names.
 """
 
 from __future__ import annotations
@@ -24,23 +25,25 @@ TEMPLATE_OF = {"tune": "rayjob-tune.yaml", "precompute": "rayjob-precompute.yaml
 def ray_job(
     command: Command, env: list[str] | None = None, image: str | None = None
 ) -> tuple[str, list[str]]:
-    """The RayJob's YAML, named by the submission id, and remarks. Raises SubmitError.
+    """The RayJob's YAML, named by the submission id, and remarks. Raises SubmitError, RecipeError.
 
-    Sampling, evaluation and doctor use precompute's template, every trainer rayjob-train.yaml.
+    A sweep and every trainer have a template of their own; the others use precompute's, whose
+    cluster has CPU nodes and GPU nodes.
     """
-    if command.recipe.endswith((".yaml", ".yml")):
+    if command.recipe_is_file:
         raise SubmitError(
-            f"{command.recipe}: the pods have the image's files alone. Put the recipe into pipelines/recipes, "
-            "build the image (cluster/Dockerfile) and give the recipe's name."
+            f"{command.recipe}: the pods have the image's files alone. Put the recipe into "
+            "pipelines/config/recipes, build the image (cluster/Dockerfile) and give the recipe's "
+            "name."
         )
-    root = Path(__file__).parents[1]
-    command.refuse_paths_of_this_machine(root)
+    recipe = command.load()
+    command.refuse_paths_of_this_machine(recipe)
     environment, remarks = job_environment(env or [], os.environ)
     default = "rayjob-train.yaml" if command.name.startswith("train") else "rayjob-precompute.yaml"
     job: dict[str, Any] = yaml.safe_load(
         (TEMPLATES / TEMPLATE_OF.get(command.name, default)).read_text()
     )
-    job["metadata"]["name"] = command.submission_id(root)
+    job["metadata"]["name"] = command.submission_id(recipe)
     job["spec"]["entrypoint"] = command.entrypoint
     if environment:
         job["spec"]["runtimeEnvYAML"] = yaml.safe_dump({"env_vars": environment})
@@ -51,11 +54,12 @@ def ray_job(
 
 
 def apply(document: str) -> int:
-    """`kubectl apply` of the YAML; its exit status. Raises SubmitError where there is no kubectl."""
+    """Apply the YAML; kubectl's exit status. Raises SubmitError where there is no kubectl."""
     kubectl = shutil.which("kubectl")
     if kubectl is None:
         raise SubmitError(
-            "--apply: no kubectl on this machine. Write the YAML with --output and apply it elsewhere."
+            "--apply: no kubectl on this machine. Write the YAML with --output and apply it "
+            "elsewhere."
         )
     return subprocess.run([kubectl, "apply", "-f", "-"], input=document.encode()).returncode
 

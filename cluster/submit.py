@@ -1,7 +1,8 @@
-"""`fae submit`: a command as a job of Ray's job server, once; its log here, and its exit status as ours.
+"""`fae submit`: a command as one job of Ray's job server, with its log and its exit status here.
 
-The submission id comes from where the command writes. A job of that id that runs, or that has done the same work, is
-not started again: its log is followed. One that failed or was stopped is followed by NAME-2, NAME-3, …
+The submission id comes from where the command writes. A job of that id that runs is not started
+again, its log is followed; one that has done the same work is reported. After a job that failed or
+was stopped comes NAME-2, NAME-3, …
 """
 
 from __future__ import annotations
@@ -22,6 +23,8 @@ from .environment import job_environment
 from .errors import SubmitError
 from .working_tree import LIMIT, WorkingTree, working_tree
 
+CODE = ("fae/cli.py", "fae/pipelines/__init__.py", "fae_core/__init__.py")
+"""What a working tree with a folder `fae` must hold to run by itself."""
 DEFAULT_ADDRESS = "http://127.0.0.1:8265"
 POLL_SECONDS = 1.0
 ANSWER_SECONDS = 10.0
@@ -39,10 +42,11 @@ class Submission:
 
     def describe(self) -> str:
         """What `--dry-run` prints."""
+        size = f"{self.tree.size / 1e6:.1f} MB"
         lines = [
             f"job:      {self.submission_id}",
             f"runs:     {self.command.entrypoint}",
-            f"sends:    {self.tree.root} ({self.tree.size / 1e6:.1f} MB in {len(self.tree.files)} files)",
+            f"sends:    {self.tree.root} ({size} in {len(self.tree.files)} files)",
             f"environ:  {', '.join(f'{k}={v}' for k, v in self.environment.items()) or 'nothing'}",
         ]
         return "\n".join([*lines, *(f"note:     {remark}" for remark in self.remarks)])
@@ -54,22 +58,26 @@ def prepare(
     env: list[str] | None = None,
     max_bytes: int = LIMIT,
 ) -> Submission:
-    """Check everything that can be checked here. Raises SubmitError."""
+    """Check everything that can be checked here. Raises SubmitError, RecipeError."""
     root = Path(working_dir).absolute()
     environment, remarks = job_environment(env or [], os.environ)
-    command.refuse_paths_of_this_machine(root)
     tree = working_tree(root, max_bytes)
-    module = f"{command.module.replace('.', '/')}.py"
-    if "pipelines/__init__.py" not in tree:
-        remarks.append(f"{root} holds no pipelines/: the nodes must have fae-ray installed.")
-    elif module not in tree:
-        raise SubmitError(f"{root} has no {module}, which `{command.name}` runs.")
-    if command.recipe.endswith((".yaml", ".yml")) and command.recipe not in tree:
+    if "fae/__init__.py" not in tree:
+        remarks.append(f"{root} holds no fae/: the nodes must have fae-ray installed.")
+    elif missing := [module for module in CODE if module not in tree]:
         raise SubmitError(
-            f"{command.recipe}: not among the files that are sent. Give its path relative to {root}, "
-            "and see that no .gitignore or .rayignore leaves it out."
+            f"{root} has no {missing[0]}, which `python -m fae` needs. In a checkout "
+            "fae/pipelines, fae/tune and fae/cluster are links to the folders beside fae; Git for "
+            "Windows makes them with core.symlinks=true."
         )
-    return Submission(command, tree, environment, remarks, command.submission_id(root))
+    if command.recipe_is_file and command.recipe not in tree:
+        raise SubmitError(
+            f"{command.recipe}: not among the files that are sent. Give its path relative to "
+            f"{root}, and see that no .gitignore or .rayignore leaves it out."
+        )
+    recipe = command.load(root)
+    command.refuse_paths_of_this_machine(recipe)
+    return Submission(command, tree, environment, remarks, command.submission_id(recipe))
 
 
 def submit(
@@ -78,10 +86,10 @@ def submit(
     follow: bool = True,
     say: Callable[[str], None] = print,
 ) -> int:
-    """Start the job unless it runs or is done; with `follow` its log until it ends. The exit status.
+    """Start the job unless it runs or is done, and return the exit status.
 
-    Raises SubmitError for a server that cannot be reached or refuses the token, and for a running job of the same
-    id with other arguments.
+    With `follow` its log is printed until it ends. Raises SubmitError for a server that cannot be
+    reached or refuses the token, and for a running job of the same id with other arguments.
     """
     client = connect(address)
     job = _earlier(client, submission)
@@ -130,8 +138,9 @@ def connect(address: str | None = None) -> Any:
     except (ConnectionError, requests.exceptions.RequestException) as error:
         tried = f" within {ANSWER_SECONDS:g} s" if isinstance(error, requests.Timeout) else ""
         raise SubmitError(
-            f"No job server answers at {address}{tried}. Are host and port right? Is the head's dashboard up (ray start --head, port 8265), and "
-            "does a port-forward to it still run (kubectl port-forward service/NAME-head-svc 8265)?"
+            f"No job server answers at {address}{tried}. Are host and port right? Is the head's "
+            "dashboard up (ray start --head, port 8265), and does a port-forward to it still run "
+            "(kubectl port-forward service/NAME-head-svc 8265)?"
         ) from None
     except RuntimeError as error:
         raise SubmitError(f"{address} is not a job server of Ray: {str(error)[:200]}") from None
@@ -177,12 +186,15 @@ def _earlier(client: Any, submission: Submission) -> Any:
         same = job.entrypoint == submission.command.entrypoint
         if not job.status.is_terminal() and not same:
             raise SubmitError(
-                f"{job.submission_id} is {str(job.status).lower()} and writes to the same place with other arguments:\n"
-                f"  {job.entrypoint}\nGive this one another run= or output=, or stop that one:\n{how_to_see(client, job.submission_id)}"
+                f"{job.submission_id} is {str(job.status).lower()} and writes to the same place "
+                f"with other arguments:\n  {job.entrypoint}\nGive this one another "
+                f"{' or '.join(f'{key}=' for key in submission.command.places)}, or stop that "
+                f"one:\n{how_to_see(client, job.submission_id)}"
             )
         if not job.status.is_terminal():
             return job
-    if jobs and jobs[0].status == "SUCCEEDED" and not submission.command.only_asks:
+    # What only asks may be answered otherwise now.
+    if jobs and jobs[0].status == "SUCCEEDED" and submission.command.places:
         return jobs[0] if jobs[0].entrypoint == submission.command.entrypoint else None
     return None
 
@@ -231,7 +243,8 @@ def _ask_to_stop(client: Any, job_id: str, say: Callable[[str], None]) -> None:
     if answer.strip().lower() in ("y", "yes"):
         client.stop_job(job_id)
         say(
-            f"{job_id} was told to stop. What it has finished stays; the same command goes on from there."
+            f"{job_id} was told to stop. What it has finished stays; the same command resumes "
+            "there."
         )
     else:
         say(f"\n{job_id} runs on.\n{how_to_see(client, job_id)}")
@@ -247,8 +260,9 @@ def _explain_refusal(address: str, message: str) -> str:
     wrong = "invalid" in message.lower()
     state = "another token than this machine's (403)" if wrong else "a token (401)"
     return (
-        f"{address} wants {state}. Ray's token authentication is on there. Put the cluster's token in "
-        "RAY_AUTH_TOKEN, or in a file that RAY_AUTH_TOKEN_PATH names (default ~/.ray/auth_token), and leave "
-        "RAY_AUTH_MODE unset or `token`. On KubeRay it is in the Secret of the cluster's name:\n"
-        "  export RAY_AUTH_TOKEN=$(kubectl get secret NAME -o jsonpath='{.data.auth_token}' | base64 -d)"
+        f"{address} wants {state}. Ray's token authentication is on there. Put the cluster's token "
+        "in RAY_AUTH_TOKEN, or in a file that RAY_AUTH_TOKEN_PATH names (default "
+        "~/.ray/auth_token), and leave RAY_AUTH_MODE unset or `token`. On KubeRay it is in the "
+        "Secret of the cluster's name:\n  export RAY_AUTH_TOKEN=$(kubectl get secret NAME "
+        "-o jsonpath='{.data.auth_token}' | base64 -d)"
     )

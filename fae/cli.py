@@ -352,37 +352,31 @@ def submit(
 
     With --backend kuberay the RayJob goes to standard output: fae submit … --backend kuberay --image REGISTRY/fae-ray:0.1.0 --apply
     """
-    from fae.cluster.errors import SubmitError
-    from fae_core.errors import UserError
+    from fae.cluster.command import Command
 
-    try:
-        from fae.cluster.command import Command
+    command = Command.parse(words, job_commands())
+    if backend == "kuberay":
+        from fae.cluster import kuberay
 
-        command = Command.parse(words)
-        if backend == "kuberay":
-            from fae.cluster import kuberay
+        document, remarks = kuberay.ray_job(command, env, image)
+        for remark in remarks:
+            typer.echo(f"note: {remark}", err=True)
+        if output:
+            Path(output).write_text(document)
+        if apply and not dry_run:
+            raise typer.Exit(kuberay.apply(document))
+        if not output:
+            typer.echo(document, nl=False)
+        return
+    if backend != "ray":
+        raise typer.BadParameter(f"--backend {backend}: ray or kuberay.")
+    from fae.cluster import submit
 
-            document, remarks = kuberay.ray_job(command, env, image)
-            for remark in remarks:
-                typer.echo(f"note: {remark}", err=True)
-            if output:
-                Path(output).write_text(document)
-            if apply and not dry_run:
-                raise typer.Exit(kuberay.apply(document))
-            if not output:
-                typer.echo(document, nl=False)
-            return
-        if backend != "ray":
-            raise typer.BadParameter(f"--backend {backend}: ray or kuberay.")
-        from fae.cluster import submit
-
-        submission = submit.prepare(command, working_dir, env, int(max_size * 1e6))
-        if dry_run:
-            typer.echo(submission.describe())
-            return
-        raise typer.Exit(submit.submit(submission, address, follow, typer.echo))
-    except SubmitError as error:
-        raise UserError(str(error)) from None
+    submission = submit.prepare(command, working_dir, env, int(max_size * 1e6))
+    if dry_run:
+        typer.echo(submission.describe())
+        return
+    raise typer.Exit(submit.submit(submission, address, follow, typer.echo))
 
 
 @app.command()
@@ -415,6 +409,20 @@ def doctor(
 
     if not run_doctor(words or [], address=address, fix=fix):
         raise typer.Exit(1)
+
+
+def job_commands(group: typer.Typer = app, prefix: str = "") -> list[str]:
+    """The commands that `fae submit` takes: those with a RECIPE, and doctor."""
+    names = []
+    for command in group.registered_commands:
+        if callback := command.callback:
+            name = prefix + (command.name or callback.__name__)
+            if "recipe" in callback.__annotations__ or name == "doctor":
+                names.append(name)
+    for inner in group.registered_groups:
+        if inner.typer_instance:
+            names += job_commands(inner.typer_instance, f"{prefix}{inner.name} ")
+    return names
 
 
 def main() -> None:

@@ -13,11 +13,13 @@ import jsonschema
 import pytest
 import yaml
 
-from fae.cluster.command import MODULES, Command
+from fae.cli import job_commands
+from fae.cluster.command import Command
 from fae.cluster.kuberay import ray_job
 from tests.tiny import ROOT
 
 FILES = sorted((ROOT / "cluster" / "kuberay").glob("*.yaml"))
+HEAD_POD = ("spec", "rayClusterSpec", "headGroupSpec", "template", "spec")
 CRDS = Path(__file__).parent / "kuberay_crds"
 
 
@@ -74,9 +76,9 @@ def test_a_kubernetes_file_is_what_kuberay_accepts(path):
         (("spec", "rayClusterSpec", "authOptions"), {"mode": "tokens"}),
         (("spec", "rayClusterSpec", "workerGroupSpecs", 0), {"minReplica": 1}),
         (("spec", "rayClusterSpec", "workerGroupSpecs", 0), {"maxReplicas": "8"}),
-        (("spec", "rayClusterSpec", "headGroupSpec", "template", "spec", "containers", 0), {"imgae": "x"}),
-        (("spec", "rayClusterSpec", "headGroupSpec", "template", "spec", "securityContext"), {"runAsNonroot": True}),
-        (("spec", "rayClusterSpec", "headGroupSpec", "template", "spec", "volumes", 0, "emptyDir"), {"sizelimit": "1Gi"}),
+        ((*HEAD_POD, "containers", 0), {"imgae": "x"}),
+        ((*HEAD_POD, "securityContext"), {"runAsNonroot": True}),
+        ((*HEAD_POD, "volumes", 0, "emptyDir"), {"sizelimit": "1Gi"}),
     ],
 )  # fmt: skip
 def test_a_typo_in_a_kubernetes_file_would_be_found(place, wrong):
@@ -89,11 +91,11 @@ def test_a_typo_in_a_kubernetes_file_would_be_found(place, wrong):
         check(job)
 
 
-@pytest.mark.parametrize("name", ["precompute", "train generator", "tune", "doctor"])
+@pytest.mark.parametrize("name", ["precompute", "train generator", "tune", "run", "doctor"])
 def test_what_submit_writes_for_kuberay_is_accepted_too(name, monkeypatch):
     monkeypatch.setenv("AWS_REGION", "us-west-2")
     words = [*name.split(), "photos-dinov2s", "storage=s3://b/runs", "run=x", "output=s3://b/x"]
-    check(yaml.safe_load(ray_job(Command.parse(words))[0]))
+    check(yaml.safe_load(ray_job(Command.parse(words, job_commands()))[0]))
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.name)
@@ -129,9 +131,10 @@ def test_the_entrypoints_of_the_files_are_commands_with_valid_recipes():
     jobs = [yaml.safe_load(p.read_text()) for p in FILES if p.name.startswith("rayjob")]
     assert len(jobs) == 3
     for job in jobs:
-        python, minus_m, module, recipe, *overrides = job["spec"]["entrypoint"].split()
-        assert (python, minus_m) == ("python", "-m") and module in MODULES.values()
-        load_recipe(recipe, overrides)
+        python, minus_m, module, *words = job["spec"]["entrypoint"].split()
+        assert (python, minus_m, module) == ("python", "-m", "fae")
+        command = Command.parse(words, job_commands())
+        load_recipe(command.recipe, command.arguments)
 
 
 def test_gpu_nodes_and_cpu_nodes_have_the_labels_that_recipes_ask_for():

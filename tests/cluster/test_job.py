@@ -1,4 +1,4 @@
-"""`fae submit` against a real head with its job server on loopback and Ray's token authentication on."""
+"""`fae submit` against a real head: its job server on loopback, Ray's token authentication on."""
 
 from __future__ import annotations
 
@@ -30,8 +30,9 @@ pytestmark = [pytest.mark.integration, pytest.mark.faults]
 TOKEN = "0123456789abcdef0123456789abcdef"
 TINY = [
     "backbone.name=vit_tiny_patch16_224", "backbone.weights=random", "autoencoder.latent_dim=8",
-    "autoencoder.encoder.num_heads=3", "autoencoder.encoder.head_dim=32", "autoencoder.decoder.num_heads=3",
-    "autoencoder.decoder.depth=1", "precompute.shard_size=4", "precompute.decode_labels.fae-nodes=cpu",
+    "autoencoder.encoder.num_heads=3", "autoencoder.encoder.head_dim=32",
+    "autoencoder.decoder.num_heads=3", "autoencoder.decoder.depth=1", "precompute.shard_size=4",
+    "precompute.decode_labels.fae-nodes=cpu",
 ]  # fmt: skip
 
 
@@ -71,13 +72,16 @@ def head(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Head]:
     }
     started = subprocess.Popen(
         [
-            shutil.which("ray", path=clean["PATH"]) or "ray", "start", "--head", "--block", "--node-ip-address=127.0.0.1",
-            f"--port={free_port()}", f"--dashboard-port={dashboard}", f"--metrics-export-port={metrics}",
-            f"--dashboard-agent-listen-port={free_port()}", f"--ray-client-server-port={free_port()}",
+            shutil.which("ray", path=clean["PATH"]) or "ray", "start", "--head", "--block",
+            "--node-ip-address=127.0.0.1", f"--port={free_port()}",
+            f"--dashboard-port={dashboard}", f"--metrics-export-port={metrics}",
+            f"--dashboard-agent-listen-port={free_port()}",
+            f"--ray-client-server-port={free_port()}",
             "--min-worker-port=0", "--max-worker-port=0", "--num-cpus=2", "--labels=fae-nodes=cpu",
             "--object-store-memory=200000000", f"--temp-dir={folder}", "--disable-usage-stats",
         ],
-        env={**clean, "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": TOKEN, "RAY_metrics_report_interval_ms": "500"},
+        env={**clean, "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": TOKEN,
+             "RAY_metrics_report_interval_ms": "500"},
         cwd=folder, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
     )  # fmt: skip
     address = f"http://127.0.0.1:{dashboard}"
@@ -131,7 +135,8 @@ def arguments(tmp_path_factory: pytest.TempPathFactory, photographs: Path) -> li
     checkpoint.save(folder / "autoencoder.safetensors", model, theirs)
     return [
         "precompute", "photos-dinov2s", *TINY, f"data.path={photographs}", "data.limit=16",
-        f"autoencoder.checkpoint={folder / 'autoencoder.safetensors'}", f"output={folder / 'latents'}",
+        f"autoencoder.checkpoint={folder / 'autoencoder.safetensors'}",
+        f"output={folder / 'latents'}",
     ]  # fmt: skip
 
 
@@ -175,7 +180,8 @@ def test_a_job_is_stopped_when_asked_runs_once_however_often_submitted_and_its_l
     rest, _ = first.communicate(timeout=60)
     assert first.returncode == 130 and f"{name[1]} was told to stop" in rest, rest
 
-    # A stopped job may be submitted again, under the next number. Without a terminal Ctrl-C leaves it running.
+    # A stopped job may be submitted again, under the next number. Without a terminal Ctrl-C leaves
+    # it running.
     wait_until_stopped(head, name[1])
     second = subprocess.Popen(
         command, stdin=subprocess.DEVNULL, stderr=subprocess.STDOUT, **options
@@ -188,7 +194,7 @@ def test_a_job_is_stopped_when_asked_runs_once_however_often_submitted_and_its_l
     third = head.submit(*arguments)
     assert third.returncode == 0, third.stdout + third.stderr
     assert f"{name[1]}-2 is " in third.stdout and "Nothing was started" in third.stdout
-    assert '"stored": 16' in third.stdout
+    assert ": 16 latents, 0 errors" in third.stdout
     output = Path(next(a for a in arguments if a.startswith("output=")).partition("=")[2])
     assert json.loads((output / "manifest.json").read_text())["stored"] == 16
 

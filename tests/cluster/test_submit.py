@@ -2,26 +2,38 @@
 
 from __future__ import annotations
 
+import shlex
 import socket
 import time
 import zipfile
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
 import yaml
 from typer.testing import CliRunner
 
-from fae.cli import app
-from fae.cluster.command import MODULES, Command
+from fae.cli import app, job_commands
+from fae.cluster.command import Command
 from fae.cluster.environment import job_environment
 from fae.cluster.errors import SubmitError
 from fae.cluster.kuberay import ray_job
-from fae.cluster.submit import connect, prepare
+from fae.cluster.submit import CODE, connect, prepare
 from fae.cluster.working_tree import working_tree
+from fae.pipelines.config import RecipeError
 from fae_core.errors import UserError
 from tests.tiny import ROOT
 
 PRECOMPUTE = ["precompute", "photos-dinov2s", "data.path=s3://b/x", "output=s3://b/latents"]
+
+
+def parse(words: Sequence[str]) -> Command:
+    return Command.parse(words, job_commands())
+
+
+def name_of(*words: str) -> str:
+    command = parse(words)
+    return command.submission_id(command.load())
 
 
 def tree(root: Path, *names: str) -> Path:
@@ -32,11 +44,13 @@ def tree(root: Path, *names: str) -> Path:
 
 
 def test_code_and_recipes_are_sent_and_data_weights_and_secrets_are_not(tmp_path):
-    sent = ["fae.py", "pipelines/__init__.py", "pipelines/data.py", "mine/recipe.yaml", "docs/a.md"]
+    sent = ["fae/cli.py", "pipelines/__init__.py", "pipelines/data/plan.py", "mine/recipe.yaml"]
+    sent += ["docs/a.md"]
     kept = [
-        ".git/config", ".venv/lib/x.py", "runs/a/recipe.yaml", "data/x.csv", "deep/model.safetensors",
-        "deep/a.JPEG", "deep/b.jpg", "x.parquet", ".env", "deep/.env.local", "home/.aws/credentials",
-        "pipelines/__pycache__/a.pyc", "fae_ray.egg-info/PKG-INFO", "id.pem", "auth_token",
+        ".git/config", ".venv/lib/x.py", "runs/a/recipe.yaml", "data/x.csv",
+        "deep/model.safetensors", "deep/a.JPEG", "deep/b.jpg", "x.parquet", ".env",
+        "deep/.env.local", "home/.aws/credentials", "pipelines/__pycache__/a.pyc",
+        "fae_ray.egg-info/PKG-INFO", "id.pem", "auth_token",
     ]  # fmt: skip
     found = [name for name, _ in working_tree(tree(tmp_path, *sent, *kept)).files]
     assert found == sorted([*sent, "deep/a.JPEG"])  # like git, patterns mind the case
@@ -59,6 +73,46 @@ def test_a_link_out_of_the_tree_is_not_sent(tmp_path):
     assert [name for name, _ in working_tree(tmp_path / "tree").files] == ["a.py"]
 
 
+def test_a_link_to_a_folder_of_the_tree_is_sent_as_its_files(tmp_path):
+    root = tree(tmp_path / "tree", "rooms/a.py", "rooms/deep/b.py", "door/c.py")
+    (root / "door" / "rooms").symlink_to("../rooms")
+    (root / "again").symlink_to(root / "door" / "rooms")
+    working_tree(root).write_zip(tmp_path / "tree.zip")
+    with zipfile.ZipFile(tmp_path / "tree.zip") as archive:
+        archive.extractall(tmp_path / "unpacked")
+    unpacked = tmp_path / "unpacked"
+    files = {str(p.relative_to(unpacked)) for p in unpacked.rglob("*") if p.is_file()}
+    assert files == {
+        "rooms/a.py", "rooms/deep/b.py", "door/c.py",
+        "door/rooms/a.py", "door/rooms/deep/b.py", "again/a.py", "again/deep/b.py",
+    }  # fmt: skip
+    assert (unpacked / "door/rooms/deep/b.py").read_text() == "content of rooms/deep/b.py"
+    assert not any(path.is_symlink() for path in unpacked.rglob("*"))
+
+
+def test_a_link_brings_back_nothing_that_the_rules_leave_out(tmp_path):
+    names = ["rooms/a.py", "rooms/private.yaml", "rooms/x.tmp", "rooms/.env", "data/mine/d.py"]
+    root = tree(tmp_path, *names, "door/b.py")
+    (root / ".gitignore").write_text("/rooms/private.yaml\n/door/unwanted\n")
+    (root / "rooms" / ".gitignore").write_text("*.tmp\n")
+    for link, target in {"rooms": "../rooms", "unwanted": "../rooms", "d": "../data/mine"}.items():
+        (root / "door" / link).symlink_to(target)
+    found = {name for name, _ in working_tree(root).files if not name.endswith(".gitignore")}
+    assert found == {"rooms/a.py", "door/b.py", "door/rooms/a.py"}
+
+
+def test_links_in_a_circle_and_to_folders_outside_end(tmp_path):
+    root = tree(tmp_path / "tree", "a/x.py", "b/y.py")
+    tree(tmp_path, "outside/z.py")
+    for link, target in {
+        "a/up": "..", "a/self": ".", "a/b": "../b", "b/a": "../a",
+        "here": str(root), "out": "../outside", "there": "../tree/a", "none": "nowhere", "l": "l",
+    }.items():  # fmt: skip
+        (root / link).symlink_to(target)
+    found = {name for name, _ in working_tree(root).files}
+    assert found == {"a/x.py", "b/y.py", "a/b/y.py", "b/a/x.py", "there/x.py"}
+
+
 def test_equal_trees_make_equal_zips_that_unpack_to_the_tree(tmp_path):
     for name in ("one", "two"):
         root = tree(tmp_path / name, "a.py", "b/c.py")
@@ -79,17 +133,30 @@ def test_a_tree_over_the_limit_is_refused_with_its_largest_files(tmp_path):
 def test_this_repository_is_small_and_holds_the_code_of_every_command():
     sent = working_tree(ROOT)
     assert sent.size < 5e6
-    assert {"fae.py", "pipelines/precompute.py", "pipelines/recipes/photos-dinov2s.yaml"} <= {
-        name for name, _ in sent.files
-    }
+    assert {
+        "fae/cli.py",
+        "fae/cluster/submit.py",
+        "fae/tune/search.py",
+        "fae/pipelines/latents/__init__.pyi",
+        "fae/pipelines/latents/precompute_job.py",
+        "fae/pipelines/config/recipes/photos-dinov2s.yaml",
+        "pipelines/latents/precompute_job.py",
+    } <= {name for name, _ in sent.files}
 
 
-def test_every_module_that_a_command_runs_has_a_main():
-    there = [m for m in MODULES.values() if (ROOT / f"{m.replace('.', '/')}.py").is_file()]
-    assert len(there) >= 5
-    for module in there:
-        text = (ROOT / f"{module.replace('.', '/')}.py").read_text()
-        assert '__name__ == "__main__"' in text, module
+@pytest.mark.parametrize("name", job_commands())
+def test_a_job_runs_the_command_of_fae_that_was_submitted(name):
+    entrypoint = parse([*name.split(), "photos-dinov2s", "run=a b"]).entrypoint
+    assert entrypoint == f"python -m fae {name} photos-dinov2s 'run=a b'"
+    result = CliRunner().invoke(app, [*shlex.split(entrypoint)[3:], "--help"])
+    assert result.exit_code == 0 and f" {name} [OPTIONS] " in result.output
+
+
+def test_every_command_that_does_work_on_a_cluster_can_be_a_job():
+    assert {"precompute", "sample", "evaluate", "probe", "tune", "run", "doctor"} | {
+        f"train {network}" for network in ("autoencoder", "pixel-decoder", "generator")
+    } <= set(job_commands())
+    assert not {"submit", "demo", "inspect", "export"} & set(job_commands())
 
 
 def test_variables_travel_by_allow_list_and_no_secret_does():
@@ -116,8 +183,9 @@ def test_variables_travel_by_allow_list_and_no_secret_does():
 
 @pytest.mark.parametrize(
     "name",
-    ["AWS_SECRET_ACCESS_KEY", "AWS_ACCESS_KEY_ID", "AWS_SESSION_TOKEN", "HF_TOKEN", "MLFLOW_TRACKING_PASSWORD",
-     "WANDB_API_KEY", "RAY_AUTH_TOKEN", "MY_CREDENTIALS", "GITHUB_PAT_TOKEN", "openai_apikey"],
+    ["AWS_SECRET_ACCESS_KEY", "AWS_ACCESS_KEY_ID", "AWS_SESSION_TOKEN", "HF_TOKEN",
+     "MLFLOW_TRACKING_PASSWORD", "WANDB_API_KEY", "RAY_AUTH_TOKEN", "MY_CREDENTIALS",
+     "GITHUB_PAT_TOKEN", "openai_apikey"],
 )  # fmt: skip
 def test_a_name_that_looks_like_a_secret_is_refused_and_says_where_it_belongs(name):
     with pytest.raises(SubmitError, match=r"looks like a secret.*Secret") as refusal:
@@ -135,7 +203,7 @@ def test_values_with_a_password_are_refused_without_showing_it():
         job_environment(["PROXY"], {"PROXY": "http://me:marker@proxy:1"})
     assert "marker" not in str(refusal.value)
     with pytest.raises(SubmitError, match=r"tracking\.uri: the address holds") as refusal:
-        Command.parse([*PRECOMPUTE, "tracking.uri=http://me:marker@mlflow:5000"])
+        parse([*PRECOMPUTE, "tracking.uri=http://me:marker@mlflow:5000"])
     assert "marker" not in str(refusal.value)
 
 
@@ -145,17 +213,23 @@ def test_a_tracking_file_of_this_machine_stays_here():
 
 
 def test_the_same_work_has_the_same_name_and_other_work_another():
-    def name(*words: str) -> str:
-        return Command.parse(words).submission_id(ROOT)
-
-    same = name(*PRECOMPUTE)
-    assert same.startswith("fae-precompute-latents-") and same == name(*PRECOMPUTE, "seed=1")
-    assert same != name(*PRECOMPUTE, "output=s3://b/other")
-    assert same != name("sample", *PRECOMPUTE[1:])
+    same = name_of(*PRECOMPUTE)
+    assert same.startswith("fae-precompute-latents-") and same == name_of(*PRECOMPUTE, "seed=1")
+    assert same != name_of(*PRECOMPUTE, "output=s3://b/other")
+    assert same != name_of("sample", *PRECOMPUTE[1:])
     first = ["train", "generator", "photos-dinov2s", "storage=s3://b/runs", "run=dit"]
-    assert name(*first).startswith("fae-train-generator-dit-")
-    assert name(*first) != name(*first, "storage=s3://b/elsewhere")
-    long = name(*PRECOMPUTE[:2], "output=s3://b/" + "Very_Long" * 20)
+    assert name_of(*first).startswith("fae-train-generator-dit-")
+    assert name_of(*first) != name_of(*first, "storage=s3://b/elsewhere")
+    scores = ["evaluate", "photos-dinov2s", "evaluate.output=s3://b/scores"]
+    assert name_of(*scores).startswith("fae-evaluate-scores-")
+    sweep = ["tune", "sweep-fashion", "storage=s3://b/runs", "tune.name=kl"]
+    assert name_of(*sweep).startswith("fae-tune-kl-") and name_of(*sweep) == name_of(
+        *sweep, "seed=1"
+    )
+    chain = ["run", "fashion-dinov2s", "storage=s3://b/runs"]
+    assert name_of(*chain).startswith("fae-run-fashion-dinov2s-")
+    assert name_of(*chain) != name_of(*chain, "seed=1")  # other stages, beside the first ones
+    long = name_of(*PRECOMPUTE[:2], "output=s3://b/" + "Very_Long" * 20)
     assert len(long) <= 47 and long == long.lower() and "_" not in long  # a RayJob's name
 
 
@@ -171,7 +245,7 @@ def test_the_same_work_has_the_same_name_and_other_work_another():
 )
 def test_a_mistaken_command_is_explained(words, message):
     with pytest.raises(SubmitError) as refusal:
-        Command.parse(words)
+        parse(words)
     assert message in str(refusal.value)
 
 
@@ -180,21 +254,90 @@ def test_a_mistaken_command_is_explained(words, message):
     [
         ["precompute", "photos-dinov2s", "output=latents"],
         ["precompute", "photos-dinov2s", "output=s3://b/x", "data.path=photos"],
-        ["precompute", "photos-dinov2s", "output=s3://b/x", "autoencoder.checkpoint=runs/a.safetensors"],
+        [*PRECOMPUTE, "autoencoder.checkpoint=runs/a.safetensors"],
         ["train", "generator", "photos-dinov2s", "run=x", "latents=s3://b/x"],
     ],
-)  # fmt: skip
+)
 def test_a_path_that_the_cluster_would_lose_is_refused(words):
     with pytest.raises(SubmitError, match="which the cluster deletes"):
-        prepare(Command.parse(words), ROOT)
+        prepare(parse(words), ROOT)
+
+
+DATA = "data.path=s3://b/x"
+
+
+@pytest.mark.parametrize(
+    ("words", "named"),
+    [
+        (["evaluate", "photos-dinov2s", "evaluate.output=scores"], "evaluate.output=scores:"),
+        (["evaluate", "photos-dinov2s", "evaluate.images=samples"], "evaluate.images=samples:"),
+        (["probe", "photos-dinov2s", DATA, "probe.output=probe"], "probe.output=probe:"),
+        (["tune", "sweep-fashion", DATA], "storage=runs (the default):"),
+        (["run", "fashion-dinov2s", DATA], "storage=runs (the default):"),
+        (["run", "fashion-dinov2s", DATA, "storage=./runs"], "storage=./runs:"),
+    ],
+)
+def test_the_refusal_names_the_key_and_what_to_give(words, named):
+    for refused in (lambda: prepare(parse(words), ROOT), lambda: ray_job(parse(words))):
+        with pytest.raises(SubmitError) as refusal:
+            refused()
+        assert str(refusal.value).startswith(named)
+        assert "Give s3://…, or an absolute path of a folder that every" in str(refusal.value)
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        PRECOMPUTE,  # storage=runs is not where it writes
+        [
+            "evaluate",
+            "photos-dinov2s",
+            "evaluate.output=/shared/scores",
+            "evaluate.images=s3://b/i",
+        ],
+        ["probe", "photos-dinov2s", DATA],  # its numbers are in the log
+        ["run", "fashion-dinov2s", DATA, "storage=s3://b/runs"],
+        ["tune", "sweep-fashion", DATA, "storage=/shared/runs"],
+        ["doctor", "photos-dinov2s", "s3://b/latents"],
+    ],
+)
+def test_paths_that_every_node_reaches_are_accepted(words):
+    assert prepare(parse(words), ROOT).command.entrypoint.endswith(" ".join(words))
+
+
+def test_a_path_that_the_recipe_s_file_gives_is_refused_too(tmp_path):
+    tree(tmp_path, *CODE)
+    (tmp_path / "mine.yaml").write_text("output: latents\n")
+    with pytest.raises(SubmitError, match=r"^output=latents: a relative path"):
+        prepare(parse(["precompute", "mine.yaml"]), tmp_path)
+
+
+def test_a_mistake_in_the_recipe_is_found_before_anything_is_sent():
+    with pytest.raises(RecipeError, match=r"Did you mean 'seed'\?"):
+        prepare(parse([*PRECOMPUTE, "sed=1"]), ROOT)
+
+
+def test_a_shipped_recipe_of_the_tree_counts_before_this_installation_s(tmp_path):
+    recipes = "fae/pipelines/config/recipes"
+    tree(tmp_path, *CODE, f"{recipes}/mine.yaml", f"{recipes}/photos-dinov2s.yaml")
+    for name in ("mine", "photos-dinov2s"):
+        (tmp_path / recipes / f"{name}.yaml").write_text("output: s3://b/theirs\n")
+        made = prepare(parse(["precompute", name]), tmp_path)
+        assert made.submission_id.startswith("fae-precompute-theirs-")
+
+
+def test_a_checkout_without_its_links_is_refused(tmp_path):
+    tree(tmp_path, "fae/__init__.py", "fae/cli.py", "fae/pipelines", "fae_core/__init__.py")
+    with pytest.raises(SubmitError, match=r"no fae/pipelines/__init__\.py(?s:.*)core\.symlinks"):
+        prepare(parse(PRECOMPUTE), tmp_path)
 
 
 def test_a_recipe_file_must_be_among_what_is_sent(tmp_path):
-    tree(tmp_path, "pipelines/__init__.py", "pipelines/precompute.py")
+    tree(tmp_path, "fae/__init__.py", *CODE)
     with pytest.raises(SubmitError, match=r"mine\.yaml: not among the files"):
-        prepare(Command.parse(["precompute", "mine.yaml", "output=s3://b/x"]), tmp_path)
-    tree(tmp_path, "mine.yaml")
-    prepare(Command.parse(["precompute", "mine.yaml", "output=s3://b/x"]), tmp_path)
+        prepare(parse(["precompute", "mine.yaml", "output=s3://b/x"]), tmp_path)
+    (tmp_path / "mine.yaml").write_text("seed: 1\n")
+    prepare(parse(["precompute", "mine.yaml", "output=s3://b/x"]), tmp_path)
 
 
 def test_a_dry_run_says_what_would_be_sent(monkeypatch):
@@ -205,7 +348,7 @@ def test_a_dry_run_says_what_would_be_sent(monkeypatch):
     assert result.exit_code == 0
     for word in (
         "fae-precompute-latents-",
-        "python -m pipelines.precompute photos-dinov2s",
+        "python -m fae precompute photos-dinov2s",
         "MB in",
     ):
         assert word in result.output
@@ -223,7 +366,8 @@ def test_an_address_without_a_job_server_is_an_error_at_once(monkeypatch, answer
         address = f"http://127.0.0.1:{listener.getsockname()[1]}"
         if answers:  # it takes the connection, and never says a word
             listener.listen()
-        said = f"No job server answers at {address}{' within 1 s' if answers else ''}\\. Are host and port right"
+        within = " within 1 s" if answers else ""
+        said = f"No job server answers at {address}{within}\\. Are host and port right"
         started = time.monotonic()
         with pytest.raises(SubmitError, match=said):
             connect(address)
@@ -233,10 +377,10 @@ def test_an_address_without_a_job_server_is_an_error_at_once(monkeypatch, answer
 def test_kuberay_gets_the_command_its_settings_and_no_secret(monkeypatch):
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "marker")
     monkeypatch.setenv("AWS_REGION", "us-west-2")
-    document, _ = ray_job(Command.parse(PRECOMPUTE), image="registry/fae-ray:1")
+    document, _ = ray_job(parse(PRECOMPUTE), image="registry/fae-ray:1")
     job = yaml.safe_load(document)
-    assert job["spec"]["entrypoint"].startswith("python -m pipelines.precompute photos-dinov2s")
-    assert job["metadata"]["name"] == Command.parse(PRECOMPUTE).submission_id(ROOT)
+    assert job["spec"]["entrypoint"].startswith("python -m fae precompute photos-dinov2s")
+    assert job["metadata"]["name"] == name_of(*PRECOMPUTE)
     assert "us-west-2" in job["spec"]["runtimeEnvYAML"]
     assert "marker" not in document and "fae-ray:0.1.0" not in document
     assert document.count("secretRef") == 3  # head, CPU nodes, GPU nodes
@@ -244,7 +388,7 @@ def test_kuberay_gets_the_command_its_settings_and_no_secret(monkeypatch):
 
 def test_kuberay_has_only_the_recipes_of_its_image():
     with pytest.raises(SubmitError, match="the image's files alone"):
-        ray_job(Command.parse(["precompute", "mine.yaml", "output=s3://b/x"]))
+        ray_job(parse(["precompute", "mine.yaml", "output=s3://b/x"]))
 
 
 def test_the_command_line_shows_a_refusal_as_an_error_for_people():
