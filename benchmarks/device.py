@@ -28,7 +28,7 @@ from benchmarks.train import matrix_rate, seconds
 from fae.pipelines.config.recipe import Recipe, load_recipe
 from fae.pipelines.latents.encoder import LatentEncoder
 from fae.pipelines.networks.loading import backbone_of
-from fae.pipelines.networks.untrained import autoencoder_config
+from fae.pipelines.networks.untrained import build_autoencoder
 from fae_core.autoencoder import AutoencoderConfig, FeatureAutoencoder
 from fae_core.flow_matching import flow_matching_loss
 from fae_core.generators.dit import DiT, DiTConfig
@@ -164,7 +164,7 @@ def encoder_of(
     """The recipe's backbone with an untrained FAE encoder, the same at each call."""
     backbone = backbone_of(recipe)
     torch.manual_seed(1)
-    autoencoder = FeatureAutoencoder(autoencoder_config(recipe, backbone)).eval()
+    autoencoder = build_autoencoder(recipe.autoencoder, backbone.spec).eval()
     modules = backbone.to(device), autoencoder.to(device)
     return LatentEncoder(*modules, "", ["mean"], precision, device, compiled)
 

@@ -35,14 +35,13 @@ from fae.pipelines.doctor.memory import (
 )
 from fae.pipelines.latents.precompute_job import precompute
 from fae.pipelines.networks.loading import backbone_spec
-from fae.pipelines.networks.untrained import build_generator, pixel_decoder_config
+from fae.pipelines.networks.untrained import build_generator, build_pixel_decoder
 from fae.pipelines.runtime.session import start_ray
 from fae.pipelines.sampling.sample_job import sample
 from fae.pipelines.training.autoencoder import train_autoencoder
 from fae.pipelines.training.generator import train_generator
 from fae.pipelines.training.pixel_decoder import train_pixel_decoder
 from fae_core import checkpoint
-from fae_core.pixel_decoder import PixelDecoder
 
 SMALL = (
     "backbone.name=vit_tiny_patch16_224",
@@ -151,7 +150,7 @@ def measure_sample(folder: str, kind: str, overrides: list[str], results: Any) -
     }
     marks = {"latents": "none", "autoencoder": owner.weights_sha256}
     checkpoint.save(places["generator"], build_generator(recipe.generator, latents), marks)
-    decoder = PixelDecoder(pixel_decoder_config(recipe, spec))
+    decoder = build_pixel_decoder(recipe.pixel_decoder, spec, recipe.image_size)
     checkpoint.save(places["pixel_decoder"], decoder, owner.fingerprints)
     recipe.generator.checkpoint = places["generator"]
     recipe.pixel_decoder.checkpoint = places["pixel_decoder"]

@@ -27,10 +27,9 @@ from fae.pipelines.data.sources import list_images
 from fae.pipelines.latents.encoder import LatentEncoder
 from fae.pipelines.latents.precompute_job import precompute
 from fae.pipelines.networks.loading import backbone_fingerprints, backbone_of
-from fae.pipelines.networks.untrained import autoencoder_config
+from fae.pipelines.networks.untrained import build_autoencoder
 from fae.pipelines.runtime.session import start_ray
 from fae_core import checkpoint
-from fae_core.autoencoder import FeatureAutoencoder
 
 MODEL_IMAGES = 192
 
@@ -74,7 +73,7 @@ def model_only(recipe: Recipe, crops: np.ndarray) -> float:
 def save_untrained(recipe: Recipe, path: Path) -> None:
     """An autoencoder of the recipe's sizes with random weights: its speed is a trained one's."""
     backbone = backbone_of(recipe)
-    model = FeatureAutoencoder(autoencoder_config(recipe, backbone))
+    model = build_autoencoder(recipe.autoencoder, backbone.spec)
     checkpoint.save(path, model, backbone_fingerprints(recipe, backbone))
 
 

@@ -19,16 +19,14 @@ from benchmarks.train import LATENT_SHAPE, seconds
 from fae.pipelines.config.recipe import Recipe, load_recipe
 from fae.pipelines.networks.loading import backbone_spec
 from fae.pipelines.networks.untrained import (
-    autoencoder_config,
+    build_autoencoder,
     build_generator,
-    pixel_decoder_config,
+    build_pixel_decoder,
 )
 from fae.pipelines.sampling.latent_decoder import LatentDecoder
 from fae.pipelines.sampling.latent_sampler import LatentSampler, image_noise, intervals
-from fae_core.autoencoder import FeatureAutoencoder
 from fae_core.generators.dit import DiT
 from fae_core.generators.starflow import StarFlow
-from fae_core.pixel_decoder import PixelDecoder
 from fae_core.samplers import guidance_scale, timestep_grid
 
 SMALL = ("generator.size=S", "pixel_decoder.size=S", "sample.guidance=paper")
@@ -61,8 +59,8 @@ def measure(name: str, recipe: Recipe, images: int, device: torch.device) -> lis
     spec = backbone_spec(recipe)
     section = recipe.generator.model_copy(update={"kind": name})
     model = build_generator(section, LATENT_SHAPE).to(device).eval()
-    autoencoder = FeatureAutoencoder(autoencoder_config(recipe, spec)).to(device).eval()
-    decoder = PixelDecoder(pixel_decoder_config(recipe, spec)).to(device).eval()
+    autoencoder = build_autoencoder(recipe.autoencoder, spec).to(device).eval()
+    decoder = build_pixel_decoder(recipe.pixel_decoder, spec, recipe.image_size).to(device).eval()
     decoder = LatentDecoder(autoencoder, decoder, {})
     if recipe.sample.compile and name == "dit":
         model.compile(dynamic=False, fullgraph=True)

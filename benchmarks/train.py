@@ -34,9 +34,9 @@ from fae.pipelines.latents.reader import LatentStore
 from fae.pipelines.latents.shards import write_shard
 from fae.pipelines.networks.loading import backbone_of
 from fae.pipelines.networks.untrained import (
-    autoencoder_config,
+    build_autoencoder,
     build_generator,
-    pixel_decoder_config,
+    build_pixel_decoder,
 )
 from fae.pipelines.training.autoencoder import autoencoder_loss
 from fae.pipelines.training.batches import Batch
@@ -46,9 +46,7 @@ from fae.pipelines.training.latent_feed import latent_feed
 from fae.pipelines.training.pixel_decoder import Objective, make_adversary
 from fae.pipelines.training.state import TrainState
 from fae.pipelines.training.step import train_step
-from fae_core.autoencoder import FeatureAutoencoder
 from fae_core.layers import num_parameters
-from fae_core.pixel_decoder import PixelDecoder
 
 NETWORKS = ("autoencoder", "pixel_decoder", "dit", "starflow")
 LATENT_SHAPE = (32, 16, 16)
@@ -111,7 +109,7 @@ def image_batch(size: int, side: int, device: torch.device) -> Batch:
 def autoencoder_case(recipe: Recipe, device: torch.device) -> Case:
     backbone = backbone_of(recipe).to(device)
     training = recipe.autoencoder.training
-    model = FeatureAutoencoder(autoencoder_config(recipe, backbone)).to(device)
+    model = build_autoencoder(recipe.autoencoder, backbone.spec).to(device)
 
     def loss(wrapped: torch.nn.Module, batch: Batch) -> dict[str, torch.Tensor]:
         return autoencoder_loss(recipe, backbone, wrapped, batch)
@@ -124,7 +122,7 @@ def pixel_decoder_case(recipe: Recipe, device: torch.device) -> Case:
     """Stage noisy with every loss on, the adversary's included."""
     backbone = backbone_of(recipe).to(device)
     section = recipe.pixel_decoder
-    model = PixelDecoder(pixel_decoder_config(recipe, backbone)).to(device)
+    model = build_pixel_decoder(recipe.pixel_decoder, backbone.spec, recipe.image_size).to(device)
     judge = make_adversary(recipe, backbone)
     judge = judge.to(device) if judge else None
     objective = Objective(recipe, backbone, None, judge, section.noise_sigma)

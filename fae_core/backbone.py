@@ -62,10 +62,22 @@ PRESETS = {
 }
 
 
-def resolve_spec(name: str) -> BackboneSpec:
-    """The preset or the timm ViT called `name`. Raises WeightsError where there is neither."""
-    if name in PRESETS:
-        return PRESETS[name]
+def resolve_spec(name: str, image_size: int | None = None) -> BackboneSpec:
+    """The preset `name`, or a spec read off the timm ViT of that name.
+
+    `image_size` [px], a multiple of the patch, replaces its own. Raises WeightsError.
+    """
+    spec = PRESETS.get(name) or _timm_spec(name)
+    if image_size is None:
+        return spec
+    if image_size % spec.patch:
+        raise WeightsError(
+            f"Image size {image_size} is not a multiple of {name}'s patch, {spec.patch}."
+        )
+    return replace(spec, image_size=image_size)
+
+
+def _timm_spec(name: str) -> BackboneSpec:
     if not timm.is_model(name):
         near = difflib.get_close_matches(name, [*PRESETS, *timm.list_models("vit_*")], n=3)
         raise WeightsError(
@@ -162,18 +174,10 @@ def load_backbone(name: str, weights: str = "hub", image_size: int | None = None
     `image_size` [px], a multiple of the patch, replaces the preset's; the position table is
     resampled to its grid. Raises WeightsError.
     """
-    spec = resolve_spec(name)
-    if image_size is not None:
-        if image_size % spec.patch:
-            raise WeightsError(
-                f"Image size {image_size} is not a multiple of {name}'s patch, {spec.patch}."
-            )
-        spec = replace(spec, image_size=image_size)
+    spec = resolve_spec(name, image_size)
     state = load_weights(spec.timm_name, weights)
     sha256 = tensors_sha256(state)
-    model: Any = timm.create_model(spec.timm_name, img_size=spec.image_size, num_classes=0)
-    if (model.embed_dim, model.patch_embed.patch_size[0]) != (spec.dim, spec.patch):
-        raise WeightsError(f"{spec.timm_name} is {model.embed_dim} wide, not {spec.dim}.")
+    model = _timm_model(spec)
     num_prefix = 0 if model.no_embed_class else model.num_prefix_tokens
     if "pos_embed" in state:
         table = resample_abs_pos_embed(
@@ -190,3 +194,15 @@ def load_backbone(name: str, weights: str = "hub", image_size: int | None = None
             f"The weights {weights!r} do not fit {spec.timm_name}: {str(error)[:300]}"
         ) from None
     return Backbone(spec, model, sha256)
+
+
+def untrained_backbone(spec: BackboneSpec) -> Backbone:
+    """The backbone with timm's initial weights and without a hash: its shapes alone count."""
+    return Backbone(spec, _timm_model(spec), weights_sha256="")
+
+
+def _timm_model(spec: BackboneSpec) -> Any:
+    model: Any = timm.create_model(spec.timm_name, img_size=spec.image_size, num_classes=0)
+    if (model.embed_dim, model.patch_embed.patch_size[0]) != (spec.dim, spec.patch):
+        raise WeightsError(f"{spec.timm_name} is {model.embed_dim} wide, not {spec.dim}.")
+    return model

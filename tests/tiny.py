@@ -13,9 +13,8 @@ from PIL import Image
 
 from fae.pipelines.config.recipe import load_recipe
 from fae.pipelines.networks.loading import backbone_fingerprints, backbone_of
-from fae.pipelines.networks.untrained import autoencoder_config
+from fae.pipelines.networks.untrained import build_autoencoder
 from fae_core import checkpoint
-from fae_core.autoencoder import FeatureAutoencoder
 
 ROOT = Path(__file__).parents[1]
 SHARD_SIZE = 8
@@ -45,7 +44,7 @@ def save_autoencoder(path: Path) -> Path:
     recipe = load_recipe("photos-dinov2s", TINY)
     backbone = backbone_of(recipe)
     torch.manual_seed(0)
-    model = FeatureAutoencoder(autoencoder_config(recipe, backbone))
+    model = build_autoencoder(recipe.autoencoder, backbone.spec)
     checkpoint.save(path, model, backbone_fingerprints(recipe, backbone))
     return path
 

@@ -16,15 +16,12 @@ from typing import Any, get_args
 import torch
 from torch import nn
 
-from fae_core.autoencoder import FeatureAutoencoder
-from fae_core.pixel_decoder import PixelDecoder
-
 from ..config import Recipe, RecipeError, flatten, with_absolute_paths
 from ..config.sections import ChainSection, StageName, TrainingSection
 from ..data import list_images
 from ..data.records import ImageRecord, source_digest
 from ..networks import backbone_spec, load_checkpoint
-from ..networks.untrained import autoencoder_config, build_generator, pixel_decoder_config
+from ..networks.untrained import build_autoencoder, build_generator, build_pixel_decoder
 from ..storage import paths
 from ..training import OPERATIONAL_KEYS
 from ..training.tracking import resolve_uri
@@ -307,7 +304,7 @@ def _network(stage: Stage) -> nn.Module:
     recipe, spec = stage.recipe, backbone_spec(stage.recipe)
     with torch.device("meta"):
         if stage.name == "autoencoder":
-            return FeatureAutoencoder(autoencoder_config(recipe, spec))
+            return build_autoencoder(recipe.autoencoder, spec)
         if stage.name == "generator":
-            return build_generator(recipe.generator, _latent_shape(recipe), device="meta")
-        return PixelDecoder(pixel_decoder_config(recipe, spec))
+            return build_generator(recipe.generator, _latent_shape(recipe))
+        return build_pixel_decoder(recipe.pixel_decoder, spec, recipe.image_size)

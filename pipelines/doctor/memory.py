@@ -19,11 +19,9 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from fae_core.autoencoder import FeatureAutoencoder
 from fae_core.backbone import Backbone
 from fae_core.generators.dit import DiT
 from fae_core.generators.starflow import FlowBlock, StarFlow
-from fae_core.pixel_decoder import PixelDecoder
 
 from ..config import Recipe
 from ..config.sections import TrainingSection
@@ -31,7 +29,7 @@ from ..data import plan_source
 from ..data.decoding import DECODE_CPUS, WINDOW_BATCHES
 from ..latents import LatentEncoder, LatentStore
 from ..networks import backbone_of, backbone_spec
-from ..networks.untrained import autoencoder_config, build_generator, pixel_decoder_config
+from ..networks.untrained import build_autoencoder, build_generator, build_pixel_decoder
 from ..sampling import ImageSampler
 from ..training import (
     MAX_VALIDATION_IMAGES,
@@ -83,7 +81,7 @@ def precompute_memory(recipe: Recipe) -> list[Process]:
     options, cpus = recipe.precompute, os.cpu_count() or 1
     num_images = len(plan_source(recipe.data).table)
     backbone = blank_backbone(recipe)
-    autoencoder: nn.Module = FeatureAutoencoder(autoencoder_config(recipe, backbone))
+    autoencoder: nn.Module = build_autoencoder(recipe.autoencoder, backbone.spec)
     encoder = LatentEncoder(
         backbone, autoencoder, "", list(options.columns), options.precision, torch.device("cpu")
     )
@@ -279,7 +277,7 @@ def _key_values(flow: StarFlow, size: int, guided: bool) -> int:
 
 def _autoencoder_job(recipe: Recipe, size: int) -> tuple[Job, Batch]:
     backbone = blank_backbone(recipe)
-    model = FeatureAutoencoder(autoencoder_config(recipe, backbone))
+    model = build_autoencoder(recipe.autoencoder, backbone.spec)
 
     def loss(wrapped: nn.Module, batch: Batch) -> dict[str, Tensor]:
         return autoencoder_loss(recipe, backbone, wrapped, batch)
@@ -291,13 +289,13 @@ def _pixel_decoder_job(recipe: Recipe, size: int) -> tuple[Job, Batch]:
     backbone = blank_backbone(recipe)
     frozen: dict[str, nn.Module] = {"backbone": backbone}
     if recipe.pixel_decoder.stage == "finetune":
-        autoencoder = FeatureAutoencoder(autoencoder_config(recipe, backbone))
+        autoencoder = build_autoencoder(recipe.autoencoder, backbone.spec)
         frozen["autoencoder"] = autoencoder.requires_grad_(False)
     adversary = make_adversary(recipe, backbone)
     objective = Objective(recipe, backbone, frozen.get("autoencoder"), adversary, noise_std=1.0)
     if objective.lpips is not None:
         frozen["lpips"] = objective.lpips
-    model = PixelDecoder(pixel_decoder_config(recipe, backbone))
+    model = build_pixel_decoder(recipe.pixel_decoder, backbone.spec, recipe.image_size)
     judged = None
     if adversary is not None:
         rate = recipe.pixel_decoder.losses.discriminator_learning_rate

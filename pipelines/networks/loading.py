@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -36,8 +35,7 @@ def backbone_of(recipe: Recipe) -> Backbone:
 
 def backbone_spec(recipe: Recipe) -> BackboneSpec:
     """Width and grid of the recipe's backbone without its weights. Raises WeightsError."""
-    spec, size = resolve_spec(recipe.backbone.name), recipe.backbone.image_size
-    return spec if size is None else dataclasses.replace(spec, image_size=size)
+    return resolve_spec(recipe.backbone.name, recipe.backbone.image_size)
 
 
 def backbone_fingerprints(recipe: Recipe, backbone: Backbone) -> dict[str, str]:

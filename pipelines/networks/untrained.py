@@ -6,22 +6,32 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
-import torch
-
-from fae_core.autoencoder import AutoencoderConfig
-from fae_core.backbone import Backbone, BackboneSpec
+from fae_core.autoencoder import AutoencoderConfig, FeatureAutoencoder
+from fae_core.backbone import Backbone, BackboneSpec, resolve_spec, untrained_backbone
 from fae_core.generators.dit import DiT, DiTConfig
 from fae_core.generators.starflow import StarFlow, StarFlowConfig
-from fae_core.pixel_decoder import PixelDecoderConfig
+from fae_core.pixel_decoder import PixelDecoder, PixelDecoderConfig
 
-from ..config import Recipe, RecipeError
-from ..config.sections import GeneratorSection
+from ..config import RecipeError
+from ..config.sections import (
+    AutoencoderSection,
+    BackboneSection,
+    GeneratorSection,
+    PixelDecoderSection,
+)
 
 
-def autoencoder_config(recipe: Recipe, backbone: Backbone | BackboneSpec) -> AutoencoderConfig:
-    """The recipe's autoencoder for this backbone's features."""
-    section = recipe.autoencoder
-    return AutoencoderConfig(
+def build_backbone(section: BackboneSection) -> Backbone:
+    """The section's backbone with random weights: nothing is downloaded or hashed.
+
+    Raises WeightsError for a name or an image size that there is not.
+    """
+    return untrained_backbone(resolve_spec(section.name, section.image_size))
+
+
+def build_autoencoder(section: AutoencoderSection, backbone: BackboneSpec) -> FeatureAutoencoder:
+    """The section's autoencoder for this backbone's features."""
+    config = AutoencoderConfig(
         feature_dim=backbone.dim,
         latent_dim=section.latent_dim,
         grid=backbone.grid,
@@ -35,12 +45,21 @@ def autoencoder_config(recipe: Recipe, backbone: Backbone | BackboneSpec) -> Aut
         decoder_num_heads=section.decoder.num_heads,
         kl_weight=section.kl_weight,
     )
+    return FeatureAutoencoder(config)
 
 
-def pixel_decoder_config(recipe: Recipe, backbone: Backbone | BackboneSpec) -> PixelDecoderConfig:
-    """The recipe's pixel decoder for this backbone's features."""
-    section = recipe.pixel_decoder
-    preset = PixelDecoderConfig.preset(section.size, backbone.dim, backbone.grid, recipe.image_size)
+def build_pixel_decoder(
+    section: PixelDecoderSection, backbone: BackboneSpec, image_size: int
+) -> PixelDecoder:
+    """The section's decoder of this backbone's features to images of side `image_size` [px]."""
+    return PixelDecoder(pixel_decoder_config(section, backbone, image_size))
+
+
+def pixel_decoder_config(
+    section: PixelDecoderSection, backbone: BackboneSpec, image_size: int
+) -> PixelDecoderConfig:
+    """What `build_pixel_decoder` builds, and what a checkpoint that it starts from must be."""
+    preset = PixelDecoderConfig.preset(section.size, backbone.dim, backbone.grid, image_size)
     return replace(
         preset,
         width=section.width or preset.width,
@@ -49,9 +68,7 @@ def pixel_decoder_config(recipe: Recipe, backbone: Backbone | BackboneSpec) -> P
     )
 
 
-def build_generator(
-    section: GeneratorSection, latent_shape: Sequence[int], device: str = "cpu"
-) -> DiT | StarFlow:
+def build_generator(section: GeneratorSection, latent_shape: Sequence[int]) -> DiT | StarFlow:
     """The recipe's network for latents [C, H, W], untrained.
 
     Raises RecipeError for a size that there is not.
@@ -66,27 +83,26 @@ def build_generator(
     if section.width is not None:
         common["width"] = section.width
     try:
-        with torch.device(device):
-            if section.kind == "starflow":
-                if section.layers is not None:
-                    common["layers"] = tuple(section.layers)
-                flow = StarFlowConfig.preset(
-                    section.size, *shape, noise_std=section.noise_std, **common
-                )
-                return StarFlow(flow)
-            for name in ("depth", "num_heads"):
-                if getattr(section, name) is not None:
-                    common[name] = getattr(section, name)
-            dit = DiTConfig.preset(
-                section.size,
-                *shape,
-                patch_size=section.patch_size,
-                mlp=section.mlp,
-                norm=section.norm,
-                rope=section.rope,
-                qk_norm=section.qk_norm,
-                **common,
+        if section.kind == "starflow":
+            if section.layers is not None:
+                common["layers"] = tuple(section.layers)
+            flow = StarFlowConfig.preset(
+                section.size, *shape, noise_std=section.noise_std, **common
             )
-            return DiT(dit)
+            return StarFlow(flow)
+        for name in ("depth", "num_heads"):
+            if getattr(section, name) is not None:
+                common[name] = getattr(section, name)
+        dit = DiTConfig.preset(
+            section.size,
+            *shape,
+            patch_size=section.patch_size,
+            mlp=section.mlp,
+            norm=section.norm,
+            rope=section.rope,
+            qk_norm=section.qk_norm,
+            **common,
+        )
+        return DiT(dit)
     except ValueError as error:
         raise RecipeError(f"generator: {error}") from None

@@ -22,7 +22,7 @@ from ..config import Recipe, with_absolute_paths
 from ..data.decoding import decoded
 from ..data.records import ImageRecord, split_records
 from ..networks import backbone_fingerprints, backbone_of, features_of
-from ..networks.untrained import autoencoder_config
+from ..networks.untrained import build_autoencoder
 from ..runtime.session import start_ray
 from ..storage import paths
 from . import run_folder
@@ -97,7 +97,7 @@ def _worker(config: dict[str, Any]) -> None:
     stats = read_statistics(run_uri)
 
     torch.manual_seed(recipe.seed)
-    model = FeatureAutoencoder(autoencoder_config(recipe, backbone))
+    model = build_autoencoder(recipe.autoencoder, backbone.spec)
     model.set_feature_stats(*stats)
 
     def loss(wrapped: nn.Module, batch: Batch) -> dict[str, Tensor]:

@@ -52,7 +52,8 @@ def train_generator(recipe: Recipe, callbacks: Sequence[Any] = ()) -> TrainResul
         )
     store = LatentStore.open(with_absolute_paths(recipe).latents or "")
     needed_columns(store, recipe.generator)
-    build_generator(recipe.generator, store.latent_shape, device="meta")
+    with torch.device("meta"):
+        build_generator(recipe.generator, store.latent_shape)
     run_folder.claim_run(recipe, run_uri, ("latents", "generator"))
     if run_folder.result(run_uri) is None:
         start_ray()

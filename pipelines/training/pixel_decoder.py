@@ -40,7 +40,7 @@ from ..networks import (
     features_of,
     load_checkpoint,
 )
-from ..networks.untrained import pixel_decoder_config
+from ..networks.untrained import build_pixel_decoder, pixel_decoder_config
 from ..runtime.session import start_ray
 from ..storage import paths
 from . import run_folder
@@ -245,11 +245,12 @@ def _worker(config: dict[str, Any]) -> None:
 
 
 def _starting_model(recipe: Recipe, backbone: Backbone, mean: Tensor, std: Tensor) -> PixelDecoder:
-    config, uri = pixel_decoder_config(recipe, backbone), recipe.pixel_decoder.start_from
-    if recipe.pixel_decoder.stage == "noisy" or uri is None:
-        model = PixelDecoder(config)
+    section, spec = recipe.pixel_decoder, backbone.spec
+    if section.stage == "noisy" or section.start_from is None:
+        model = build_pixel_decoder(section, spec, recipe.image_size)
         model.set_feature_stats(mean, std)
         return model
+    uri, config = section.start_from, pixel_decoder_config(section, spec, recipe.image_size)
     loaded = load_checkpoint(uri, "pixel_decoder")
     check_fingerprints(uri, loaded, backbone_fingerprints(recipe, backbone))
     if loaded.module.config != config:

@@ -121,16 +121,15 @@ def arguments(tmp_path_factory: pytest.TempPathFactory, photographs: Path) -> li
     import torch
 
     from fae.pipelines.config.recipe import load_recipe
-    from fae.pipelines.networks.untrained import autoencoder_config
+    from fae.pipelines.networks.untrained import build_autoencoder
     from fae_core import checkpoint
-    from fae_core.autoencoder import FeatureAutoencoder
     from fae_core.backbone import load_backbone
 
     folder = tmp_path_factory.mktemp("job")
     recipe = load_recipe("photos-dinov2s", TINY)
     backbone = load_backbone(recipe.backbone.name, recipe.backbone.weights)
     torch.manual_seed(0)
-    model = FeatureAutoencoder(autoencoder_config(recipe, backbone))
+    model = build_autoencoder(recipe.autoencoder, backbone.spec)
     theirs = {"backbone": f"{recipe.backbone.name}:{backbone.weights_sha256}", "image_size": "256"}
     checkpoint.save(folder / "autoencoder.safetensors", model, theirs)
     return [

@@ -11,7 +11,7 @@ from torch._dynamo.testing import CompileCounter
 from fae.pipelines.config.recipe import load_recipe
 from fae.pipelines.latents.encoder import LatentEncoder
 from fae.pipelines.networks.loading import backbone_of
-from fae.pipelines.networks.untrained import autoencoder_config
+from fae.pipelines.networks.untrained import build_autoencoder
 from fae.pipelines.sampling.image_sampler import ImageSampler
 from fae_core import checkpoint
 from fae_core.autoencoder import AutoencoderConfig, FeatureAutoencoder
@@ -35,7 +35,7 @@ def graphs(monkeypatch: pytest.MonkeyPatch) -> CompileCounter:
 def test_shards_of_any_size_are_encoded_by_one_graph(graphs: CompileCounter) -> None:
     backbone = backbone_of(RECIPE)
     torch.manual_seed(0)
-    autoencoder = FeatureAutoencoder(autoencoder_config(RECIPE, backbone)).eval()
+    autoencoder = build_autoencoder(RECIPE.autoencoder, backbone.spec).eval()
     columns = ["mean", "logvar", "mean_flip", "logvar_flip"]
     made = [
         LatentEncoder(backbone, autoencoder, "", columns, "bf16", torch.device("cpu"), compile)

@@ -37,11 +37,10 @@ from fae.pipelines.latents.precompute_job import (
 from fae.pipelines.latents.reader import LatentStore
 from fae.pipelines.latents.shards import read_errors
 from fae.pipelines.latents.verify import verify_store
-from fae.pipelines.networks.untrained import autoencoder_config
+from fae.pipelines.networks.untrained import build_autoencoder
 from fae.pipelines.runtime.actor_pool import dataset_of, lanes_for
 from fae.pipelines.storage.claims import StoreMismatch
 from fae_core import checkpoint
-from fae_core.autoencoder import FeatureAutoencoder
 from fae_core.backbone import load_backbone
 from fae_core.checkpoint import CheckpointError
 from tests.tiny import ROOT
@@ -63,7 +62,7 @@ def save_autoencoder(path: Path, seed: int = 0, **fingerprints: str) -> Path:
     recipe = load_recipe("photos-dinov2s", TINY)
     backbone = load_backbone(recipe.backbone.name, recipe.backbone.weights)
     torch.manual_seed(seed)
-    model = FeatureAutoencoder(autoencoder_config(recipe, backbone))
+    model = build_autoencoder(recipe.autoencoder, backbone.spec)
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(torch.randn_like(parameter) * 0.02)

@@ -14,10 +14,9 @@ import pytest
 from PIL import Image
 
 from fae.pipelines.config.recipe import RecipeError, load_recipe
-from fae.pipelines.data.records import ImageRecord, split_records
+from fae.pipelines.data.records import ImageRecord, SourceError, split_records
 from fae.pipelines.storage import paths
 from fae.pipelines.training.autoencoder import train_autoencoder
-from fae.pipelines.training.job import TrainingError
 from fae.pipelines.training.run_folder import claim_run
 from fae_core import checkpoint
 from tests.tiny import ROOT
@@ -32,7 +31,7 @@ def test_the_split_depends_on_the_key_alone():
     again = split_records(list(reversed(records[:1000])), 0.1)[1]
     assert {r.key for r in again} == {r.key for r in validation} & {r.key for r in records[:1000]}
     assert split_records(records, 0.0)[1] == []
-    with pytest.raises(TrainingError, match="validation_fraction"):
+    with pytest.raises(SourceError, match="validation_fraction"):
         split_records(records[:1], 1.0 - 1e-12)
 
 

@@ -11,9 +11,9 @@ from fae.pipelines.config.recipe import Recipe, load_recipe
 from fae.pipelines.latents.encoder import LatentEncoder
 from fae.pipelines.networks.loading import backbone_of
 from fae.pipelines.networks.untrained import (
-    autoencoder_config,
+    build_autoencoder,
     build_generator,
-    pixel_decoder_config,
+    build_pixel_decoder,
 )
 from fae.pipelines.sampling.latent_decoder import LatentDecoder
 from fae.pipelines.sampling.latent_sampler import LatentSampler, image_noise
@@ -25,8 +25,6 @@ from fae.pipelines.training.pixel_decoder import Objective, make_adversary
 from fae.pipelines.training.state import TrainState
 from fae.pipelines.training.step import train_step
 from fae_core import samplers
-from fae_core.autoencoder import FeatureAutoencoder
-from fae_core.pixel_decoder import PixelDecoder
 from tests.fake_gpu import GPU, FakeGPU
 from tests.tiny import SMALLEST_BACKBONE, TINY
 
@@ -104,7 +102,7 @@ def test_a_forgotten_tensor_and_a_wait_are_found(inference: bool) -> None:
 def autoencoder(gpu: FakeGPU) -> tuple[Any, ...]:
     recipe = recipe_with("autoencoder.flip=true")
     backbone = gpu.place(backbone_of(recipe))
-    model = gpu.place(FeatureAutoencoder(autoencoder_config(recipe, backbone)))
+    model = gpu.place(build_autoencoder(recipe.autoencoder, backbone.spec))
     loss = lambda wrapped, batch: autoencoder_loss(recipe, backbone, wrapped, batch)  # noqa: E731
     return model, recipe.autoencoder.training, loss, images(gpu)
 
@@ -114,10 +112,12 @@ def pixel_decoder(*settings: str) -> Callable[[FakeGPU], tuple[Any, ...]]:
         recipe = recipe_with("pixel_decoder.flip=true", *settings)
         section = recipe.pixel_decoder
         backbone = gpu.place(backbone_of(recipe))
-        model = gpu.place(PixelDecoder(pixel_decoder_config(recipe, backbone)))
+        model = gpu.place(
+            build_pixel_decoder(recipe.pixel_decoder, backbone.spec, recipe.image_size)
+        )
         autoencoder = None
         if section.stage == "finetune":
-            autoencoder = gpu.place(FeatureAutoencoder(autoencoder_config(recipe, backbone)))
+            autoencoder = gpu.place(build_autoencoder(recipe.autoencoder, backbone.spec))
         judge = make_adversary(recipe, backbone)
         assert judge is not None
         gpu.place(judge)
@@ -202,8 +202,8 @@ def test_drawing_pictures_never_waits_for_the_device(
     monkeypatch.setattr(samplers, "timestep_grid", lambda *_: grid)  # real numbers, all three parts
     backbone = backbone_of(recipe)
     model = gpu.place(build_generator(recipe.generator, LATENT_SHAPE)).eval()
-    autoencoder = gpu.place(FeatureAutoencoder(autoencoder_config(recipe, backbone)))
-    decoder = gpu.place(PixelDecoder(pixel_decoder_config(recipe, backbone)))
+    autoencoder = gpu.place(build_autoencoder(recipe.autoencoder, backbone.spec))
+    decoder = gpu.place(build_pixel_decoder(recipe.pixel_decoder, backbone.spec, recipe.image_size))
     draw = LatentSampler(model, recipe.sample, 0, GPU)
     paint = LatentDecoder(autoencoder, decoder, {})
     with gpu.running() as waits, torch.inference_mode():
@@ -221,7 +221,7 @@ def test_encoding_waits_for_the_device_once_a_column(
 ) -> None:
     recipe = recipe_with()
     backbone = gpu.place(backbone_of(recipe))
-    autoencoder = gpu.place(FeatureAutoencoder(autoencoder_config(recipe, backbone)))
+    autoencoder = gpu.place(build_autoencoder(recipe.autoencoder, backbone.spec))
     columns = ["mean", "logvar", "mean_flip"]
     encoder = LatentEncoder(backbone, autoencoder, "", columns, "bf16", GPU)
     pieces = [gpu.tensor(torch.zeros(3, 32, 32, 3, dtype=torch.uint8)) for _ in range(4)]
