@@ -1,6 +1,7 @@
 """The house as docs/architecture.md describes it: every module is listed, and rooms keep to their doors."""
 
 import ast
+import functools
 import re
 import tomllib
 from pathlib import Path
@@ -22,6 +23,7 @@ def modules(*folders: str) -> list[str]:
     return sorted(found)
 
 
+@functools.cache
 def rooms() -> list[str]:
     """Names of the pipeline's rooms, each of which may import only those before it."""
     settings = tomllib.loads((ROOT / "pyproject.toml").read_text())
@@ -36,7 +38,7 @@ def listing() -> dict[str, list[tuple[str, str]]]:
     section = page.split("\n## Every module\n")[1].split("\n## ")[0]
     folders: dict[str, list[tuple[str, str]]] = {}
     for block in re.findall(r"^```\n(.*?)^```$", section, re.M | re.S):
-        for line in block.splitlines():
+        for line in filter(None, block.splitlines()):
             if folder := re.fullmatch(r"(\S+)/", line):
                 entries = folders.setdefault(folder[1], [])
             else:
@@ -45,10 +47,12 @@ def listing() -> dict[str, list[tuple[str, str]]]:
     return folders
 
 
+@functools.cache
 def stub(room: str) -> ast.Module:
     return ast.parse((ROOT / f"pipelines/{room}/__init__.pyi").read_text())
 
 
+@functools.cache
 def exports(room: str) -> list[str]:
     """The public names of a room, as its stub states them."""
     for node in stub(room).body:
@@ -93,7 +97,9 @@ def test_descriptions_are_sentences():
 
 
 def test_rooms_are_described_in_the_order_of_their_imports():
-    described = [folder.split("/")[1] for folder in listing() if re.match("pipelines/[^/]+$", folder)]
+    described = [
+        folder.split("/")[1] for folder in listing() if re.match("pipelines/[^/]+$", folder)
+    ]
     assert described == rooms()
 
 
