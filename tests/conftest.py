@@ -6,9 +6,14 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import boto3
+import hypothesis
 import numpy as np
 import pytest
 from moto.server import ThreadedMotoServer
+
+# A deadline would be one of the machine, which may be busy.
+hypothesis.settings.register_profile("fae", deadline=None)
+hypothesis.settings.load_profile("fae")
 
 
 @pytest.fixture(scope="session")

@@ -36,7 +36,7 @@ FREEZE = 20.0
 
 
 class Driver:
-    """`python -m pipelines.precompute` and the Ray that it starts."""
+    """`python -m fae precompute` and the Ray that it starts."""
 
     def __init__(self, arguments: list[str], log: Path) -> None:
         command = [sys.executable, "-m", "fae", "precompute", "photos-dinov2s", *arguments]

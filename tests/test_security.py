@@ -285,15 +285,17 @@ def test_a_printed_recipe_holds_no_password() -> None:
 
 CHAIN = """
 import sys
-from pipelines.command import guarded
-from pipelines.config import load_recipe
-from pipelines.precompute import precompute
-from pipelines.train_autoencoder import train_autoencoder
+from fae.cli import main
+from fae.pipelines.config import load_recipe
+from fae.pipelines.latents import precompute
+from fae.pipelines.training import train_autoencoder
 values = sys.argv[1:]
 trained = train_autoencoder(load_recipe("photos-dinov2s", values))
 values.append("autoencoder.checkpoint=" + trained.checkpoint)
 precompute(load_recipe("photos-dinov2s", values))
-sys.exit(guarded(lambda: precompute(load_recipe("photos-dinov2s", [*values, "data.path=s3://none/x", "output=x"]))))
+unreachable = ["data.path=s3://none/x", "output=x"]
+sys.argv = ["fae", "precompute", "photos-dinov2s", *values, *unreachable]
+main()
 """
 
 

@@ -11,7 +11,7 @@ import pytest
 SCRIPT = """
 import os
 import ray
-from pipelines.ray_session import _refuse_silence, start_ray
+from fae.pipelines.runtime.session import _refuse_silence, start_ray
 
 start_ray(num_cpus=1)
 _refuse_silence(ray.get_runtime_context().gcs_address)  # which it is not guilty of
