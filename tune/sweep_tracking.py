@@ -7,7 +7,8 @@ from typing import Any
 
 from fae.pipelines.chain import stage_pictures
 from fae.pipelines.chain.stages import Stage, training_of
-from fae.pipelines.config import Recipe, flatten
+from fae.pipelines.config import Recipe
+from fae.pipelines.config.facts import flatten
 from fae.pipelines.storage import paths
 from fae.pipelines.training.metrics_log import read_metrics_log
 from fae.pipelines.training.tracking import Tracker, resolve_uri

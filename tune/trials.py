@@ -14,12 +14,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from fae.pipelines.chain.stages import STAGES, Stage, fingerprint, needed_stages, plan_stages
+from fae.pipelines.chain.stages import KEY_LENGTH, STAGES, Stage, needed_stages, plan_stages
 from fae.pipelines.config import Recipe, RecipeError
 from fae.pipelines.config.sections import DataSection
 from fae.pipelines.data import list_images
 from fae.pipelines.data.records import ImageRecord
-from fae.pipelines.storage import paths
+from fae.pipelines.storage import fingerprint_of, paths
 from fae.pipelines.training import run_folder
 from fae.pipelines.training.metrics_log import read_metrics_log
 from fae_core.errors import UserError
@@ -109,7 +109,7 @@ def plan_trial(recipe: Recipe, settings: Settings) -> Trial:
     planned = plan_stages(made, _listed(made.data.model_dump_json()))
     # A report is for one chain; the sweep has its own.
     stages = [stage for stage in needed_stages(planned, wanted) if stage.name != "report"]
-    key = fingerprint({stage.name: stage.key for stage in stages} or settings)
+    key = fingerprint_of({stage.name: stage.key for stage in stages} or settings)[:KEY_LENGTH]
     return Trial(settings, made, stages, paths.join(sweep_folder(recipe), "trials", key))
 
 

@@ -7,7 +7,6 @@ recipe leads to another folder instead of a mixed one. `fae run` and the trials 
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
@@ -16,31 +15,21 @@ from typing import Any, get_args
 import torch
 from torch import nn
 
-from ..config import Recipe, RecipeError, flatten, with_absolute_paths
+from ..config import Recipe, RecipeError, with_absolute_paths
+from ..config.facts import deciding_values
 from ..config.sections import ChainSection, StageName, TrainingSection
 from ..data import list_images
 from ..data.records import ImageRecord, source_digest
 from ..networks import backbone_spec, load_checkpoint
 from ..networks.untrained import build_autoencoder, build_generator, build_pixel_decoder
-from ..storage import paths
-from ..training import OPERATIONAL_KEYS
+from ..storage import fingerprint_of, paths
 from ..training.tracking import resolve_uri
 
 STAGES: tuple[StageName, ...] = get_args(StageName)
-UNDECIDING_KEYS = (
-    *OPERATIONAL_KEYS,
-    "num_actors",
-    "gpus_per_actor",
-    "cpus_per_actor",
-    "threads_per_actor",
-    "cpus_per_decode",
-    "max_error_rate",
-    "formats",
-    "images",
-    "output",
-)
-"""Last parts of keys that change nothing in a stage's result, or that the chain itself fills in."""
 KEY_LENGTH = 12
+"""Hex digits of a stage's fingerprint that name its folder."""
+FILLED_IN = {"finetune": "pixel_decoder.start_from", "evaluation": "evaluate.images"}
+"""The input of a stage that another stage makes: that one's key decides, not the address."""
 
 
 @dataclass(frozen=True)
@@ -259,11 +248,9 @@ class _Planner:
         """Plan the stage; the address of what it makes: a network's file, else its folder."""
         made = recipe.model_copy(deep=True)
         upstream = {need: self.identities[need] for need in needs}
-        parts = {**deciding(made, sections), **extra, **upstream}
-        if name == "finetune":
-            # Its upstream key says which first stage it is; where that lies decides nothing.
-            del parts["pixel_decoder.start_from"]
-        key = fingerprint(parts)
+        parts = {**deciding_values(made, ("image_size", *sections)), **extra, **upstream}
+        parts.pop(FILLED_IN.get(name, ""), None)
+        key = fingerprint_of(parts)[:KEY_LENGTH]
         made.run = f"{name}-{key}"
         uri = made.output = paths.join(made.storage, made.run)
         made.evaluate.output = made.probe.output = uri
@@ -273,22 +260,6 @@ class _Planner:
         files = {"autoencoder": "autoencoder", "generator": "generator"}
         files |= {"pixel-decoder": "pixel_decoder", "finetune": "pixel_decoder"}
         return paths.join(uri, f"{files[name]}.safetensors") if name in files else uri
-
-
-def deciding(recipe: Recipe, sections: Sequence[str]) -> dict[str, Any]:
-    """The values of `sections` and the image size that decide a result, under dotted keys."""
-    values = recipe.model_dump(mode="json", include={"image_size", *sections})
-    return {
-        key: value
-        for key, value in flatten(values).items()
-        if key.rpartition(".")[2] not in UNDECIDING_KEYS
-    }
-
-
-def fingerprint(parts: Mapping[str, Any]) -> str:
-    """The first twelve hex digits of a SHA-256 over `parts`, independent of their order."""
-    text = json.dumps(dict(sorted(parts.items())))
-    return hashlib.sha256(text.encode()).hexdigest()[:KEY_LENGTH]
 
 
 def _absolute(path: str) -> str:

@@ -1,17 +1,17 @@
 """The typed recipe: its sections, overrides, validation and explanation."""
 
+from . import facts as facts
 from . import sections as sections
-from .places import with_absolute_paths as with_absolute_paths
+from .facts import with_absolute_paths as with_absolute_paths
 from .recipe import Recipe as Recipe
 from .recipe import RecipeError as RecipeError
-from .recipe import flatten as flatten
 from .recipe import load_recipe as load_recipe
 from .recipe import validate_recipe as validate_recipe
 
 __all__ = [
     "Recipe",
     "RecipeError",
-    "flatten",
+    "facts",
     "load_recipe",
     "sections",
     "validate_recipe",

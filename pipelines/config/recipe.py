@@ -7,17 +7,12 @@ and the nearest spelling. A field whose docstring says "not in the paper" has no
 from __future__ import annotations
 
 import difflib
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
-from pydantic import (
-    BaseModel,
-    Field,
-    ValidationError,
-)
+from pydantic import Field, ValidationError
 
 from fae_core.errors import UserError
 
@@ -37,6 +32,8 @@ from .sections import (
     TrackingSection,
     TuneSection,
 )
+from .sections.base import Execution, InputPath, OutputPath
+from .sections.keys import keys_of, section_in, value_at
 
 RECIPES = Path(__file__).parent / "recipes"
 
@@ -51,13 +48,13 @@ class Recipe(Section):
     image_size: int = Field(256, gt=0)
     """Side of the canonical uint8 crop."""
     seed: int = 0
-    run: str | None = None
+    run: Execution[str | None] = None
     """Name of a training run; the same name and storage resumes it."""
-    storage: str = "runs"
+    storage: OutputPath[str] = "runs"
     """Folder or s3:// prefix where training runs live."""
-    output: str | None = None
+    output: OutputPath[str | None] = None
     """Folder or s3:// prefix that precompute or sample writes."""
-    latents: str | None = None
+    latents: InputPath[str | None] = None
     """The latent store that a generator is trained on."""
     data: DataSection = DataSection()
     backbone: BackboneSection = BackboneSection()
@@ -78,8 +75,13 @@ class Recipe(Section):
         Without passwords: those are for the environment, or for the command line.
         """
         values = self.model_dump(mode="json")
-        if self.tracking.uri:
-            values["tracking"]["uri"] = redact(self.tracking.uri)
+        for key in keys_of(type(self)):
+            if key.secret and (secret := value_at(self, key.name)):
+                *sections, last = key.name.split(".")
+                place = values
+                for section in sections:
+                    place = place[section]
+                place[last] = redact(secret)
         return OmegaConf.to_yaml(OmegaConf.create(values))
 
 
@@ -130,28 +132,9 @@ def _explain(item: Any) -> str:
         section: Any = Recipe
         for part in location[:-1]:
             if part in section.model_fields:
-                section = _section_in(section.model_fields[part].annotation) or section
+                section = section_in(section.model_fields[part].annotation) or section
         allowed = sorted(section.model_fields)
         near = difflib.get_close_matches(location[-1], allowed, n=1)
         hint = f" Did you mean {'.'.join([*location[:-1], near[0]])!r}?" if near else ""
         return f"unknown key {key!r}.{hint} Allowed here: {', '.join(allowed)}."
     return f"{key}: given {item['input']!r}; {item['msg']}."
-
-
-def _section_in(annotation: Any) -> Any:
-    """The section class in a field's annotation, also inside lists, mappings and alternatives; None without one."""
-    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
-        return annotation
-    return next((found for found in map(_section_in, get_args(annotation)) if found), None)
-
-
-def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested mappings as one level with dotted keys."""
-    flat: dict[str, Any] = {}
-    for key, value in values.items():
-        name = f"{prefix}{key}"
-        if isinstance(value, Mapping):
-            flat.update(flatten(value, f"{name}."))
-        else:
-            flat[name] = value
-    return flat

@@ -20,6 +20,7 @@ from fae_core.metrics.frechet import frechet_distance
 from fae_core.metrics.manifold import kernel_distance, precision_recall
 
 from ..config import Recipe, RecipeError, with_absolute_paths
+from ..config.facts import deciding_values
 from ..data.crops import CROPS
 from ..runtime import versions
 from ..runtime.session import start_ray
@@ -195,11 +196,8 @@ def _inputs(
     recipe: Recipe, images: ImageSet, reference: ImageSet | None, made_with: dict[str, str]
 ) -> dict[str, Any]:
     """What decides the scores: both sets, networks, settings; not where or by how many actors."""
-    settings = recipe.evaluate.model_dump(mode="json")
-    for key in ("images", "reference", "output", "inception_weights", "chunk_size", "batch_size"):
-        del settings[key]
-    for key in ("num_actors", "gpus_per_actor", "cpus_per_actor", "cpus_per_decode"):
-        del settings[key]
+    deciding = deciding_values(recipe, ["evaluate"], addresses=False)
+    settings = {name.removeprefix("evaluate."): value for name, value in deciding.items()}
     sets = {role: side.identity for role, side in _sides(images, reference)}
     return {**sets, **made_with, **settings}
 

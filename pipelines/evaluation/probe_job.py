@@ -24,6 +24,7 @@ from fae_core.metrics.probes import (
 from fae_core.similarity_figures import MatchedPair, matching_figure, similarity_rows
 
 from ..config import Recipe, RecipeError, with_absolute_paths
+from ..config.facts import deciding_values
 from ..data import list_images
 from ..data.crops import CROPS
 from ..data.reading import load_crops
@@ -31,8 +32,6 @@ from ..data.records import ImageRecord, source_digest, split_records
 from ..runtime import versions
 from ..storage import StoreMismatch, fingerprint_of, paths
 from .probe_features import KINDS, Networks, Pair, Probed, ProbeError, extract
-
-OPERATIONAL = ("output", "num_actors", "gpus_per_actor", "cpus_per_actor", "max_error_rate")
 
 
 def probe(recipe: Recipe, show_progress: bool = True) -> dict[str, float]:
@@ -103,7 +102,7 @@ def probe_parts(
     recipe: Recipe, networks: Networks, records: Sequence[ImageRecord]
 ) -> dict[str, str]:
     """What decides the scores: networks by content, crop, images and labels, seed and the section's settings."""
-    settings = recipe.probe.model_dump(mode="json", exclude=set(OPERATIONAL))
+    settings = deciding_values(recipe, ["probe"], addresses=False)
     return {
         "backbone weights": networks.encoder.backbone.weights_sha256,
         "autoencoder weights": networks.encoder.autoencoder_sha256,
@@ -112,7 +111,7 @@ def probe_parts(
         "crop": CROPS[recipe.data.decoder],
         "source": source_digest(records),
         "seed": str(recipe.seed),
-        **{f"probe.{name}": str(value) for name, value in settings.items()},
+        **{name: str(value) for name, value in settings.items()},
     }
 
 

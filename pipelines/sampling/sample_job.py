@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 
 from ..config import Recipe, RecipeError, with_absolute_paths
+from ..config.facts import deciding_values
 from ..runtime import Progress, RowStages, run_rows
 from ..storage import paths
 from .image_sampler import ImageSampler
@@ -52,9 +53,8 @@ def sample(recipe: Recipe, show_progress: bool = True) -> dict[str, Any]:
 
 def sample_parts(recipe: Recipe) -> dict[str, Any]:
     """What decides the images: networks by content, sampler, seed, number, classes, batching."""
-    settings = recipe.sample.model_dump(mode="json")
-    for key in ("formats", "compile", "num_actors", "gpus_per_actor", "cpus_per_actor"):
-        del settings[key]
+    deciding = deciding_values(recipe, ["sample"], addresses=False)
+    settings = {name.removeprefix("sample."): value for name, value in deciding.items()}
     return {"format": FORMAT, "seed": recipe.seed, **ImageSampler(recipe).fingerprints, **settings}
 
 

@@ -18,12 +18,10 @@ from .pixel_decoder import MAX_VALIDATION_IMAGES as MAX_VALIDATION_IMAGES
 from .pixel_decoder import Objective as Objective
 from .pixel_decoder import make_adversary as make_adversary
 from .pixel_decoder import train_pixel_decoder as train_pixel_decoder
-from .run_folder import OPERATIONAL_KEYS as OPERATIONAL_KEYS
 
 __all__ = [
     "MAX_VALIDATION_IMAGES",
     "MEBI",
-    "OPERATIONAL_KEYS",
     "PREFETCH_BATCHES",
     "Adversary",
     "Batch",

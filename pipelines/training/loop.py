@@ -13,7 +13,8 @@ import itertools
 import torch
 from torch import nn
 
-from ..config import Recipe, flatten
+from ..config import Recipe
+from ..config.facts import flatten
 from ..config.sections import TrainingSection
 from .checkpoints import resume, save_checkpoint
 from .distributed import gathered, is_sharded, shard

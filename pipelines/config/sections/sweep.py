@@ -10,7 +10,7 @@ from pydantic import (
     model_validator,
 )
 
-from .base import Section
+from .base import Execution, Section
 
 
 class SpaceSection(Section):
@@ -59,7 +59,7 @@ class AshaSection(Section):
 class TuneSection(Section):
     """A sweep: what `fae tune` varies, how, and what it looks for. Ours; the paper gives the results of its ablations alone."""
 
-    name: str | None = None
+    name: Execution[str | None] = None
     """Of the sweep: STORAGE/tune/NAME holds its trials, and the same name goes on with it."""
     space: dict[str, SpaceSection] = {}
     """Recipe keys, dotted, and the values that they are to take; `seed` is one like any other."""
@@ -75,7 +75,7 @@ class TuneSection(Section):
         [ObjectiveSection(metric="autoencoder/mse")], min_length=1
     )
     """The first one ranks trials; together they make the Pareto front, and Optuna looks for all."""
-    max_concurrent_trials: int | None = Field(None, gt=0)
+    max_concurrent_trials: Execution[int | None] = Field(None, gt=0)
     """Without it as many as the cluster's CPUs and GPUs can train at once, at least one."""
 
     @field_validator("space", mode="before")

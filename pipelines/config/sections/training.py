@@ -8,7 +8,7 @@ from pydantic import (
     Field,
 )
 
-from .base import Section
+from .base import Execution, Section
 
 
 class TrainingSection(Section):
@@ -34,19 +34,19 @@ class TrainingSection(Section):
     """Exponential moving average of the weights, shorter in the first steps; not in the paper."""
     precision: Literal["fp32", "bf16"] = "bf16"
     """Autocast dtype of the forward passes; not in the paper."""
-    compile: bool = False
+    compile: Execution[bool] = False
     """torch.compile the network and the frozen ones beside it: minutes at the start, faster steps after."""
-    num_workers: int = Field(1, gt=0)
-    parallel: Literal["ddp", "fsdp"] = "ddp"
+    num_workers: Execution[int] = Field(1, gt=0)
+    parallel: Execution[Literal["ddp", "fsdp"]] = "ddp"
     """Between workers: a copy of the network each, or its parameters split over them."""
-    use_gpu: bool = False
-    cpus_per_worker: float = Field(1.0, gt=0.0)
-    threads_per_worker: int | None = Field(None, gt=0)
+    use_gpu: Execution[bool] = False
+    cpus_per_worker: Execution[float] = Field(1.0, gt=0.0)
+    threads_per_worker: Execution[int | None] = Field(None, gt=0)
     """Torch threads of a CPU worker; without it the run's workers share all the cores of their node."""
-    log_every: int = Field(50, gt=0)
-    validate_every: int = Field(1000, gt=0)
-    checkpoint_every: int = Field(1000, gt=0)
+    log_every: Execution[int] = Field(50, gt=0)
+    validate_every: Execution[int] = Field(1000, gt=0)
+    checkpoint_every: Execution[int] = Field(1000, gt=0)
     """Steps between checkpoints."""
-    keep_checkpoints: int = Field(2, gt=0)
-    max_failures: int = Field(3, ge=0)
+    keep_checkpoints: Execution[int] = Field(2, gt=0)
+    max_failures: Execution[int] = Field(3, ge=0)
     """How often training goes on by itself from the newest checkpoint after workers or nodes were lost; errors end it at once."""

@@ -1,0 +1,74 @@
+"""What a recipe's keys are for, derived from their fields: which decide a result, which are places, which are secret.
+
+Every job, the chain and the submission ask here instead of keeping lists of keys. Neither torch nor Ray is imported.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator, Mapping
+from typing import Any, Literal, NamedTuple
+
+from ..storage import paths
+from .recipe import Recipe
+from .sections import Section
+from .sections.keys import RecipeKey, flatten, keys_of, value_at
+
+Values = Mapping[str, Any]
+
+
+class PathValue(NamedTuple):
+    """A local path or address that a recipe sets, and whether jobs read or write there."""
+
+    role: Literal["input", "output"]
+    value: str
+
+
+def walk_keys(section: type[Section] = Recipe) -> Iterator[RecipeKey]:
+    """Every key of a recipe, in the order of the fields; `*` stands for the members of lists and mappings."""
+    return keys_of(section)
+
+
+def deciding_values(
+    recipe: Recipe | Values, sections: Collection[str], addresses: bool = True
+) -> dict[str, Any]:
+    """The values under `sections` that decide a job's result, as plain JSON values by dotted key.
+
+    `sections` are sections or single keys of the recipe, which may also be given as nested plain values. Keys that say
+    how a job runs, places that are written, and inputs that are identified by their content are left out. A job that
+    hashes all that it reads sets `addresses` to False, which leaves out the other inputs too.
+    """
+    values = recipe.model_dump(mode="json") if isinstance(recipe, Recipe) else recipe
+    left_out = {key.name for key in walk_keys() if not key.decides or (key.place and not addresses)}
+    return {
+        name: value
+        for name, value in flatten(values).items()
+        if _is_under(name, sections) and not _is_under(name, left_out)
+    }
+
+
+def path_values(recipe: Recipe) -> dict[str, PathValue]:
+    """Every place that the recipe or a default sets, by dotted key, as it was given."""
+    found = {}
+    for key in walk_keys():
+        if key.place is None:
+            continue
+        value = value_at(recipe, key.name)
+        if value and value not in key.place.words:
+            found[key.name] = PathValue(key.place.role, value)
+    return found
+
+
+def with_absolute_paths(recipe: Recipe) -> Recipe:
+    """The recipe with absolute local paths: Ray's workers run in other folders than the driver."""
+    made = recipe.model_copy(deep=True)
+    for name, (_, value) in path_values(recipe).items():
+        if "://" not in value or value.startswith("file://"):
+            *sections, last = name.split(".")
+            section = value_at(made, ".".join(sections)) if sections else made
+            setattr(section, last, paths.filesystem(value)[1])
+    return made
+
+
+def _is_under(name: str, keys: Collection[str]) -> bool:
+    parts = name.split(".")
+    return any(".".join(parts[:count]) in keys for count in range(1, len(parts) + 1))
