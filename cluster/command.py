@@ -14,7 +14,8 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from fae.pipelines.config import Recipe, flatten, load_recipe
+from fae.pipelines.config import Recipe, load_recipe
+from fae.pipelines.config.facts import flatten
 
 from .environment import refuse_password
 from .errors import SubmitError
