@@ -1,8 +1,9 @@
-"""`fae evaluate`: scores of a set of images against a reference, a Ray Data job on any kind of set (`image_sets.py`).
+"""`fae evaluate`: scores of a set of images against a reference, by Ray Data.
 
-Generation scores compare two sets: Fréchet distances (of the backbone, FID, sFID), precision and recall, KID; the
-Inception Score has no reference. Reconstruction scores compare each image with its own original, and refuse a reference
-without it. scores.json says what was compared; the same command again returns it.
+Generation scores compare two sets: Fréchet distances (of the backbone, FID, sFID), precision and
+recall, and KID; the Inception Score needs no reference. Reconstruction scores compare each image
+with its own original and refuse a reference without it (`comparison.py`). scores.json records what
+was compared; the same command again returns its scores.
 """
 
 from __future__ import annotations
@@ -11,65 +12,61 @@ import json
 import sys
 import time
 import warnings
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 
-from fae_core.errors import UserError
 from fae_core.metrics.frechet import frechet_distance
 from fae_core.metrics.manifold import kernel_distance, precision_recall
 
-from ..config import Recipe, RecipeError, with_absolute_paths
+from ..config import Recipe, with_absolute_paths
 from ..config.facts import deciding_values
+from ..config.sections import EvaluateSection
 from ..data.crops import CROPS
 from ..runtime import versions
 from ..runtime.session import start_ray
 from ..storage import paths
+from .comparison import FRECHET, PAIRED, check_made_with, needs_of, open_sets
+from .errors import EvaluationError, ScoresMismatch
 from .features import Extractor, Needs, Summary, compare_pairs, summarize
-from .image_sets import EvaluationError, ImageSet, open_set, read_statistics, write_statistics
+from .image_sets import ImageSet
+from .npz_files import read_statistics, write_statistics
 
 FORMAT = "fae-scores-1"
-FRECHET = {
-    "frechet_backbone": "backbone",
-    "fid": "inception",
-    "rfid": "inception",
-    "sfid": "spatial",
-}
-PAIRED = {"rfid", "reconstruction", "lpips"}
-
-
-class ScoresMismatch(UserError, ValueError):
-    """The output holds the scores of another comparison; the message names what differs."""
 
 
 def evaluate(recipe: Recipe, show_progress: bool = True) -> dict[str, float]:
-    """Scores of `evaluate.images` against `evaluate.reference`, by name; also num_images and num_reference.
+    """Scores of `evaluate.images` against `evaluate.reference`, by name.
 
-    Names: frechet_backbone, fid, sfid, inception_score, precision, recall, kid, rfid, psnr, ssim, lpips. num_reference
-    is absent where the reference does not tell. Raises RecipeError, EvaluationError (the wrong reference for a score,
-    images that cannot be decoded), ScoresMismatch, WeightsError, TooFewImages.
+    Names are frechet_backbone, fid, sfid, inception_score, precision, recall, kid, rfid, psnr [dB],
+    ssim and lpips, as the recipe asks, and the counts num_images and num_reference; the latter is
+    left out where the reference's file does not record it. With `evaluate.output`, scores.json and
+    the sets' statistics are written there. Raises RecipeError, EvaluationError (a reference that a
+    score cannot use, images that cannot be decoded), ScoresMismatch, WeightsError, TooFewImages.
     """
     started, written = time.monotonic(), recipe.to_yaml()
     recipe = with_absolute_paths(recipe)
     options, scores = recipe.evaluate, set(recipe.evaluate.scores)
-    images, reference = _open_sets(recipe)
-    needs = _needs(recipe, images, reference)
-    extractor = Extractor(recipe, needs["images"].networks | needs["reference"].networks)
-    fingerprints = extractor.fingerprints
-    del extractor
-    crop = CROPS[recipe.data.decoder]
-    made_with = {**fingerprints, "image_size": str(recipe.image_size), "crop": crop}
-    for side in (images, reference):
-        if side is not None:
-            _check_made_with(side, made_with)
+    images, reference = open_sets(options, recipe.image_size, recipe.data)
+    sides = _sides(images, reference)
+    needs = {role: needs_of(options, role, side) for role, side in sides}
+    networks = {name for of_side in needs.values() for name in of_side.networks}
+    made_with = {
+        **Extractor(options, recipe.backbone, networks).fingerprints,
+        "image_size": str(recipe.image_size),
+        "crop": CROPS[recipe.data.decoder],
+    }
+    for _, side in sides:
+        check_made_with(side, made_with)
     inputs = _inputs(recipe, images, reference, made_with)
-    if (before := _scores_before(recipe, inputs)) is not None:
+    if (before := _scores_before(options.output, inputs)) is not None:
         return before
 
-    summaries: dict[str, Summary] = {}
-    for role, side in (("images", images), ("reference", reference)):
-        if side is not None:
-            summaries[role] = _summary(role, side, needs[role], recipe, made_with, show_progress)
+    summaries = {
+        role: _summary(role, side, needs[role], recipe, made_with, show_progress)
+        for role, side in sides
+    }
     result: dict[str, float] = {}
     if reference is not None and scores & PAIRED - {"rfid"}:
         start_ray()
@@ -78,8 +75,9 @@ def evaluate(recipe: Recipe, show_progress: bool = True) -> dict[str, float]:
         result |= compare_pairs(images, reference, wanted, recipe, show_progress)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always", RuntimeWarning)
-        result = _scores(recipe, images, reference, summaries) | result
-    notes = [*_notes(recipe, images, reference), *dict.fromkeys(str(w.message) for w in caught)]
+        result = _scores(options, images, reference, summaries) | result
+    notes = _notes(options.scores, images, reference)
+    notes += dict.fromkeys(str(warning.message) for warning in caught)
     for note in notes:
         print(f"fae: warning: {note}", file=sys.stderr)
     if options.output is not None:
@@ -87,7 +85,7 @@ def evaluate(recipe: Recipe, show_progress: bool = True) -> dict[str, float]:
             "format": FORMAT,
             "scores": result,
             "warnings": notes,
-            **{role: _about(side, summaries[role]) for role, side in _sides(images, reference)},
+            **{role: _about(side, summaries[role]) for role, side in sides},
             "inputs": inputs,
             "run": {"seconds": time.monotonic() - started, "versions": versions()},
         }
@@ -97,99 +95,8 @@ def evaluate(recipe: Recipe, show_progress: bool = True) -> dict[str, float]:
 
 
 def _sides(images: ImageSet, reference: ImageSet | None) -> list[tuple[str, ImageSet]]:
-    return [("images", images)] + ([("reference", reference)] if reference is not None else [])
-
-
-def _open_sets(recipe: Recipe) -> tuple[ImageSet, ImageSet | None]:
-    options, scores = recipe.evaluate, set(recipe.evaluate.scores)
-    if options.images is None or not scores:
-        raise RecipeError("evaluate needs evaluate.images=… and one score or more.")
-    alone = scores - {"inception_score"}
-    if options.reference is None and alone:
-        raise RecipeError(
-            f"{', '.join(sorted(alone))}: these compare with evaluate.reference=…, which is not set."
-        )
-    images = open_set("images", recipe)
-    reference = open_set("reference", recipe) if alone else None
-    if reference is not None and scores & PAIRED:
-        _pair(images, reference, sorted(scores & PAIRED))
-    return images, reference
-
-
-def _pair(images: ImageSet, reference: ImageSet, scores: list[str]) -> None:
-    """Bring the reference into the order of the images' keys. Raises EvaluationError where they are not its originals."""
-    names = f"{', '.join(scores)}: reconstruction scores compare each image with its own original"
-    advice = "Give the folder of the originals; for generated images the score is fid, not rfid."
-    if images.kind == "samples":
-        raise EvaluationError(f"{names}, and {images.uri} holds generated samples. {advice}")
-    if reference.statistics or reference.kind == "samples":
-        raise EvaluationError(
-            f"{names}, and {reference.uri} is a reference for generation. {advice}"
-        )
-    if images.kind == "statistics":
-        raise EvaluationError(f"{names}, and {images.uri} holds statistics alone.")
-    for side in (images, reference):
-        if len(set(side.keys)) < len(side.keys):
-            raise EvaluationError(
-                f"{names}: {side.uri} has keys that differ in their suffix alone."
-            )
-    mine, theirs = set(images.keys), set(reference.keys)
-    if mine != theirs:
-        lonely = min(mine ^ theirs)
-        where = images.uri if lonely in mine else reference.uri
-        raise EvaluationError(
-            f"{names}: of {len(mine)} images in {images.uri} and {len(theirs)} in {reference.uri} "
-            f"{len(mine & theirs)} have the same key ({lonely!r} is in {where} alone). {advice}"
-        )
-    if reference.records is not None:
-        by_key = dict(zip(reference.keys, reference.records, strict=True))
-        reference.records = [by_key[key] for key in images.keys]
-        reference.keys = list(images.keys)
-
-
-def _needs(recipe: Recipe, images: ImageSet, reference: ImageSet | None) -> dict[str, Needs]:
-    """What is to be made of each set's images, beyond the statistics that it brings."""
-    scores = set(recipe.evaluate.scores)
-    wanted = dict.fromkeys(FRECHET[score] for score in recipe.evaluate.scores if score in FRECHET)
-    gather = recipe.evaluate.features if scores & {"kid", "precision_recall"} else None
-    found = {"images": Needs(), "reference": Needs()}
-    for role, side in _sides(images, reference):
-        needs = Needs(
-            tuple(name for name in wanted if name not in side.statistics),
-            gather,
-            splits="inception_score" in scores and role == "images",
-        )
-        if side.kind == "statistics" and needs != Needs():
-            brought = ", ".join(side.statistics)
-            missing = [f"the statistics of {name}" for name in needs.moments]
-            missing += ["the images themselves"] if gather or needs.splits else []
-            raise EvaluationError(
-                f"{side.uri} holds statistics alone ({brought}); {', '.join(recipe.evaluate.scores)} needs "
-                f"{' and '.join(missing)}. Give the images."
-            )
-        if "kid" in scores and len(side.keys) < recipe.evaluate.kid_subset_size:
-            raise EvaluationError(
-                f"kid: {side.uri} has {len(side.keys)} images, fewer than evaluate.kid_subset_size="
-                f"{recipe.evaluate.kid_subset_size}. Smaller subsets are noisier and compare with their like."
-            )
-        if needs.splits and len(side.keys) < recipe.evaluate.inception_splits:
-            raise EvaluationError(
-                f"inception_score: {len(side.keys)} images are fewer than evaluate.inception_splits="
-                f"{recipe.evaluate.inception_splits}."
-            )
-        found[role] = needs
-    return found
-
-
-def _check_made_with(side: ImageSet, made_with: dict[str, str]) -> None:
-    if side.kind == "samples":
-        return
-    for name, theirs in side.made_with.items():
-        if name in made_with and made_with[name] != theirs:
-            raise EvaluationError(
-                f"The statistics in {side.uri} were made with {name} {theirs}, here it is {made_with[name]}. "
-                "Give the images, or set the recipe's backbone, evaluate.backbone_token and image_size alike."
-            )
+    sides = [("images", images)]
+    return sides if reference is None else [*sides, ("reference", reference)]
 
 
 def _inputs(
@@ -202,8 +109,8 @@ def _inputs(
     return {**sets, **made_with, **settings}
 
 
-def _scores_before(recipe: Recipe, inputs: dict[str, Any]) -> dict[str, float] | None:
-    output = recipe.evaluate.output
+def _scores_before(output: str | None, inputs: dict[str, Any]) -> dict[str, float] | None:
+    """The scores that `output` holds already. Raises ScoresMismatch where they are of others."""
     if output is None or not paths.exists(_scores_uri(output)):
         return None
     before = json.loads(paths.read_bytes(_scores_uri(output)))
@@ -214,7 +121,8 @@ def _scores_before(recipe: Recipe, inputs: dict[str, Any]) -> dict[str, float] |
             f"  {k}: {theirs.get(k)!r} there, {inputs.get(k)!r} now" for k in differing
         )
         raise ScoresMismatch(
-            f"{output} holds the scores of another comparison:\n{lines}\nChoose another evaluate.output=…."
+            f"{output} holds the scores of another comparison:\n{lines}\n"
+            "Choose another evaluate.output=…."
         )
     return dict(before["scores"])
 
@@ -227,7 +135,11 @@ def _summary(
     made_with: dict[str, str],
     show_progress: bool,
 ) -> Summary:
-    """The set in features; its statistics go to the output, and come from there after an interruption."""
+    """The set's summary. Its statistics are added to `side` and saved in the output.
+
+    A job that was interrupted finds them there and does not extract features again, unless a score
+    needs more than statistics.
+    """
     if needs == Needs():
         return Summary()
     output = recipe.evaluate.output
@@ -253,9 +165,13 @@ def _summary(
 
 
 def _scores(
-    recipe: Recipe, images: ImageSet, reference: ImageSet | None, summaries: dict[str, Summary]
+    options: EvaluateSection,
+    images: ImageSet,
+    reference: ImageSet | None,
+    summaries: dict[str, Summary],
 ) -> dict[str, float]:
-    options, result = recipe.evaluate, dict[str, float]()
+    """The scores of two sets, and how many images each has. Raises EvaluationError."""
+    result: dict[str, float] = {}
     features = {
         role: np.concatenate(summary.features)
         for role, summary in summaries.items()
@@ -267,8 +183,8 @@ def _scores(
             a, b = images.statistics[name], reference.statistics[name]
             if a.mean.shape != b.mean.shape:
                 raise EvaluationError(
-                    f"{score}: {len(a.mean)} features of {images.uri} against {len(b.mean)} of {reference.uri}. "
-                    "The reference's statistics are another network's."
+                    f"{score}: {images.uri} has {len(a.mean)} features, {reference.uri} has "
+                    f"{len(b.mean)}. The reference's statistics are those of another network."
                 )
             result[score] = frechet_distance(a, b)
         elif score == "inception_score":
@@ -290,18 +206,20 @@ def _scores(
     for role, side in _sides(images, reference):
         count = summaries[role].count or _known_count(side)
         if count is not None:
-            result["num_images" if role == "images" else "num_reference"] = count
+            result[f"num_{role}"] = count
     return result
 
 
 def _known_count(side: ImageSet) -> int | None:
+    """Images of a set that was not read, from its statistics or else its listing."""
     counts = [gaussian.count for gaussian in side.statistics.values() if gaussian.count is not None]
     return counts[0] if counts else len(side.keys) or None
 
 
-def _notes(recipe: Recipe, images: ImageSet, reference: ImageSet | None) -> list[str]:
+def _notes(scores: Sequence[str], images: ImageSet, reference: ImageSet | None) -> list[str]:
+    """What the user should know about these scores."""
     notes = []
-    generation = sorted(set(recipe.evaluate.scores) & {"fid", "sfid"})
+    generation = sorted(set(scores) & {"fid", "sfid"})
     if (
         generation
         and reference is not None
@@ -309,8 +227,8 @@ def _notes(recipe: Recipe, images: ImageSet, reference: ImageSet | None) -> list
         and images.keys == reference.keys
     ):
         notes.append(
-            f"{', '.join(generation)}: both sets have the same keys. If the images are reconstructions of the "
-            "reference, this is rfid, not the FID of a generator."
+            f"{', '.join(generation)}: both sets have the same keys. If the images are "
+            "reconstructions of the reference, this is rfid, not the FID of a generator."
         )
     return notes
 

@@ -1,8 +1,8 @@
-"""Features of a set of images by Ray Data actors, summarized on the way: what `fae evaluate` makes its scores from.
+"""Features of a set of images, computed by Ray Data and summarized: the input of every score.
 
-One row is one chunk: decode and crop (CPU tasks) -> networks (actor pool) -> float64 moments, sums of the Inception Score,
-and the features themselves only where a score needs them. Chunks come back and are merged in their order, so the result
-has the same bits for any number of actors.
+One row is one chunk of images: decode and crop (CPU tasks) -> networks (actor pool) -> float64
+moments, sums of the Inception Score and, where a score needs them, the features themselves. Chunks
+are merged in their order, so the result has the same bits for any number of actors.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import json
 import os
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -22,7 +22,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fae_core.backbone import Backbone
+from fae_core.backbone import Backbone, load_backbone
 from fae_core.checkpoint import CheckpointError
 from fae_core.losses import lpips_distance
 from fae_core.metrics.frechet import Moments
@@ -31,10 +31,11 @@ from fae_core.metrics.reconstruction import psnr, ssim
 from fae_core.pixel_decoder import from_uint8
 
 from ..config import Recipe, RecipeError
-from ..networks import backbone_of
+from ..config.sections import BackboneSection, EvaluateSection
 from ..runtime import Progress, RowStages, run_rows
 from ..storage import paths
-from .image_sets import EvaluationError, ImageSet
+from .errors import EvaluationError
+from .image_sets import ImageSet
 from .tasks import decode_chunk
 
 PAIR_SCORES = ("psnr", "ssim", "lpips")
@@ -42,15 +43,18 @@ PAIR_SCORES = ("psnr", "ssim", "lpips")
 
 @dataclass(frozen=True)
 class Needs:
-    """What is made of a set: moments and gathered features by name (inception, spatial, backbone), score splits."""
+    """What the scores need of a set; features are named inception, spatial and backbone."""
 
     moments: tuple[str, ...] = ()
+    """Features whose mean and covariance are computed."""
     gather: str | None = None
+    """Features that are kept for each image, None for none."""
     splits: bool = False
+    """Whether the sums of the Inception Score's splits are computed."""
 
     @property
     def networks(self) -> set[str]:
-        """Of inception and backbone, those that it takes."""
+        """The networks that compute all this: inception, backbone, both or none."""
         names = {*self.moments, *([self.gather] if self.gather else [])}
         inception = self.splits or bool(names & {"inception", "spatial"})
         return ({"inception"} if inception else set()) | (names & {"backbone"})
@@ -58,52 +62,67 @@ class Needs:
 
 @dataclass
 class Summary:
-    """A set, or a chunk of it, in features."""
+    """What `Needs` asks for, of a whole set."""
 
     count: int = 0
+    """Images that were decoded."""
     moments: dict[str, Moments] = field(default_factory=dict)
     features: list[np.ndarray] = field(default_factory=list)
+    """Gathered features, one float32 array [n, D] for each chunk."""
     splits: SplitSums | None = None
     content_sha256: str = ""
-    """Over the SHA-256 of each crop in order: what was compared, wherever it lay."""
+    """SHA-256 over the SHA-256 of each crop in order: identifies the pixels that were compared."""
     images_per_second: float = 0.0
 
 
 class Extractor:
-    """The networks on one device, and what identifies them."""
+    """The networks on one device, and their fingerprints by name (backbone, inception).
 
-    def __init__(self, recipe: Recipe, networks: set[str], device: str = "cpu") -> None:
-        self.recipe, self.device = recipe, torch.device(device)
+    `networks` is what `Needs.networks` gives. Raises RecipeError where the backbone has no class
+    token and the recipe asks for it, and WeightsError.
+    """
+
+    def __init__(
+        self,
+        options: EvaluateSection,
+        backbone: BackboneSection,
+        networks: set[str],
+        device: str = "cpu",
+    ) -> None:
+        self.device, self.batch_size = torch.device(device), options.batch_size
+        self.token = options.backbone_token
         self.backbone: Backbone | None = None
         self.inception: Inception | None = None
         self.fingerprints: dict[str, str] = {}
         if "backbone" in networks:
-            self.backbone = backbone_of(recipe).to(self.device)
-            section, token = recipe.backbone, recipe.evaluate.backbone_token
-            if token == "class" and getattr(self.backbone.model, "cls_token", None) is None:
+            loaded = load_backbone(backbone.name, backbone.weights, backbone.image_size)
+            self.backbone = loaded.to(self.device)
+            if self.token == "class" and getattr(loaded.model, "cls_token", None) is None:
                 raise RecipeError(
-                    f"{section.name} has no class token. Set evaluate.backbone_token=mean."
+                    f"{backbone.name} has no class token. Set evaluate.backbone_token=mean."
                 )
-            size = self.backbone.spec.image_size
             self.fingerprints["backbone"] = (
-                f"{section.name}@{size} {token} {self.backbone.weights_sha256}"
+                f"{backbone.name}@{loaded.spec.image_size} {self.token} {loaded.weights_sha256}"
             )
         if "inception" in networks:
-            self.inception = inception_of(recipe).to(self.device)
+            self.inception = inception_of(options.inception_weights).to(self.device)
             self.fingerprints["inception"] = self.inception.weights_sha256
 
     @torch.inference_mode()
     def __call__(self, images: np.ndarray) -> dict[str, np.ndarray]:
-        """Features float32 [n, D] by name of uint8 crops [n, S, S, 3]: backbone; inception, spatial, logits."""
-        size = self.recipe.evaluate.batch_size
+        """Features float32 [n, D] by name, of uint8 crops [n, S, S, 3].
+
+        Names are backbone, and of Inception inception, spatial and logits.
+        """
         parts: dict[str, list[Tensor]] = {}
-        for start in range(0, len(images), size):
-            # A copy, because arrays from Ray's object store are read-only and torch has no such tensor.
-            batch = torch.from_numpy(images[start : start + size].copy()).to(self.device)
+        for start in range(0, len(images), self.batch_size):
+            # A copy, because arrays from Ray's object store are read-only and tensors are not.
+            some = images[start : start + self.batch_size].copy()
+            batch = torch.from_numpy(some).to(self.device)
             features: dict[str, Tensor] = {}
             if self.backbone is not None:
                 patches, token = self.backbone.tokens(batch)
-                if self.recipe.evaluate.backbone_token == "mean" or token is None:
+                if self.token == "mean" or token is None:
                     token = patches.mean(dim=1)
                 features["backbone"] = token
             if self.inception is not None:
@@ -113,9 +132,12 @@ class Extractor:
         return {name: torch.cat(values).numpy() for name, values in parts.items()}
 
 
-def inception_of(recipe: Recipe) -> Inception:
-    """Inception with the recipe's weights, the environment's, or the download. Raises WeightsError."""
-    uri = recipe.evaluate.inception_weights or os.environ.get("FAE_INCEPTION_WEIGHTS")
+def inception_of(weights: str | None) -> Inception:
+    """Inception-v3 with weights from `weights`, else $FAE_INCEPTION_WEIGHTS, else its download.
+
+    `weights` is a local path or an s3:// address. Raises WeightsError.
+    """
+    uri = weights or os.environ.get("FAE_INCEPTION_WEIGHTS")
     if uri is None or not paths.is_s3(uri):
         return load_inception(None if uri is None else Path(uri).expanduser())
     with tempfile.TemporaryDirectory() as folder:
@@ -131,14 +153,19 @@ def summarize(
     fingerprints: dict[str, str],
     show_progress: bool,
 ) -> Summary:
-    """The whole set in features. Raises EvaluationError where too many images cannot be decoded."""
+    """The summary of the whole set, as `needs` says.
+
+    `fingerprints` are those of the networks on the driver; an actor with other weights raises
+    CheckpointError. Raises EvaluationError where more images than the recipe allows cannot be
+    decoded.
+    """
     options = recipe.evaluate
     pieces = images.pieces(options.chunk_size)
     rows = [
         {"chunk": i, "start": i * options.chunk_size, "images": json.dumps(piece)}
         for i, piece in enumerate(pieces)
     ]
-    arguments = (recipe, needs, len(images.keys), fingerprints)
+    arguments = (options, recipe.backbone, needs, len(images.keys), fingerprints)
     progress = Progress(len(rows), len(images.keys), show_progress)
     whole, contents = Summary(), hashlib.sha256()
     errors: list[dict[str, str]] = []
@@ -158,7 +185,11 @@ def summarize(
 def compare_pairs(
     images: ImageSet, reference: ImageSet, scores: set[str], recipe: Recipe, show_progress: bool
 ) -> dict[str, float]:
-    """Mean PSNR, SSIM and LPIPS (those of `scores`) of images against the originals of the same key."""
+    """Those of psnr [dB], ssim and lpips in `scores`: means over images and their originals.
+
+    The two sets have equal keys in equal order. Raises EvaluationError where no pair can be
+    decoded.
+    """
     size = recipe.evaluate.chunk_size
     pairs = zip(images.pieces(size), reference.pieces(size), strict=True)
     rows = [
@@ -168,14 +199,14 @@ def compare_pairs(
     progress = Progress(len(rows), len(images.keys), show_progress)
     sums = dict.fromkeys((name for name in PAIR_SCORES if name in scores), 0.0)
     count = 0
-    for row in _run(rows, ComparePairs, (recipe, list(sums)), recipe):
+    for row in _run(rows, ComparePairs, (recipe.evaluate, list(sums)), recipe):
         progress.add(int(row["rows"]), 0, float(row["done_at"]))
         count += int(row["rows"])
         for name in sums:
             sums[name] += float(row[name])
     progress.close()
     if not count:
-        raise EvaluationError("None of the pairs could be decoded.")
+        raise EvaluationError(f"No pair of {images.uri} and {reference.uri} could be decoded.")
     return {name: total / count for name, total in sums.items()}
 
 
@@ -183,24 +214,34 @@ def _run(
     rows: list[dict[str, Any]], actor: type, arguments: tuple[Any, ...], recipe: Recipe
 ) -> Iterator[dict[str, Any]]:
     """The rows of the finished chunks, in order."""
-    stages = RowStages(actor, arguments, prepare=partial(decode_chunk, recipe=recipe))
+    decode = partial(decode_chunk, data=recipe.data, image_size=recipe.image_size)
+    stages = RowStages(actor, arguments, prepare=decode)
     return run_rows(rows, stages, recipe.evaluate, keep_order=True)
 
 
 class SummarizeChunks:
-    """The actor: one accelerator (or the CPU) each, networks loaded once."""
+    """The actor of `summarize`: it loads the networks once, on its GPU or its node's CPU.
+
+    It makes one row of each chunk: rows (images decoded), errors, digests (SHA-256 of each crop),
+    and what `needs` asks for. Raises CheckpointError where its weights are not the driver's.
+    """
 
     def __init__(
-        self, recipe: Recipe, needs: Needs, num_images: int, fingerprints: dict[str, str]
+        self,
+        options: EvaluateSection,
+        backbone: BackboneSection,
+        needs: Needs,
+        num_images: int,
+        fingerprints: dict[str, str],
     ) -> None:
-        self.needs, self.options = needs, recipe.evaluate
-        self.extract = Extractor(recipe, needs.networks, _device(recipe))
+        self.needs, self.options = needs, options
+        self.extract = Extractor(options, backbone, needs.networks, _device(options))
         for name, value in self.extract.fingerprints.items():
             if fingerprints[name] != value:
                 raise CheckpointError(
-                    f"The weights of {name} on this node are not those that the job began with."
+                    f"The weights of {name} on this node are not those that the job started with."
                 )
-        self.splits = split_numbers(num_images, self.options.inception_splits, self.options.seed)
+        self.splits = split_numbers(num_images, options.inception_splits, options.seed)
 
     def __call__(self, batch: dict[str, np.ndarray]) -> dict[str, Any]:
         images, kept = np.asarray(batch["images"][0]), np.asarray(batch["kept"][0], dtype=np.int64)
@@ -223,29 +264,27 @@ class SummarizeChunks:
 
 
 class ComparePairs:
-    """The actor of the paired scores."""
+    """The actor of `compare_pairs`: sums of `scores` over the pairs of a chunk."""
 
-    def __init__(self, recipe: Recipe, scores: list[str]) -> None:
-        self.size, self.scores, self.device = recipe.evaluate.batch_size, scores, _device(recipe)
-        self.lpips = lpips_distance().to(self.device) if "lpips" in scores else None
+    def __init__(self, options: EvaluateSection, scores: list[str]) -> None:
+        self.size, self.device = options.batch_size, torch.device(_device(options))
+        measures: dict[str, Callable[[Tensor, Tensor], Tensor]] = {"psnr": psnr, "ssim": ssim}
+        if "lpips" in scores:
+            lpips = lpips_distance().to(self.device)
+            measures["lpips"] = lambda x, y: lpips(x * 2 - 1, y * 2 - 1)
+        self.measures = {name: measures[name] for name in scores}
 
     @torch.inference_mode()
     def __call__(self, batch: dict[str, np.ndarray]) -> dict[str, Any]:
         images, originals = (np.asarray(batch[name][0]) for name in ("images", "originals"))
-        sums = dict.fromkeys(self.scores, 0.0)
+        sums = dict.fromkeys(self.measures, 0.0)
         for start in range(0, len(images), self.size):
             x, y = (
                 from_uint8(torch.from_numpy(part[start : start + self.size].copy())).to(self.device)
                 for part in (images, originals)
             )
-            values = {"psnr": psnr, "ssim": ssim}
-            for name in self.scores:
-                if name == "lpips":
-                    assert self.lpips is not None
-                    distances = self.lpips(x * 2 - 1, y * 2 - 1)
-                else:
-                    distances = values[name](x, y)
-                sums[name] += float(distances.double().sum())
+            for name, measure in self.measures.items():
+                sums[name] += float(measure(x, y).double().sum())
         return {
             "rows": [len(images)],
             "done_at": [time.time()],
@@ -253,14 +292,16 @@ class ComparePairs:
         }
 
 
-def _device(recipe: Recipe) -> str:
-    if recipe.evaluate.gpus_per_actor > 0:
+def _device(options: EvaluateSection) -> str:
+    """The device of this actor; on a CPU, torch may use all cores of the node."""
+    if options.gpus_per_actor > 0:
         return "cuda"
     torch.set_num_threads(os.cpu_count() or 1)
     return "cpu"
 
 
 def _merge(whole: Summary, row: dict[str, Any], needs: Needs) -> None:
+    """Add the row of a chunk to the summary."""
     count = int(row["rows"])
     whole.count += count
     for name in needs.moments:
@@ -287,6 +328,6 @@ def _check_errors(images: ImageSet, errors: list[dict[str, str]], allowed: float
         return
     first = "\n".join(f"  {e['key']} [{e['stage']}] {e['message']}" for e in errors[:10])
     raise EvaluationError(
-        f"{len(errors)} of {len(images.keys)} images of {images.uri} could not be decoded, more than "
-        f"evaluate.max_error_rate={allowed:g} allows. The first:\n{first}"
+        f"{len(errors)} of {len(images.keys)} images of {images.uri} could not be decoded, more "
+        f"than evaluate.max_error_rate={allowed:g} allows. The first:\n{first}"
     )

@@ -1,7 +1,8 @@
-"""Images to what the probes need of them, by Ray Data: the half of `fae probe` that runs on many machines.
+"""The part of `fae probe` that runs on many machines: what the probes need of each image.
 
-decode (CPU tasks) -> backbone, autoencoder, pooling and patch comparison (actor pool). Patch tokens stay in the actors; of an
-image one pooled vector of each kind leaves, so 25,000 images are some hundred MB.
+decode (CPU tasks) -> backbone, autoencoder, pooling and comparison of patches (actor pool), by Ray
+Data. Patch tokens stay in the actors; one pooled vector of each kind leaves them for each image, so
+25,000 images are some hundred MB.
 """
 
 from __future__ import annotations
@@ -17,7 +18,6 @@ from typing import Any
 import numpy as np
 import torch
 
-from fae_core.errors import UserError
 from fae_core.metrics.probes import (
     match_patches,
     object_patches,
@@ -26,29 +26,30 @@ from fae_core.metrics.probes import (
 )
 
 from ..config import Recipe
+from ..config.sections import ProbeSection
 from ..data.records import ImageRecord
 from ..latents import LatentEncoder
 from ..networks import features_of
 from ..runtime import Progress, RowStages, run_rows
+from .errors import ProbeError
 from .tasks import decode_batch
 
 KINDS = ("true", "reconstructed", "latent")
+"""Kinds of tokens: the backbone's features, the autoencoder's reconstruction of them, latents."""
 Pair = tuple[ImageRecord, ImageRecord]
-
-
-class ProbeError(UserError, ValueError):
-    """Images on which nothing can be probed; the message says what is missing."""
 
 
 @dataclass(frozen=True)
 class Probed:
-    """What the actors found of one image."""
+    """What the actors found out about one image."""
 
     pooled: dict[str, np.ndarray]
-    """One vector by kind of token: [D], [D], [C]."""
+    """One vector for each of KINDS: [D], [D], [C]."""
     similarity: float
+    """Correlation of the patches' cosine matrices of latents and features."""
     matches: tuple[int, int]
-    """Of a pair's first image: its object's patches that latents and features match alike, and all of them; else 0, 0."""
+    """Of a pair's first image: the patches of its object whose match by latents is within one
+    patch of the match by features, and all of them. (0, 0) for other images."""
 
 
 def extract(
@@ -58,31 +59,34 @@ def extract(
     weights: dict[str, str],
     show_progress: bool,
 ) -> dict[str, Probed]:
-    """What the actors found, by key, of `images`, which hold those of `pairs`; without those that cannot be decoded.
+    """What the actors found out about `images`, by key, without those that cannot be decoded.
 
-    Raises ProbeError once more failed than the recipe allows, and for features that are not finite.
+    `images` contain those of `pairs`. `weights` are the "backbone weights" and "autoencoder
+    weights" of the driver; an actor with others raises CheckpointError. Raises ProbeError where
+    more images fail than the recipe allows, and for features that are not finite.
     """
-    rows = batches_of(images, pairs, recipe.probe.batch_size)
+    options = recipe.probe
+    rows = batches_of(images, pairs, options.batch_size)
     decode = partial(decode_batch, data=recipe.data, image_size=recipe.image_size)
     stages = RowStages(ProbeImages, (recipe, weights), prepare=decode)
     progress = Progress(len(rows), len(images), show_progress)
     found: dict[str, Probed] = {}
     errors: list[dict[str, str]] = []
-    for row in run_rows(rows, stages, recipe.probe):
+    for row in run_rows(rows, stages, options):
         keys, failed = json.loads(str(row["keys"])), json.loads(str(row["errors"]))
         for index, key in enumerate(keys):
             pooled = {kind: np.asarray(row[kind][index]) for kind in KINDS}
             if not all(np.isfinite(vector).all() for vector in pooled.values()):
-                raise ProbeError(f"Features of {key!r} are not finite; is this checkpoint sound?")
+                raise ProbeError(f"Features of {key!r} are not finite. Check the checkpoint.")
             right, total = row["matches"][index]
             found[key] = Probed(pooled, float(row["similarity"][index]), (int(right), int(total)))
         errors += failed
         progress.add(len(keys), len(failed), float(row["probed_at"]))
-        if len(errors) > recipe.probe.max_error_rate * len(images):
+        if len(errors) > options.max_error_rate * len(images):
             first = "\n".join(f"  {e['key']} [{e['stage']}] {e['message']}" for e in errors[:10])
             raise ProbeError(
-                f"{len(errors)} of {len(images)} images could not be decoded, more than probe.max_error_rate="
-                f"{recipe.probe.max_error_rate:g} allows. The first:\n{first}"
+                f"{len(errors)} of {len(images)} images could not be decoded, more than "
+                f"probe.max_error_rate={options.max_error_rate:g} allows. The first:\n{first}"
             )
     progress.close()
     return found
@@ -90,13 +94,16 @@ def extract(
 
 @dataclass
 class Networks:
-    """Backbone and autoencoder on one device: images to the three kinds of patch tokens."""
+    """Backbone and autoencoder on one device: from images to the three kinds of patch tokens."""
 
     encoder: LatentEncoder
 
     @classmethod
     def of(cls, recipe: Recipe, encoder: LatentEncoder | None = None) -> Networks:
-        """Those of `encoder`, or load what the recipe names. Raises CheckpointError when the two do not belong together."""
+        """The networks of `encoder`, else those that the recipe names.
+
+        Raises CheckpointError where the autoencoder belongs to another backbone.
+        """
         encoder = encoder or LatentEncoder.of(recipe)
         return cls(dataclasses.replace(encoder, precision=recipe.probe.precision))
 
@@ -106,7 +113,10 @@ class Networks:
 
     @torch.inference_mode()
     def tokens(self, images: np.ndarray) -> dict[str, np.ndarray]:
-        """Patch tokens float32 [n, N, D] (latents [n, N, C], the posterior's mean) of uint8 crops [n, S, S, 3]."""
+        """Patch tokens float32 by kind, of uint8 crops [n, S, S, 3].
+
+        True and reconstructed tokens are [n, N, D]; latents are the posterior's mean [n, N, C].
+        """
         encoder = self.encoder
         if not len(images):
             dims = (
@@ -129,7 +139,7 @@ class Networks:
 def batches_of(
     images: Sequence[ImageRecord], pairs: Sequence[Pair], size: int
 ) -> list[dict[str, Any]]:
-    """Rows of the data set: records as JSON. The pairs come first, and none is cut."""
+    """Rows {records (JSON), paired} of at most `size` images. The pairs come first, none cut."""
     paired = [record for pair in pairs for record in pair]
     keys = {record.key for record in paired}
     rest = [record for record in images if record.key not in keys]
@@ -145,10 +155,10 @@ def batches_of(
 
 
 class ProbeImages:
-    """The actor: one accelerator (or the CPU) each, networks loaded once."""
+    """The actor of `extract`: it loads the networks once, on its GPU or its node's CPU."""
 
     def __init__(self, recipe: Recipe, weights: dict[str, str]) -> None:
-        self.recipe = recipe
+        self.options, self.seed = recipe.probe, recipe.seed
         encoder = LatentEncoder.for_actor(recipe, recipe.probe.gpus_per_actor, weights)
         self.networks = Networks.of(recipe, encoder)
 
@@ -157,8 +167,10 @@ class ProbeImages:
         tokens = self.networks.tokens(images)
         matches = np.zeros((len(images), 2), np.int64)
         for first, second in json.loads(str(batch["pairs"][0])):
-            matches[first] = self.matches(tokens, first, second)
-        pool = np.max if self.recipe.probe.pooling == "max" else np.mean
+            matches[first] = _matches(
+                tokens, first, second, self.networks.grid, self.options, self.seed
+            )
+        pool = np.max if self.options.pooling == "max" else np.mean
         return {
             "keys": batch["keys"],
             "errors": batch["errors"],
@@ -168,11 +180,19 @@ class ProbeImages:
             **{kind: [pool(value, axis=1)] for kind, value in tokens.items()},
         }
 
-    def matches(self, tokens: dict[str, np.ndarray], first: int, second: int) -> tuple[int, int]:
-        """Of the first image's object patches: (those matched within one patch of the features' match, all)."""
-        options, grid = self.recipe.probe, self.networks.grid
-        latents = tokens["latent"]
-        patches = object_patches(latents[first], grid, options.num_clusters, self.recipe.seed)
-        ours = match_patches(latents[first][patches], latents[second])
-        theirs = match_patches(tokens["true"][first][patches], tokens["true"][second])
-        return int(within_one_patch(ours, theirs, grid).sum()), len(patches)
+
+def _matches(
+    tokens: dict[str, np.ndarray],
+    first: int,
+    second: int,
+    grid: tuple[int, int],
+    options: ProbeSection,
+    seed: int,
+) -> tuple[int, int]:
+    """Patches of the first image's object whose match in the second image by latents is within one
+    patch of their match by features, and the number of all patches of the object."""
+    latents = tokens["latent"]
+    patches = object_patches(latents[first], grid, options.num_clusters, seed)
+    ours = match_patches(latents[first][patches], latents[second])
+    theirs = match_patches(tokens["true"][first][patches], tokens["true"][second])
+    return int(within_one_patch(ours, theirs, grid).sum()), len(patches)

@@ -1,7 +1,7 @@
-"""`fae probe`: what reconstructed features and latents still know of what the backbone's features know.
+"""`fae probe`: how much of the backbone's semantics reconstructed features and latents keep.
 
-list -> split by key hash -> pooled vectors and patch comparisons (`probe_features.py`, Ray Data) -> k-NN and linear probes
-here -> probe.json and two figures. Also `python -m pipelines.probe RECIPE key=value ...`.
+list -> split by the hash of the key -> pooled vectors and patch comparisons (`probe_features.py`,
+Ray Data) -> k-NN and linear probes in this process -> probe.json and two figures.
 """
 
 from __future__ import annotations
@@ -25,52 +25,61 @@ from fae_core.similarity_figures import MatchedPair, matching_figure, similarity
 
 from ..config import Recipe, RecipeError, with_absolute_paths
 from ..config.facts import deciding_values
+from ..config.sections import ProbeSection
 from ..data import list_images
 from ..data.crops import CROPS
 from ..data.reading import load_crops
 from ..data.records import ImageRecord, source_digest, split_records
 from ..runtime import versions
 from ..storage import StoreMismatch, fingerprint_of, paths
-from .probe_features import KINDS, Networks, Pair, Probed, ProbeError, extract
+from .errors import ProbeError
+from .probe_features import KINDS, Networks, Pair, Probed, extract
 
 
 def probe(recipe: Recipe, show_progress: bool = True) -> dict[str, float]:
     """The scores of the recipe's autoencoder on the labelled images of data.path.
 
-    `knn_X` and `linear_X` are accuracies on test images for X of true and reconstructed features and latents;
-    `linear_transfer` is the head of true features, unmodified, on reconstructed ones (the paper's protocol). Each has
-    `_low` and `_high`, Wilson's 95 % interval. `retention_knn` and `retention_linear` are reconstructed / true,
-    `retention_transfer` is transfer / true. `similarity` is the correlation of the patches' cosine matrices of latent and
-    feature, averaged over test images; `matching` the share of the object's patches whose match in another image of the class by
-    latents is within one patch of the features' match (absent where no class has two test images).
-    `num_train`, `num_test`, `num_classes`, `num_errors` count.
+    `knn_X` and `linear_X` are accuracies on test images, X being true features, reconstructed
+    features or latents (KINDS). `linear_transfer` is the accuracy of the head of the true features,
+    unmodified, on reconstructed ones, which is the paper's protocol. Each has `_low` and `_high`,
+    Wilson's 95 % interval. `retention_knn` and `retention_linear` are reconstructed / true,
+    `retention_transfer` is transfer / true.
 
-    With probe.output, writes matching.png, similarity.png and last probe.json there, or returns what is there already.
-    Raises RecipeError, SourceError, CheckpointError, ProbeError, StoreMismatch (the output holds another probe's).
+    `similarity` is the correlation of the patches' cosine matrices of latents and features,
+    averaged over test images. `matching` is the share of the object's patches whose match by
+    latents, in another image of the class, is within one patch of the match by features; it is left
+    out where no class has two test images. `linear_X_c` is the chosen regularization C.
+    `num_train`, `num_test`, `num_classes` and `num_errors` are counts.
+
+    With probe.output, matching.png, similarity.png and then probe.json are written there, or the
+    scores that are there are returned. Raises RecipeError, SourceError, CheckpointError,
+    ProbeError, and StoreMismatch where the output holds another probe.
     """
     if recipe.data.path is None or recipe.autoencoder.checkpoint is None:
         raise RecipeError(
-            "probe needs data.path=… (labelled images) and autoencoder.checkpoint=…; probe.output=… keeps the figures."
+            "probe needs data.path=… (labelled images) and autoencoder.checkpoint=…; "
+            "probe.output=… keeps the figures."
         )
     recipe = with_absolute_paths(recipe)
+    options, source = recipe.probe, str(recipe.data.path)
     records = list_images(recipe.data)
-    split = split_images(recipe, records)
+    split = split_images(options, records, source)
     networks = Networks.of(recipe)
     parts = probe_parts(recipe, networks, records)
-    if found := _finished(recipe.probe.output, parts):
+    if found := _finished(options.output, parts):
         return found
     probed = extract(recipe, [*split.test, *split.train], split.pairs, parts, show_progress)
-    scores = score(recipe, split, probed)
-    if recipe.probe.output is not None:
-        draw(recipe, networks, split, recipe.probe.output)
+    scores = score(options, split, probed)
+    if options.output is not None:
+        draw(recipe, networks, split, options.output)
         report = {
             "fingerprint": fingerprint_of(parts),
             "scores": scores,
             "parts": parts,
             "versions": versions(),
         }
-        # Last: its presence says that the figures are there.
-        uri = paths.join(recipe.probe.output, "probe.json")
+        # probe.json is written last: where it exists, the figures exist.
+        uri = paths.join(options.output, "probe.json")
         paths.write_bytes(uri, json.dumps(report, indent=1).encode())
     return scores
 
@@ -101,7 +110,7 @@ def summary(scores: dict[str, float]) -> str:
 def probe_parts(
     recipe: Recipe, networks: Networks, records: Sequence[ImageRecord]
 ) -> dict[str, str]:
-    """What decides the scores: networks by content, crop, images and labels, seed and the section's settings."""
+    """What decides the scores: networks by content, crop, images, labels, seed and settings."""
     settings = deciding_values(recipe, ["probe"], addresses=False)
     return {
         "backbone weights": networks.encoder.backbone.weights_sha256,
@@ -116,6 +125,7 @@ def probe_parts(
 
 
 def _finished(output: str | None, parts: dict[str, str]) -> dict[str, float] | None:
+    """The scores that `output` holds already. Raises StoreMismatch where they are of others."""
     if output is None or not paths.exists(uri := paths.join(output, "probe.json")):
         return None
     report = json.loads(paths.read_bytes(uri))
@@ -129,37 +139,44 @@ def _finished(output: str | None, parts: dict[str, str]) -> dict[str, float] | N
 
 @dataclass(frozen=True)
 class Split:
-    """Images that train and test the probes, and the pairs of test images whose patches are matched."""
+    """Images that train the probes, images that test them, and pairs of the latter to match."""
 
     train: list[ImageRecord]
     test: list[ImageRecord]
     pairs: list[Pair]
 
 
-def split_images(recipe: Recipe, records: Sequence[ImageRecord]) -> Split:
-    """Train and test by the hash of the key. Raises ProbeError for missing labels and for too few images or classes."""
-    options = recipe.probe
+def split_images(options: ProbeSection, records: Sequence[ImageRecord], source: str) -> Split:
+    """Training and test images, by the hash of the key. `source` names the images in messages.
+
+    Raises ProbeError for missing labels and for too few images or classes.
+    """
     unlabelled = [record.key for record in records if record.label is None]
     if unlabelled:
         raise ProbeError(
-            f"{len(unlabelled)} of {len(records)} images of {recipe.data.path} have no label, the first is "
-            f"{unlabelled[0]!r}. A probe needs class folders, or an integer column named by data.label_column."
+            f"{len(unlabelled)} of {len(records)} images of {source} have no label, the first is "
+            f"{unlabelled[0]!r}. A probe needs class folders, or an integer column named by "
+            "data.label_column."
         )
     train, test = split_records(records, options.test_fraction)
     train, test = train[: options.train_limit], test[: options.test_limit]
     if len(train) < options.num_neighbors or not test:
         raise ProbeError(
-            f"{len(train)} training and {len(test)} test images of {recipe.data.path} (probe.test_fraction="
-            f"{options.test_fraction:g}): probe.num_neighbors={options.num_neighbors} needs as many training "
-            "images, and testing at least one. Give more images, or lower probe.num_neighbors."
+            f"{len(train)} training and {len(test)} test images of {source} "
+            f"(probe.test_fraction={options.test_fraction:g}): probe.num_neighbors="
+            f"{options.num_neighbors} needs as many training images, and testing at least one. "
+            "Give more images, or lower probe.num_neighbors."
         )
     if len({record.label for record in train}) < 2:
-        raise ProbeError(f"The training images of {recipe.data.path} are of one class; give two.")
+        raise ProbeError(f"The training images of {source} are of one class. Give images of two.")
     return Split(train, test, image_pairs(test, options.num_image_pairs))
 
 
 def image_pairs(test: Sequence[ImageRecord], num_pairs: int) -> list[Pair]:
-    """At most so many pairs of neighbours of one class, every class in turn; no image is in two."""
+    """At most `num_pairs` pairs of images of one class, from each class in turn.
+
+    No image is in two pairs.
+    """
     by_label: dict[int | None, list[ImageRecord]] = {}
     for record in test:
         by_label.setdefault(record.label, []).append(record)
@@ -171,9 +188,8 @@ def image_pairs(test: Sequence[ImageRecord], num_pairs: int) -> list[Pair]:
     return [pair for _, _, pair in sorted(found, key=lambda item: item[:2])][:num_pairs]
 
 
-def score(recipe: Recipe, split: Split, found: dict[str, Probed]) -> dict[str, float]:
-    """The scores that `probe` returns, of what `extract` found."""
-    options = recipe.probe
+def score(options: ProbeSection, split: Split, found: dict[str, Probed]) -> dict[str, float]:
+    """The scores that `probe` returns, from what `extract` found out."""
     train = [record for record in split.train if record.key in found]
     test = [record for record in split.test if record.key in found]
     train_labels, test_labels = (np.array([r.label for r in part]) for part in (train, test))
@@ -200,7 +216,7 @@ def score(recipe: Recipe, split: Split, found: dict[str, Probed]) -> dict[str, f
         "retention_transfer": ("linear_transfer", "linear_true"),
     }
     for name, (ours, theirs) in ratios.items():
-        # A probe that is never right has nothing to retain.
+        # Where the probe of true features is never right, there is nothing to retain.
         scores[name] = scores[ours] / scores[theirs] if scores[theirs] else 0.0
     scores["similarity"] = float(np.mean([found[r.key].similarity for r in test]))
     right, all_patches = np.sum([found[r.key].matches for r in test], axis=0)
@@ -216,7 +232,10 @@ def score(recipe: Recipe, split: Split, found: dict[str, Probed]) -> dict[str, f
 
 
 def draw(recipe: Recipe, networks: Networks, split: Split, output: str) -> None:
-    """Write matching.png, of pairs, and similarity.png, of their first images; nothing where there are no pairs."""
+    """Write matching.png of pairs and similarity.png of their first images into `output`.
+
+    Where there are no pairs, nothing is written.
+    """
     options, grid = recipe.probe, networks.grid
     random = np.random.default_rng(recipe.seed)
     pictures: list[np.ndarray] = []

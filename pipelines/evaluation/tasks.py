@@ -1,4 +1,7 @@
-"""What the CPU tasks of evaluation and probes run: pieces of an image set to crops. Imports no torch."""
+"""The CPU tasks of `fae evaluate` and `fae probe`: from the images of a row to crops.
+
+They import no torch: a process of such a task starts sooner and holds less memory.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +10,6 @@ from typing import Any
 
 import numpy as np
 
-from ..config import Recipe
 from ..config.sections import DataSection
 from ..data.reading import load_crops
 from ..data.records import ImageRecord
@@ -15,7 +17,11 @@ from .image_sets import read_piece
 
 
 def decode_batch(row: dict[str, Any], data: DataSection, image_size: int) -> dict[str, Any]:
-    """{records, paired} -> {images uint8 [n,S,S,3], keys, pairs (positions in `images`), errors}, the last three JSON."""
+    """{records (JSON), paired} -> {images uint8 [n, S, S, 3], keys, pairs, errors}; for the probe.
+
+    Images that cannot be decoded are left out of `images` and `keys`. `pairs` are positions in
+    `images` of pairs whose two images are both there. keys, pairs and errors are JSON.
+    """
     records = [ImageRecord(*values) for values in json.loads(str(row["records"]))]
     images, ok, errors = load_crops(records, image_size, data)
     place = {index: position for position, index in enumerate(ok)}
@@ -29,12 +35,16 @@ def decode_batch(row: dict[str, Any], data: DataSection, image_size: int) -> dic
     }
 
 
-def decode_chunk(row: dict[str, Any], recipe: Recipe) -> dict[str, Any]:
-    """{images, originals?} (pieces of work) -> crops of them, positions in the chunk, errors; of pairs, both or none."""
-    images, kept, errors = read_piece(json.loads(row["images"]), recipe)
+def decode_chunk(row: dict[str, Any], data: DataSection, image_size: int) -> dict[str, Any]:
+    """{chunk, start, images, originals?} -> the same with crops, kept int64 [n], errors (JSON).
+
+    `images` and `originals` come as pieces of an image set (JSON) and leave as uint8 [n, S, S, 3].
+    `kept` are the positions of the decoded images in the chunk; a pair is kept whole or left out.
+    """
+    images, kept, errors = read_piece(json.loads(row["images"]), image_size, data)
     decoded = {"chunk": row["chunk"], "start": row["start"]}
     if "originals" in row:
-        originals, whole, more = read_piece(json.loads(row["originals"]), recipe)
+        originals, whole, more = read_piece(json.loads(row["originals"]), image_size, data)
         both = sorted(set(kept) & set(whole))
         decoded["originals"] = originals[[whole.index(i) for i in both]]
         images, kept, errors = images[[kept.index(i) for i in both]], both, errors + more

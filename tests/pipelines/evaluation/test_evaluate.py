@@ -1,4 +1,7 @@
-"""Evaluation: sets of every kind, refusals before any work, then scores with real Ray beside torch-fidelity's own."""
+"""Evaluation: sets of every kind, refusals before any work, and scores with real Ray.
+
+torch-fidelity computes the expected scores of Inception from the same folders.
+"""
 
 from __future__ import annotations
 
@@ -15,14 +18,11 @@ from PIL import Image
 
 from fae.pipelines.config.recipe import Recipe, RecipeError, load_recipe
 from fae.pipelines.data.crops import adm_center_crop
-from fae.pipelines.evaluation.evaluate_job import ScoresMismatch, evaluate
+from fae.pipelines.evaluation.errors import EvaluationError, ScoresMismatch
+from fae.pipelines.evaluation.evaluate_job import evaluate
 from fae.pipelines.evaluation.features import Extractor
-from fae.pipelines.evaluation.image_sets import (
-    EvaluationError,
-    open_set,
-    read_piece,
-    write_statistics,
-)
+from fae.pipelines.evaluation.image_sets import open_set, read_piece
+from fae.pipelines.evaluation.npz_files import write_statistics
 from fae.pipelines.sampling.sample_store import FORMAT as SAMPLES_FORMAT
 from fae.pipelines.sampling.sample_store import write_sample_shard
 from fae_core.metrics.frechet import Gaussian, frechet_of_features
@@ -86,8 +86,9 @@ def damaged(crops: np.ndarray, tmp_path_factory: pytest.TempPathFactory) -> Path
 
 def read_set(images: object, *more: str) -> np.ndarray:
     recipe = recipe_of(images, None, *more)
-    found = open_set("images", recipe)
-    return np.concatenate([read_piece(piece, recipe)[0] for piece in found.pieces(5)])
+    size, data = recipe.image_size, recipe.data
+    found = open_set("images", str(images), recipe.evaluate.limit, size, data)
+    return np.concatenate([read_piece(piece, size, data)[0] for piece in found.pieces(5)])
 
 
 def test_a_set_is_the_same_images_whatever_holds_it(
@@ -208,10 +209,11 @@ def test_scores_have_the_same_bits_on_one_and_four_actors_and_are_those_of_the_f
     one = evaluate(recipe, show_progress=False)
     four = evaluate(recipe_of(damaged, originals, *more, "evaluate.num_actors=4"), False)
     assert one.keys() == {
-        "frechet_backbone", "precision", "recall", "kid", "psnr", "ssim", "num_images", "num_reference",
+        "frechet_backbone", "precision", "recall", "kid", "psnr", "ssim",
+        "num_images", "num_reference",
     }  # fmt: skip
     assert four == pytest.approx(one, rel=1e-6, abs=1e-6)
-    extract = Extractor(recipe, {"backbone"})
+    extract = Extractor(recipe.evaluate, recipe.backbone, {"backbone"})
     noisy = read_set(damaged)
     a, b = (extract(pixels)["backbone"] for pixels in (noisy, crops))
     with pytest.warns(RuntimeWarning, match="48 images for 192 dimensions"):
@@ -238,7 +240,8 @@ def test_scores_of_finished_work_are_returned_and_those_of_other_work_are_not(
     assert evaluate(recipe_of(*arguments, "evaluate.num_actors=3")) == first
     with pytest.raises(ScoresMismatch, match="backbone_token: 'class' there, 'mean' now"):
         evaluate(recipe_of(*arguments, "evaluate.backbone_token=mean"))
-    # A job that was killed before its scores has the statistics of the sets; nothing is extracted twice.
+    # A job that was killed before its scores has saved the statistics of the sets: nothing is
+    # extracted twice.
     (output / "scores.json").unlink()
     assert evaluate(recipe_of(*arguments)) == first
     statistics = output / "reference_statistics.npz"
@@ -256,12 +259,13 @@ def test_scores_of_finished_work_are_returned_and_those_of_other_work_are_not(
 def test_inceptions_scores_are_torch_fidelitys_own(
     ray_session: None, originals: Path, damaged: Path, inception_weights: Path, tmp_path: Path
 ) -> None:
-    """torch-fidelity reads the same folders by itself, with the same weights: random ones, so no known value."""
+    """torch-fidelity reads the same folders with the same weights, which are random."""
     theirs = torch_fidelity.calculate_metrics(
         input1=str(damaged), input2=str(originals), fid=True, isc=True, kid=True, prc=True,
         isc_splits=3, kid_subsets=5, kid_subset_size=20, cuda=False, verbose=False, cache=False,
-        # By default its precision and recall look through VGG-16; ADM's evaluator and ours through Inception.
-        feature_extractor="inception-v3-compat", feature_extractor_weights_path=str(inception_weights),
+        # Its default for precision and recall is VGG-16; ADM's evaluator and ours use Inception.
+        feature_extractor="inception-v3-compat",
+        feature_extractor_weights_path=str(inception_weights),
     )  # fmt: skip
     ours = evaluate(
         recipe_of(

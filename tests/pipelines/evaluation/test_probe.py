@@ -16,10 +16,10 @@ from torch import nn
 from fae.pipelines.config.recipe import Recipe, load_recipe
 from fae.pipelines.data.records import ImageRecord
 from fae.pipelines.data.sources import list_images
+from fae.pipelines.evaluation.errors import ProbeError
 from fae.pipelines.evaluation.probe_features import (
     KINDS,
     Probed,
-    ProbeError,
     ProbeImages,
     batches_of,
 )
@@ -56,7 +56,10 @@ def recipe_for(images: Path | str, autoencoder: Path | str = "x", *more: str) ->
 
 
 def save_autoencoder(path: Path, latent_dim: int, identity: bool) -> Path:
-    """A linear encoder without a decoder's blocks: latents are features where it is the identity, else random mixtures."""
+    """A linear encoder whose decoder has no blocks.
+
+    With `identity` the latents are the features, else random mixtures of them.
+    """
     backbone = load_backbone("vit_tiny_patch16_224", "random", 96)
     config = AutoencoderConfig(
         backbone.dim, latent_dim, GRID, "linear", decoder_depth=0, decoder_num_heads=3
@@ -87,17 +90,19 @@ def class_folders(tmp_path_factory: pytest.TempPathFactory, photographs: Path) -
     return folder
 
 
-# Without Ray ----------------------------------------------------------------------------------------------------------
+# Without Ray --------------------------------------------------------------------------------------
 
 
 def test_an_images_side_depends_on_its_own_key_alone(class_folders):
     records = list_images(recipe_for(class_folders).data)
-    split = split_images(recipe_for(class_folders), records)
+    options = recipe_for(class_folders).probe
+    split = split_images(options, records, "photos")
     assert len(split.train) + len(split.test) == 48 and len(split.test) > 10
-    fewer = split_images(recipe_for(class_folders, "x", "probe.num_neighbors=2"), records[:30])
+    few = options.model_copy(update={"num_neighbors": 2})
+    fewer = split_images(few, records[:30], "photos")
     assert set(fewer.test) == set(split.test) & set(records[:30])
-    limits = ("probe.train_limit=7", "probe.test_limit=3")
-    limited = split_images(recipe_for(class_folders, "x", *limits), records)
+    limits = options.model_copy(update={"train_limit": 7, "test_limit": 3})
+    limited = split_images(limits, records, "photos")
     assert (limited.train, limited.test) == (split.train[:7], split.test[:3])
 
 
@@ -117,21 +122,25 @@ def test_no_pair_is_cut_and_every_image_is_there_once(size):
     keys = [[record[0] for record in json.loads(row["records"])] for row in rows]
     assert sorted(key for batch in keys for key in batch) == [image.key for image in images]
     assert max(map(len, keys)) <= size
-    together = [tuple(k[i : i + 2]) for k, r in zip(keys, rows, strict=True) if r["paired"] for i in range(0, len(k), 2)]  # fmt: skip
+    paired = [k for k, row in zip(keys, rows, strict=True) if row["paired"]]
+    together = [tuple(k[i : i + 2]) for k in paired for i in range(0, len(k), 2)]
     assert together == [(a.key, b.key) for a, b in pairs]
 
 
 @pytest.mark.parametrize(
     ("records", "message"),
     [
-        ([ImageRecord("a", "", 1), ImageRecord("b", "")], "1 of 2 images of photos have no label, the first is 'b'"),
+        (
+            [ImageRecord("a", "", 1), ImageRecord("b", "")],
+            "1 of 2 images of photos have no label, the first is 'b'",
+        ),
         ([ImageRecord(f"{i}", "", i % 2) for i in range(6)], "lower probe.num_neighbors"),
         ([ImageRecord(f"{i}", "", 5) for i in range(60)], "of one class"),
     ],
-)  # fmt: skip
+)
 def test_images_that_cannot_be_probed_are_refused(records, message):
     with pytest.raises(ProbeError, match=message):
-        split_images(recipe_for("photos"), records)
+        split_images(recipe_for("photos").probe, records, "photos")
 
 
 def test_scores_of_a_reconstruction_that_forgets_one_class_of_four():
@@ -151,8 +160,9 @@ def test_scores_of_a_reconstruction_that_forgets_one_class_of_four():
         vectors = dict(zip(KINDS, pooled, strict=True))
         found[image.key] = Probed(vectors, 0.5, (3, 4) if image.key > "150" else (0, 0))
     del found["199"], found["000"]  # as if not decoded
-    scores = score(recipe_for("x"), split, found)
-    assert [scores[f"{kind}_{x}"] for kind in ("knn", "linear") for x in ("true", "latent")] == [1] * 4  # fmt: skip
+    scores = score(recipe_for("x").probe, split, found)
+    perfect = [f"{probe}_{kind}" for probe in ("knn", "linear") for kind in ("true", "latent")]
+    assert [scores[name] for name in perfect] == [1] * 4
     # 60 of 79 are of a class that is kept; of the two that look alike a probe gets about half.
     for name in ("knn_reconstructed", "linear_reconstructed"):
         assert 0.6 < scores[name] < 0.9
@@ -210,7 +220,7 @@ def test_a_batch_gives_pooled_vectors_of_its_sound_images_and_matches_of_whole_p
         ProbeImages(recipe, {**weights, "autoencoder weights": "another"})
 
 
-# With Ray -------------------------------------------------------------------------------------------------------------
+# With Ray -----------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -232,7 +242,8 @@ def test_an_identity_retains_everything_and_a_finished_probe_is_not_repeated(
     output = tmp_path / "probe"
     recipe = recipe_for(class_folders, autoencoder, f"probe.output={output}")
     scores = probe(recipe)
-    for name in ("similarity", "matching", "retention_knn", "retention_linear", "retention_transfer"):  # fmt: skip
+    retained = [f"retention_{probe}" for probe in ("knn", "linear", "transfer")]
+    for name in ("similarity", "matching", *retained):
         assert scores[name] == pytest.approx(1.0, abs=1e-6), name
     assert scores["knn_true"] == scores["knn_latent"] > 0.5
     assert scores["linear_true"] == scores["linear_latent"] > 0.5
