@@ -1,8 +1,8 @@
-"""`fae run`: the whole chain as one resumable command, from a folder of images to scored samples and one page about them.
+"""`fae run`: the whole chain as one resumable command, from images to scored samples and a report.
 
-autoencoder ‖ pixel decoder → latents → generator → finetuning → samples → evaluation (→ probe) → report. stages.py says
-what each stage reads and where its result lives; a stage that has finished there is skipped, one that was interrupted
-goes on. `run_stage` is also what a trial of `fae tune` calls.
+autoencoder ‖ pixel decoder → latents → generator → finetuning → samples → evaluation (→ probe) →
+report. `stages.py` plans what each stage reads and where its result lies. A stage that has finished
+is skipped; one that was interrupted resumes. Trials of `fae tune` call `run_stage` too.
 """
 
 from __future__ import annotations
@@ -27,7 +27,8 @@ from ..sampling import sample
 from ..storage import paths
 from ..training import TrainResult, train_autoencoder, train_generator, train_pixel_decoder
 from .report import write_report
-from .stages import Stage, expected_bytes, latent_bytes, plan_stages, select, training_of
+from .sizes import expected_bytes, latent_bytes
+from .stages import Stage, plan_stages, select, training_of
 
 TRAINERS: dict[str, Callable[..., TrainResult]] = {
     "autoencoder": train_autoencoder,
@@ -36,10 +37,14 @@ TRAINERS: dict[str, Callable[..., TrainResult]] = {
     "generator": train_generator,
 }
 SIDE_BY_SIDE = {"autoencoder", "pixel-decoder"}
+"""Stages that do not build on each other and can train at the same time."""
 
 
 def run_chain(recipe: Recipe) -> dict[str, dict[str, float]]:
-    """Run what is missing; the metrics of every stage by its name. Raises what the stages' jobs raise."""
+    """Run the missing stages. Returns the metrics of every stage by its name.
+
+    Raises what the stages' jobs raise.
+    """
     stages = select(plan_stages(recipe), recipe.chain)
     todo = [stage for stage in stages if stage.result() is None]
     for stage in stages:
@@ -53,7 +58,7 @@ def run_chain(recipe: Recipe) -> dict[str, dict[str, float]]:
         how = "side by side" if fits else "one after the other"
         _say(f"autoencoder and pixel-decoder: {how} ({why})")
         if fits:
-            # The first to fail is raised once the other has come to its end, which loses nothing.
+            # An error of one is raised after the other has ended, so the other's work is kept.
             with ThreadPoolExecutor(2) as pool:
                 list(pool.map(_run_aloud, together))
             todo = [stage for stage in todo if stage not in together]
@@ -63,7 +68,10 @@ def run_chain(recipe: Recipe) -> dict[str, dict[str, float]]:
 
 
 def run_stage(stage: Stage, callbacks: Sequence[Any] = ()) -> dict[str, Any]:
-    """Run the stage, or go on with it; its `result()`. `callbacks` are Ray Train's, for a stage that trains."""
+    """Run or resume the stage. Returns its `result()`, which a finished stage has already.
+
+    `callbacks` are Ray Train's, for a stage that trains.
+    """
     found = stage.result()
     if found is not None:
         return found
@@ -76,14 +84,17 @@ def run_stage(stage: Stage, callbacks: Sequence[Any] = ()) -> dict[str, Any]:
         "seconds": round(time.monotonic() - started, 1),
         "parts": dict(stage.parts),
     }
-    # Written last: its presence says that the stage has finished.
+    # stage.json is written last: where it exists, the stage has finished.
     text = json.dumps(result, indent=1).encode()
     paths.write_bytes(paths.join(stage.uri, "stage.json"), text)
     return result
 
 
 def describe(recipe: Recipe) -> list[tuple[Stage, str, int]]:
-    """For `--dry-run`: each stage, its state (finished, begun, absent), and its bytes: found, or else expected."""
+    """For `--dry-run`: each stage, its state (finished, begun or absent), and its bytes.
+
+    Of a finished stage these are the bytes in its folder, else those that are expected.
+    """
     described = []
     for stage in select(plan_stages(recipe), recipe.chain):
         files = list(paths.list_files(stage.uri))
@@ -94,7 +105,7 @@ def describe(recipe: Recipe) -> list[tuple[Stage, str, int]]:
 
 
 def print_plan(recipe: Recipe) -> None:
-    """Print what `describe` finds, and what training side by side would need."""
+    """Print what `describe` finds, and the resources for training two stages side by side."""
     console = Console(width=None if sys.stdout.isatty() else 120, highlight=False)
     table = Table(box=None, pad_edge=False)
     for title in ("stage", "state", "size", "where"):
@@ -112,11 +123,11 @@ def print_plan(recipe: Recipe) -> None:
         need = ", ".join(
             f"{value:g} {name}" for name, value in training_resources(together).items()
         )
-        console.print(f"autoencoder and pixel-decoder train side by side where there are {need}")
+        console.print(f"autoencoder and pixel-decoder train side by side if the cluster has {need}")
 
 
 def fit_together(stages: Sequence[Stage], available: dict[str, float]) -> tuple[bool, str]:
-    """Whether the stages' trainings fit into the cluster at the same time, and the reason in words."""
+    """Whether the stages can train at the same time with `available`, and the reason in words."""
     needed = training_resources(stages)
     short = [name for name, value in needed.items() if value > available.get(name, 0.0)]
     names = short or list(needed)
@@ -150,12 +161,12 @@ def _run_aloud(stage: Stage) -> None:
 
 
 def _run_job(stage: Stage, callbacks: Sequence[Any]) -> tuple[dict[str, float], str]:
-    """(metrics, what identifies the result) of the stage's job."""
+    """Run the stage's job. Returns its metrics, and the fingerprint of its result."""
     recipe = stage.recipe
     if stage.name in TRAINERS:
         preview = recipe.pixel_decoder.checkpoint
         if stage.name == "generator" and preview and not paths.exists(preview):
-            # A chain that ends before the samples has no pixel decoder; previews are PCA maps then.
+            # A chain that ends before the samples trains no pixel decoder: previews are PCA maps.
             recipe = recipe.model_copy(deep=True)
             recipe.pixel_decoder.checkpoint = None
         trained = TRAINERS[stage.name](recipe, callbacks)

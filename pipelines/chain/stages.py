@@ -1,8 +1,9 @@
-"""The chain's stages: what each one reads, what decides its result, and where that lives.
+"""The stages of the chain: what each reads, what decides its result, and its folder.
 
-A stage's key hashes the recipe's parts that decide its result, the keys of the stages that it builds on and, where it
-reads images, their list. Its folder is STORAGE/NAME-KEY: two recipes that agree up to a stage share it, and a change of the
-recipe leads to another folder instead of a mixed one. `fae run` and the trials of `fae tune` run what these plans say.
+A stage's key hashes the values of the recipe that decide its result, the keys of the stages that it
+builds on and, where it reads images, their list. Its folder is STORAGE/NAME-KEY. Two recipes that
+agree up to a stage therefore share its result, and a changed recipe writes to another folder.
+`fae run` and the trials of `fae tune` run these plans.
 """
 
 from __future__ import annotations
@@ -12,16 +13,12 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, get_args
 
-import torch
-from torch import nn
-
 from ..config import Recipe, RecipeError, with_absolute_paths
 from ..config.facts import deciding_values
 from ..config.sections import ChainSection, StageName, TrainingSection
 from ..data import list_images
 from ..data.records import ImageRecord, source_digest
-from ..networks import backbone_spec, load_checkpoint
-from ..networks.untrained import build_autoencoder, build_generator, build_pixel_decoder
+from ..networks import load_checkpoint
 from ..storage import fingerprint_of, paths
 from ..training.tracking import resolve_uri
 
@@ -34,23 +31,27 @@ FILLED_IN = {"finetune": "pixel_decoder.start_from", "evaluation": "evaluate.ima
 
 @dataclass(frozen=True)
 class Stage:
-    """One job of the chain: `parts` decide its result, `recipe` is what its job is called with."""
+    """One job of the chain."""
 
     name: StageName
     parts: Mapping[str, Any]
+    """What decides the result, by name."""
     recipe: Recipe
+    """What the job is called with."""
     uri: str
+    """The stage's folder."""
     needs: tuple[str, ...]
+    """Names of the stages whose results it reads."""
     num_images: int
-    """Images that it reads or draws."""
+    """Images that it reads or draws; 0 where their number does not matter."""
 
     @property
     def key(self) -> str:
-        """The part of its folder's name that stands for `parts`."""
+        """The part of the folder's name that identifies `parts`."""
         return self.uri.rpartition("-")[2]
 
     def result(self) -> dict[str, Any] | None:
-        """What its job left when it finished (metrics, fingerprint, seconds), None where it has not."""
+        """What the job recorded at its end (metrics, fingerprint, seconds), None before."""
         uri = paths.join(self.uri, "stage.json")
         return dict(json.loads(paths.read_bytes(uri))) if paths.exists(uri) else None
 
@@ -58,14 +59,16 @@ class Stage:
 def plan_stages(recipe: Recipe, images: Sequence[ImageRecord] | None = None) -> list[Stage]:
     """Every stage of the recipe's chain, in an order in which they can run; nothing is written.
 
-    `images` are those of data.path, listed now where they are not given.
-    A network that the recipe names (`autoencoder.checkpoint`, …) is used instead of the stage that would train it.
-    Raises RecipeError and SourceError.
+    `images` are those of data.path; without them, data.path is listed. A network that the recipe
+    names (`autoencoder.checkpoint`, …) replaces the stage that would train it. Raises RecipeError
+    and SourceError.
     """
     base = with_absolute_paths(recipe)
     base.tracking.uri = resolve_uri(recipe.tracking)
     if base.data.path is None:
-        raise RecipeError("The chain begins with images: data.path=… (a folder, file or s3://).")
+        raise RecipeError(
+            "The chain starts from images: set data.path=… (a folder, file or s3://)."
+        )
     base.evaluate.reference = _absolute(base.evaluate.reference or base.data.path)
     planner = _Planner()
     records = list_images(base.data) if images is None else images
@@ -151,14 +154,16 @@ def plan_stages(recipe: Recipe, images: Sequence[ImageRecord] | None = None) -> 
 def select(stages: Sequence[Stage], section: ChainSection) -> list[Stage]:
     """The stages that `section` asks for: what `until` needs, from `first` on.
 
-    Raises RecipeError where a stage is not part of this chain, or what comes before `first` has not finished.
+    Raises RecipeError where a stage is not part of this chain, or where a stage before `first` has
+    not finished.
     """
     by_name = {stage.name: stage for stage in stages}
     for wanted in (section.first, section.until):
         if wanted and wanted not in by_name:
             raise RecipeError(
-                f"This chain has no stage {wanted!r}; it has {', '.join(by_name)}. A network that the recipe names is "
-                "not trained, finetune needs chain.finetune=true and probe chain.probe=true."
+                f"This chain has no stage {wanted!r}; it has {', '.join(by_name)}. A network that "
+                "the recipe names is not trained. finetune needs chain.finetune=true, probe needs "
+                "chain.probe=true."
             )
     last = by_name[section.until] if section.until else stages[-1]
     chosen = needed_stages(stages, {last.name})
@@ -169,14 +174,14 @@ def select(stages: Sequence[Stage], section: ChainSection) -> list[Stage]:
     absent = [stage.name for stage in earlier if stage.result() is None]
     if absent:
         raise RecipeError(
-            f"Before {section.first} come {', '.join(absent)}, and their results for this recipe are not in "
-            f"{last.recipe.storage}. Start earlier, or without --from."
+            f"Before {section.first} come {', '.join(absent)}, and their results for this recipe "
+            f"are not in {last.recipe.storage}. Start from an earlier stage, or without --from."
         )
     return [stage for stage in chosen if STAGES.index(stage.name) >= start]
 
 
 def needed_stages(stages: Sequence[Stage], names: Collection[str]) -> list[Stage]:
-    """The stages `names` and all that they build on, in order."""
+    """The stages `names` and all stages that they build on, in order."""
     needed = set(names)
     for stage in reversed(stages):
         if stage.name in needed:
@@ -185,7 +190,7 @@ def needed_stages(stages: Sequence[Stage], names: Collection[str]) -> list[Stage
 
 
 def training_of(stage: Stage) -> TrainingSection | None:
-    """How a stage that trains a network does it; None for the others."""
+    """The training section of a stage that trains a network, None for the others."""
     recipe = stage.recipe
     return {
         "autoencoder": recipe.autoencoder.training,
@@ -195,41 +200,18 @@ def training_of(stage: Stage) -> TrainingSection | None:
     }.get(stage.name)
 
 
-def expected_bytes(stage: Stage) -> int:
-    """About what the stage writes: networks and their checkpoints, latents, or pictures; 0 for a few small files."""
-    recipe, training = stage.recipe, training_of(stage)
-    if training:
-        weights = 4 * sum(p.numel() for p in _network(stage).parameters())
-        # A checkpoint holds weights, AdamW's two moments and, where it is kept, the average.
-        copies = 4 if training.ema_decay else 3
-        return weights * (1 + copies * training.keep_checkpoints)
-    if stage.name == "latents":
-        channels, height, width = _latent_shape(recipe)
-        columns = len(recipe.precompute.columns)
-        return stage.num_images * columns * 2 * channels * height * width
-    if stage.name == "samples":
-        # A PNG is about two thirds of the pixels; Parquet holds one, a format each another copy.
-        pixels = stage.num_images * 3 * recipe.image_size**2
-        formats = recipe.sample.formats
-        return int(pixels * (2 / 3 + ("png" in formats) * 2 / 3 + ("npz" in formats)))
-    return 0
-
-
-def latent_bytes(recipe: Recipe) -> int:
-    """Bytes of one image's latent mean as the store keeps it, float16."""
-    channels, height, width = _latent_shape(recipe)
-    return 2 * channels * height * width
-
-
 class _Planner:
-    """Collects stages; each gets its key, its folder, and the places in its recipe that its own job writes to."""
+    """Collects the stages and gives each its key, its folder, and a recipe that writes there."""
 
     def __init__(self) -> None:
         self.stages: dict[str, Stage] = {}
-        self.identities: dict[str, str] = {}
+        self.identities: dict[str, str] = {}  # by stage: its key, or the hash of a named network
 
     def network(self, name: StageName, uri: str | None) -> str | None:
-        """`uri`, a network that the recipe names instead of stage `name`: its content hash stands for the key."""
+        """Record `uri`, a network that replaces the stage `name`; its content hash is the key.
+
+        Returns `uri`. Raises CheckpointError.
+        """
         if uri is not None:
             kinds = {"pixel-decoder": ("pixel_decoder",), "generator": ("dit", "starflow")}
             loaded = load_checkpoint(uri, *kinds.get(name, (name,)))
@@ -245,7 +227,7 @@ class _Planner:
         extra: Mapping[str, Any],
         num_images: int,
     ) -> str:
-        """Plan the stage; the address of what it makes: a network's file, else its folder."""
+        """Plan the stage. Returns the address of its result: a network's file, else its folder."""
         made = recipe.model_copy(deep=True)
         upstream = {need: self.identities[need] for need in needs}
         parts = {**deciding_values(made, ("image_size", *sections)), **extra, **upstream}
@@ -264,18 +246,3 @@ class _Planner:
 
 def _absolute(path: str) -> str:
     return path if paths.is_s3(path) else paths.filesystem(path)[1]
-
-
-def _latent_shape(recipe: Recipe) -> tuple[int, int, int]:
-    return (recipe.autoencoder.latent_dim, *backbone_spec(recipe).grid)
-
-
-def _network(stage: Stage) -> nn.Module:
-    """The network that the stage trains, without memory for its weights."""
-    recipe, spec = stage.recipe, backbone_spec(stage.recipe)
-    with torch.device("meta"):
-        if stage.name == "autoencoder":
-            return build_autoencoder(recipe.autoencoder, spec)
-        if stage.name == "generator":
-            return build_generator(recipe.generator, _latent_shape(recipe))
-        return build_pixel_decoder(recipe.pixel_decoder, spec, recipe.image_size)
