@@ -26,7 +26,7 @@ from ..config.sections import EvaluateSection
 from ..data.crops import CROPS
 from ..runtime import versions
 from ..runtime.session import start_ray
-from ..storage import paths
+from ..storage import differences, paths, refuse_other_work
 from .comparison import FRECHET, PAIRED, check_made_with, needs_of, open_sets
 from .errors import EvaluationError, ScoresMismatch
 from .features import Extractor, Needs, Summary, compare_pairs, summarize
@@ -114,16 +114,12 @@ def _scores_before(output: str | None, inputs: dict[str, Any]) -> dict[str, floa
     if output is None or not paths.exists(_scores_uri(output)):
         return None
     before = json.loads(paths.read_bytes(_scores_uri(output)))
-    theirs = before["inputs"]
-    differing = [k for k in sorted(theirs.keys() | inputs.keys()) if theirs.get(k) != inputs.get(k)]
-    if differing:
-        lines = "\n".join(
-            f"  {k}: {theirs.get(k)!r} there, {inputs.get(k)!r} now" for k in differing
-        )
-        raise ScoresMismatch(
-            f"{output} holds the scores of another comparison:\n{lines}\n"
-            "Choose another evaluate.output=…."
-        )
+    refuse_other_work(
+        f"{output} holds the scores of another comparison",
+        differences(before["inputs"], inputs),
+        "Choose another evaluate.output=….",
+        ScoresMismatch,
+    )
     return dict(before["scores"])
 
 

@@ -31,7 +31,7 @@ from ..data.crops import CROPS
 from ..data.reading import load_crops
 from ..data.records import ImageRecord, source_digest, split_records
 from ..runtime import versions
-from ..storage import StoreMismatch, fingerprint_of, paths
+from ..storage import differences, fingerprint_of, paths, refuse_other_work
 from .errors import ProbeError
 from .probe_features import KINDS, Networks, Pair, Probed, extract
 
@@ -129,12 +129,9 @@ def _finished(output: str | None, parts: dict[str, str]) -> dict[str, float] | N
     if output is None or not paths.exists(uri := paths.join(output, "probe.json")):
         return None
     report = json.loads(paths.read_bytes(uri))
-    if report["fingerprint"] == fingerprint_of(parts):
-        return dict(report["scores"])
-    before = report["parts"]
-    differing = [k for k in sorted(before.keys() | parts.keys()) if before.get(k) != parts.get(k)]
-    lines = "\n".join(f"  {k}: {before.get(k)!r} there, {parts.get(k)!r} now" for k in differing)
-    raise StoreMismatch(f"{output} holds another probe:\n{lines}\nChoose another probe.output=….")
+    differing = differences(report["parts"], parts)
+    refuse_other_work(f"{output} holds another probe", differing, "Choose another probe.output=….")
+    return dict(report["scores"])
 
 
 @dataclass(frozen=True)

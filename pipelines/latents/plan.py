@@ -26,7 +26,7 @@ from ..data.records import (
     source_digest,
     whole_records,
 )
-from ..storage import StoreError, StoreMismatch, fingerprint_of, paths
+from ..storage import StoreError, differences, fingerprint_of, paths, refuse_other_work
 
 FORMAT = "fae-latents-1"
 PLAN = "plan.parquet"
@@ -95,21 +95,16 @@ def ensure_plan(
         with contextlib.suppress(FileExistsError):
             paths.write_once(plan_uri, _encode_plan(records, shard_size, parts, source, account))
     plan = open_plan(uri)
-    differing = [
-        f"{name}: {plan.parts.get(name, 'nothing')} there, {parts.get(name, 'nothing')} now"
-        for name in sorted(plan.parts.keys() | parts.keys())
-        if plan.parts.get(name) != parts.get(name)
-    ]
+    differing = differences(plan.parts, parts, show=str)
     if plan.shard_size != shard_size:
         differing.append(f"shard size: {plan.shard_size} there, {shard_size} now")
     if plan.source != source:
         differing += _source_differences(plan, records)
-    if differing:
-        raise StoreMismatch(
-            f"{uri} holds a store that was planned otherwise:\n  "
-            + "\n  ".join(differing)
-            + "\nNothing was changed. Choose another output=, or give what it was planned with."
-        )
+    refuse_other_work(
+        f"{uri} holds a store that was planned otherwise",
+        differing,
+        "Nothing was changed. Choose another output=, or give what it was planned with.",
+    )
     return plan
 
 

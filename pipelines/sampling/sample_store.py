@@ -18,7 +18,7 @@ from PIL import Image
 
 from ..config.sections import SampleSection
 from ..runtime import versions
-from ..storage import StoreError, StoreMismatch, paths
+from ..storage import StoreError, differences, paths, refuse_other_work
 
 FORMAT = "fae-samples-1"
 
@@ -31,12 +31,8 @@ def claim(uri: str, parts: dict[str, Any]) -> None:
         return
     except FileExistsError:
         before = json.loads(paths.read_bytes(plan_uri))
-    differing = [k for k in sorted(before.keys() | parts.keys()) if before.get(k) != parts.get(k)]
-    if differing:
-        lines = "\n".join(
-            f"  {k}: {before.get(k)!r} there, {parts.get(k)!r} now" for k in differing
-        )
-        raise StoreMismatch(f"{uri} holds other samples:\n{lines}\nChoose another output=….")
+    differing = differences(before, parts)
+    refuse_other_work(f"{uri} holds other samples", differing, "Choose another output=….")
 
 
 def missing_shards(uri: str, num_shards: int) -> list[int]:

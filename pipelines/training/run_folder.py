@@ -23,7 +23,7 @@ from ..config import Recipe, RecipeError
 from ..config.facts import deciding_values
 from ..data import plan_source
 from ..data.records import ImageRecord
-from ..storage import paths
+from ..storage import differences, paths, refuse_other_work
 
 
 def run_folder(recipe: Recipe) -> str:
@@ -52,18 +52,12 @@ def claim_run(recipe: Recipe, run_uri: str, sections: Sequence[str]) -> None:
     sections = ("image_size", "seed", *sections)
     # A key that was not there yet when the run began had the value that is now its default.
     before = deciding_values(Recipe(), sections) | deciding_values(written, sections)
-    now = deciding_values(recipe, sections)
-    different = [
-        f"{key}: {before.get(key)!r} there, {now.get(key)!r} now"
-        for key in sorted(before.keys() | now.keys())
-        if before.get(key) != now.get(key)
-    ]
-    if different:
-        raise RecipeError(
-            f"The run {run_uri} exists with another recipe:\n  "
-            + "\n  ".join(different)
-            + "\nChoose another run=NAME, or give the same values."
-        )
+    refuse_other_work(
+        f"The run {run_uri} exists with another recipe",
+        differences(before, deciding_values(recipe, sections)),
+        "Choose another run=NAME, or give the same values.",
+        RecipeError,
+    )
 
 
 def result(run_uri: str) -> dict[str, float] | None:
