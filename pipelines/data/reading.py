@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -15,6 +16,7 @@ from ..config.sections import DataSection
 from ..storage import paths, s3
 from .crops import ImageError, decode_records
 from .records import ImageRecord
+from .row_groups import LARGE_BYTES, RowStreams, column_bytes
 from .tables import LISTS, beside, parent, refuse_extensions
 
 THREADS = s3.CONNECTIONS
@@ -33,10 +35,13 @@ def load_crops(
     return decode_records(records, read_records(records, data), size, data)
 
 
-def read_records(records: Sequence[ImageRecord], data: DataSection) -> list[bytes | Exception]:
+def read_records(
+    records: Sequence[ImageRecord], data: DataSection, streams: RowStreams | None = None
+) -> list[bytes | Exception]:
     """The encoded bytes of each record, or the exception of one that cannot be read.
 
-    Rows of one Parquet file are read together, one row group at a time and only the image column;
+    Rows of one Parquet file are read together, one row group at a time and only the image column. A
+    large row group is streamed; with `streams`, calls for rows in order read it once together. The
     ranges of one tar file share one open file; THREADS threads fetch objects and ranges on S3.
     What lies outside `data.path` is not read, whatever a plan says; only a list names other places.
     """
@@ -56,8 +61,10 @@ def read_records(records: Sequence[ImageRecord], data: DataSection) -> list[byte
             remote.append(index)
         else:
             blobs[index] = _attempt(paths.read_bytes, record.uri)
-    for uri, wanted_rows in rows.items():
-        _read_rows(uri, wanted_rows, data.image_column, blobs)
+    with contextlib.ExitStack() as stack:
+        open_streams = streams or stack.enter_context(RowStreams())
+        for uri, wanted_rows in rows.items():
+            _read_rows(uri, wanted_rows, data.image_column, blobs, open_streams)
     for uri, wanted_ranges in ranges.items():
         _read_ranges(uri, sorted(wanted_ranges), blobs)
     if remote:
@@ -94,7 +101,11 @@ def _attempt(read: Callable[[str], bytes], uri: str) -> bytes | Exception:
 
 
 def _read_rows(
-    uri: str, wanted: Sequence[tuple[int, int]], column: str, blobs: list[bytes | Exception]
+    uri: str,
+    wanted: Sequence[tuple[int, int]],
+    column: str,
+    blobs: list[bytes | Exception],
+    streams: RowStreams,
 ) -> None:
     try:
         with paths.open_input(uri) as file, pq.ParquetFile(file, pre_buffer=True) as parquet:
@@ -113,9 +124,31 @@ def _read_rows(
                     start = int(ends[group]) - counts[group]
                     groups.setdefault(group, []).append((row - start, index))
             for group, offsets in groups.items():
-                _read_row_group(parquet, group, offsets, column, uri, blobs)
+                if column_bytes(metadata, group, column) > LARGE_BYTES:
+                    _stream_row_group(group, offsets, column, uri, blobs, streams)
+                else:
+                    _read_row_group(parquet, group, offsets, column, uri, blobs)
     except Exception as error:
         for _, index in wanted:
+            blobs[index] = _read_error(uri, error)
+
+
+def _stream_row_group(
+    group: int,
+    offsets: Sequence[tuple[int, int]],
+    column: str,
+    uri: str,
+    blobs: list[bytes | Exception],
+    streams: RowStreams,
+) -> None:
+    places = dict(offsets)
+    for _, index in offsets:
+        blobs[index] = ImageError("not read")
+    try:
+        for offset, value in streams.values(uri, group, column, list(places)):
+            blobs[places.pop(offset)] = _cell_bytes(value, uri)
+    except Exception as error:  # what was read before it stays
+        for index in places.values():
             blobs[index] = _read_error(uri, error)
 
 

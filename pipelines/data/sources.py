@@ -8,7 +8,7 @@ Plain functions without Ray.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -39,6 +39,8 @@ class Source:
 
     table: pa.Table
     account: Account
+    large_groups: dict[str, dict[int, tuple[int, int]]] = field(default_factory=dict)
+    """Parquet: by file, the large row groups and their rows (first, behind the last)."""
 
 
 def plan_source(data: DataSection) -> Source:
@@ -54,11 +56,17 @@ def plan_source(data: DataSection) -> Source:
     if not len(uris) and not paths.exists(data.path):
         raise SourceError(f"data.path={data.path!r} does not exist.")
     account.source_format = _detect(uris, data) if data.format == "auto" else data.format
+    large: dict[str, dict[int, tuple[int, int]]] = {}
     if account.source_format == "folder":
         table = plan_folder(uris, data, account)
     else:
-        plan = {"parquet": plan_parquet, "webdataset": plan_tars, "list": plan_list}
-        records = plan[account.source_format](uris.to_pylist(), data, account)
+        addresses = uris.to_pylist()
+        if account.source_format == "parquet":
+            records = plan_parquet(addresses, data, account, large)
+        elif account.source_format == "webdataset":
+            records = plan_tars(addresses, data, account)
+        else:
+            records = plan_list(addresses, data, account)
         table, names = _numbered(records, data.path)
         account.class_names = names or account.class_names
         table = in_order(table, "key", "uri")
@@ -74,7 +82,7 @@ def plan_source(data: DataSection) -> Source:
     account.num_labels = len(table) - table["label"].null_count
     account.num_classes = pc.count_distinct(table["label"]).as_py()
     account.num_captions = len(table) - table["caption"].null_count
-    return Source(table, account)
+    return Source(table, account, large)
 
 
 def plan_images(data: DataSection) -> pa.Table:

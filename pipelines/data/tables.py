@@ -22,6 +22,7 @@ from .account import Account
 from .conventions import caption_column, captions_of, label_of
 from .listing import relative_path
 from .records import ImageRecord, SourceError
+from .row_groups import LARGE_BYTES, column_bytes
 
 LISTS = (".csv", ".tsv", ".jsonl", ".parquet")
 NOT_PARQUET = "not a .parquet file"
@@ -31,8 +32,15 @@ _PARTITION = re.compile(r"([^/=]+)=([^/]*)")
 Values = dict[str, Any]
 
 
-def plan_parquet(uris: Sequence[str], data: DataSection, account: Account) -> Iterator[ImageRecord]:
+def plan_parquet(
+    uris: Sequence[str],
+    data: DataSection,
+    account: Account,
+    large_groups: dict[str, dict[int, tuple[int, int]]],
+) -> Iterator[ImageRecord]:
     """The rows of the Parquet files among `uris`; a file that cannot be read is a recorded loss.
+
+    Notes the large row groups of each file, and their rows, in `large_groups`.
 
     Raises SourceError for Delta and Iceberg tables, whose Parquet files are not all of the table,
     and for columns that cannot serve.
@@ -40,11 +48,13 @@ def plan_parquet(uris: Sequence[str], data: DataSection, account: Account) -> It
     num_read = 0
     for uri in _table_files(uris, data, account):
         try:
-            schema = _schema(uri)
+            metadata, schema = _footer(uri)
         except SourceError as error:
             account.lose(uri, str(error))
             continue
         num_read += 1
+        if large := _large_groups(metadata, data.image_column):
+            large_groups[uri] = large
         yield from _image_rows(uri, schema, data, account)
     if account.num_losses and not num_read:
         raise SourceError(account.losses[0]["message"])
@@ -256,9 +266,23 @@ def _require(column: str, field: str, names: Sequence[str], uri: str) -> None:
 
 
 def _schema(uri: str) -> pa.Schema:
+    return _footer(uri)[1]
+
+
+def _large_groups(metadata: pq.FileMetaData, column: str) -> dict[int, tuple[int, int]]:
+    found, start = {}, 0
+    for group in range(metadata.num_row_groups):
+        stop = start + metadata.row_group(group).num_rows
+        if column_bytes(metadata, group, column) > LARGE_BYTES:
+            found[group] = (start, stop)
+        start = stop
+    return found
+
+
+def _footer(uri: str) -> tuple[pq.FileMetaData, pa.Schema]:
     try:
-        with paths.open_input(uri) as file:
-            return pq.read_schema(file)
+        with paths.open_input(uri) as file, pq.ParquetFile(file) as parquet:
+            return parquet.metadata, parquet.schema_arrow
     except (pa.ArrowInvalid, OSError) as error:
         if isinstance(error, paths.StorageError):
             raise

@@ -7,14 +7,17 @@ file is written by one call.
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import sys
 import time
+from collections.abc import Mapping, Sequence
 from functools import partial
 from itertools import islice
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 
 from fae_core.errors import UserError
 
@@ -29,7 +32,7 @@ from .encoder import LatentEncoder
 from .manifest import commit, missing_shards
 from .plan import Plan, ensure_plan
 from .shards import read_errors
-from .tasks import decode_shard, plan_of, store_shard
+from .tasks import decode_shard, plan_of, read_shards, store_shard
 
 SHOWN_ERRORS = 10
 
@@ -59,10 +62,12 @@ def precompute(recipe: Recipe, show_progress: bool = True) -> dict[str, Any]:
     parts = fingerprint_parts(recipe)
     size = recipe.precompute.shard_size
     plan = ensure_plan(recipe.output, source.table, size, parts, source.account.to_dict())
+    streamed = shards_in_large_groups(source.table["uri"], source.large_groups, size)
     del source
     paths.write_bytes(paths.join(recipe.output, "recipe.yaml"), written.encode())
     todo = missing_shards(recipe.output, plan)
-    rates = encode_shards(recipe, plan, todo, parts, show_progress) if todo else {}
+    units = units_of(todo, streamed)
+    rates = encode_shards(recipe, plan, units, parts, show_progress) if todo else {}
     each = fan_out if todo else map
     errors = read_errors(recipe.output, each)
     first = list(islice(errors, SHOWN_ERRORS))
@@ -103,18 +108,56 @@ def shard_stages(recipe: Recipe, output: str, weights: dict[str, str]) -> RowSta
     )
 
 
+def shards_in_large_groups(
+    uris: pa.ChunkedArray, large_groups: Mapping[str, Mapping[int, tuple[int, int]]], size: int
+) -> dict[int, tuple[str, int]]:
+    """(file, row group) of the shards whose first image lies in a large row group of Parquet.
+
+    `uris` are the planned images' addresses, `size` of them a shard.
+    """
+    found: dict[int, tuple[str, int]] = {}
+    if large_groups:
+        firsts = uris.take(list(range(0, len(uris), size)))
+        for shard, address in enumerate(firsts.to_pylist()):
+            uri, _, row = address.rpartition("#row=")
+            for group, (start, stop) in large_groups.get(uri, {}).items():
+                if start <= int(row) < stop:
+                    found[shard] = (uri, group)
+    return found
+
+
+def units_of(todo: Sequence[int], streamed: Mapping[int, tuple[str, int]]) -> list[list[int]]:
+    """The shards `todo` in units of work: one each, but those of one large row group together."""
+    units: list[list[int]] = []
+    for shard in todo:
+        group = streamed.get(shard)
+        if units and group is not None and streamed.get(units[-1][-1]) == group:
+            units[-1].append(shard)
+        else:
+            units.append([shard])
+    return units
+
+
 def encode_shards(
-    recipe: Recipe, plan: Plan, todo: list[int], weights: dict[str, str], show_progress: bool
+    recipe: Recipe,
+    plan: Plan,
+    units: Sequence[Sequence[int]],
+    weights: dict[str, str],
+    show_progress: bool,
 ) -> dict[str, float]:
-    """Run the Ray data set over the shards `todo`; stops early once too many images have failed.
+    """Run the Ray data set over the shards of `units`; stops once too many images have failed.
 
     Returns `images_per_second` from start to end, and of eight shards or more
     `steady_images_per_second`: between the ends of encoding of the shards at a quarter and at three
     quarters, so neither start-up nor what was decoded ahead counts.
     """
     stages = shard_stages(recipe, plan.uri, weights)
-    rows = [{"shard": index} for index in todo]
-    progress = Progress(len(todo), plan.num_images, show_progress)
+    rows: list[dict[str, Any]] = [{"shard": shard} for (shard, *_) in units]
+    if any(len(unit) > 1 for unit in units):
+        rows = [{"shards": list(unit)} for unit in units]
+        read = partial(read_shards, output=plan.uri, data=recipe.data)
+        stages = dataclasses.replace(stages, expand=read)
+    progress = Progress(sum(map(len, units)), plan.num_images, show_progress)
     num_errors, first = 0, list[dict[str, str]]()
     for row in run_rows(rows, stages, recipe.precompute):
         found = json.loads(str(row["errors"]))

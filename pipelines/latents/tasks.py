@@ -7,15 +7,15 @@ They import no torch: a process of such a task starts in one second instead of f
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from functools import cache
 from typing import Any
 
 import numpy as np
 
 from ..config.sections import DataSection
-from ..data.crops import decode_records
-from ..data.reading import read_records
+from ..data.crops import ImageError, decode_records
+from ..data.reading import RowStreams, read_records
 from ..runtime import metrics
 from .plan import Plan, open_plan
 from .shards import write_shard
@@ -27,14 +27,43 @@ def plan_of(output: str) -> Plan:
     return open_plan(output)
 
 
+def read_shards(
+    batch: dict[str, np.ndarray], output: str, data: DataSection
+) -> Iterator[dict[str, Any]]:
+    """{shards} -> for each {shard, content (all encoded bytes), lengths, lost (JSON)}, in order.
+
+    The shards lie one after the other in a large row group of Parquet, which is read once for all.
+    """
+    plan = plan_of(output)
+    with RowStreams() as streams:
+        for index in np.asarray(batch["shards"][0]).tolist():
+            with metrics.stage("read"):
+                blobs = read_records(plan.shard(index), data, streams)
+            whole = [blob if isinstance(blob, bytes) else b"" for blob in blobs]
+            lost = {i: str(b) for i, b in enumerate(blobs) if not isinstance(b, bytes)}
+            metrics.count_bytes("read", sum(map(len, whole)))
+            yield {
+                "shard": [index],
+                "content": [np.frombuffer(b"".join(whole), np.uint8)],
+                "lengths": [np.array(list(map(len, whole)), np.int64)],
+                "lost": [json.dumps(lost, ensure_ascii=False)],
+            }
+
+
 def decode_shard(
     row: dict[str, Any], output: str, data: DataSection, image_size: int
 ) -> dict[str, Any]:
-    """{shard} -> {shard, images uint8 [n, S, S, 3], ok (places in the shard), errors (JSON)}."""
+    """{shard} -> {shard, images uint8 [n, S, S, 3], ok (places in the shard), errors (JSON)}.
+
+    Reads the shard's images, unless the row comes from `read_shards` and has them.
+    """
     records = plan_of(output).shard(int(row["shard"]))
-    with metrics.stage("read"):
-        blobs = read_records(records, data)
-    metrics.count_bytes("read", sum(len(blob) for blob in blobs if isinstance(blob, bytes)))
+    if "content" in row:
+        blobs = _blobs(row)
+    else:
+        with metrics.stage("read"):
+            blobs = read_records(records, data)
+        metrics.count_bytes("read", sum(len(blob) for blob in blobs if isinstance(blob, bytes)))
     with metrics.stage("decode"):
         images, ok, errors = decode_records(records, blobs, image_size, data)
     return {
@@ -43,6 +72,18 @@ def decode_shard(
         "ok": np.asarray(ok, dtype=np.int64),
         "errors": json.dumps(errors, ensure_ascii=False),
     }
+
+
+def _blobs(row: dict[str, Any]) -> list[bytes | Exception]:
+    content = np.asarray(row["content"], np.uint8)
+    ends = np.cumsum(np.asarray(row["lengths"], np.int64))
+    lost = json.loads(str(row["lost"]))
+    blobs: list[bytes | Exception] = []
+    for index, end in enumerate(ends.tolist()):
+        start = int(ends[index - 1]) if index else 0
+        message = lost.get(str(index))
+        blobs.append(content[start:end].tobytes() if message is None else ImageError(message))
+    return blobs
 
 
 def store_shard(row: dict[str, Any], output: str, columns: Sequence[str]) -> dict[str, Any]:

@@ -21,6 +21,9 @@ ROWS_PER_DATASET = 100_000
 FINISH_CPUS = 0.1
 """CPUs that Ray reserves for a finishing task, which writes and mostly waits."""
 
+EXPAND_CPUS = 0.25
+"""CPUs of a task that only reads; another number than a preparing task's keeps both apart."""
+
 Row = dict[str, Any]
 RowTask = Callable[[Row], Row]
 
@@ -36,6 +39,8 @@ class RowStages:
     arguments: tuple[Any, ...]
     prepare: RowTask | None = None
     finish: RowTask | None = None
+    expand: Callable[[Row], Iterator[Row]] | None = None
+    """First of all, where one row stands for several: called as an actor is, it yields them."""
 
 
 def run_rows(
@@ -111,6 +116,16 @@ def dataset_of(
     context.enable_progress_bars = False
     dataset: Any = ray.data.from_items(list(rows), override_num_blocks=len(rows))
     dataset.context.execution_options.preserve_order = keep_order
+    if stages.expand is not None:
+        # Ray Data would put small rows together into a block, which one task then prepares alone.
+        dataset.context.target_max_block_size = 1
+        dataset = dataset.map_batches(
+            stages.expand,
+            batch_size=1,
+            batch_format="numpy",
+            num_cpus=EXPAND_CPUS,
+            ray_remote_args_fn=how,
+        )
     if stages.prepare is not None:
         assert isinstance(pool, DecodingPoolSection), "a section without settings for decoding"
         dataset = dataset.map(

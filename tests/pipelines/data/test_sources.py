@@ -14,10 +14,12 @@ import pytest
 from PIL import Image
 
 from fae.pipelines.config.sections import DataSection
+from fae.pipelines.data import row_groups
 from fae.pipelines.data.account import Account
 from fae.pipelines.data.reading import load_crops, read_records
 from fae.pipelines.data.records import SourceError, records_of
 from fae.pipelines.data.sources import Source, list_images, plan_source
+from fae.pipelines.latents.precompute_job import shards_in_large_groups, units_of
 from fae.pipelines.storage import paths
 
 
@@ -284,6 +286,43 @@ def test_one_unreadable_parquet_file_costs_what_it_holds(tmp_path):
     source = plan(tmp_path)
     assert source.account.num_images == 1 and source.account.num_losses == 1
     assert source.account.losses[0]["address"].endswith("b.parquet")
+
+
+def test_a_large_row_group_is_read_once_for_all_who_ask_in_order(tmp_path, monkeypatch):
+    monkeypatch.setattr("fae.pipelines.data.reading.LARGE_BYTES", 1000)
+    monkeypatch.setattr("fae.pipelines.data.row_groups.STREAM_ROWS", 4)
+    blobs = [b"%04d" % i * 50 for i in range(300)]
+    cells = [{"bytes": blob, "path": None} for blob in blobs]
+    pq.write_table(pa.table({"image": cells}), tmp_path / "a.parquet", row_group_size=200)
+    data = DataSection(path=str(tmp_path))
+    records = list_images(data)
+    opened = []
+    first_stream = row_groups._Stream.__init__
+
+    def counted(stream, uri, group, column):
+        opened.append(group)
+        first_stream(stream, uri, group, column)
+
+    monkeypatch.setattr(row_groups._Stream, "__init__", counted)
+    with row_groups.RowStreams() as streams:
+        for start in range(0, 300, 16):
+            some = records[start : start + 16]
+            assert read_records(some, data, streams) == blobs[start : start + 16]
+        assert opened == [0, 1]
+        assert read_records([records[250], records[7]], data, streams) == [blobs[250], blobs[7]]
+    assert read_records(records[5:9], data) == blobs[5:9]
+
+
+def test_shards_of_one_large_row_group_are_one_unit_of_work(tmp_path, monkeypatch):
+    monkeypatch.setattr("fae.pipelines.data.tables.LARGE_BYTES", 1000)
+    blobs = [encoded() + bytes([index]) for index in range(60)]
+    pq.write_table(pa.table({"image": blobs}), tmp_path / "a.parquet", row_group_size=40)
+    pq.write_table(pa.table({"image": blobs[:1]}), tmp_path / "b.parquet")
+    source = plan(tmp_path)
+    assert source.large_groups == {f"{tmp_path}/a.parquet": {0: (0, 40), 1: (40, 60)}}
+    streamed = shards_in_large_groups(source.table["uri"], source.large_groups, 8)
+    units = units_of([0, 1, 3, 4, 5, 6, 7], streamed)
+    assert units == [[0, 1, 3, 4], [5, 6, 7]]
 
 
 # WebDataset

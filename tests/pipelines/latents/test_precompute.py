@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import shutil
@@ -17,6 +18,8 @@ from pathlib import Path
 import boto3
 import numpy as np
 import psutil
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 from PIL import Image
@@ -398,6 +401,34 @@ def test_shards_without_one_good_image_are_stored_with_their_errors(
     store = LatentStore.open(str(output))
     stored = [key for i in range(store.num_shards) for key in store.read_shard(i)["key"]]
     assert stored == [f"{index:02d}.jpg" for index in range(9 - num_good, 9)]
+
+
+@pytest.mark.integration
+def test_one_row_group_for_all_images_gives_the_latents_of_small_groups(
+    autoencoder, tmp_path, ray_session
+):
+    random = np.random.default_rng(0)
+    blobs = []
+    for _ in range(24):  # 3 MB each, so that the group is a large one
+        buffer = io.BytesIO()
+        pixels = random.integers(0, 256, (1000, 1000, 3), np.uint8)
+        Image.fromarray(pixels).save(buffer, "BMP")
+        blobs.append(buffer.getvalue())
+    blobs[5] = b"no image"
+    latents = {}
+    for name, size in (("one", len(blobs)), ("small", 4)):
+        source = tmp_path / name
+        source.mkdir()
+        pq.write_table(pa.table({"image": blobs}), source / "a.parquet", row_group_size=size)
+        more = ["precompute.max_error_rate=1", "precompute.shard_size=5"]
+        output = tmp_path / f"{name} store"
+        manifest = precompute(recipe_for(source, autoencoder, output, *more), show_progress=False)
+        assert (manifest["planned"], manifest["stored"]) == (24, 23)
+        store = LatentStore.open(str(output))
+        shards = [store.read_shard(index) for index in range(store.num_shards)]
+        latents[name] = [(shard["key"], shard["mean"].tobytes()) for shard in shards]
+        assert verify_store(str(output)) == []
+    assert latents["one"] == latents["small"]
 
 
 @pytest.mark.integration

@@ -1,0 +1,94 @@
+"""Rows of large Parquet row groups, streamed: read once in order, in memory that does not grow.
+
+pandas and pyarrow write a million rows into one row group unless they are told otherwise, and Parquet
+has no way to one row in its middle. A small group is read whole (reading.py); of a large one only
+some pages are in memory, and whoever asks for its rows in order reads it once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from types import TracebackType
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from ..storage import paths
+
+LARGE_BYTES = 64 << 20
+"""Bytes of the image column, decompressed, above which a row group is streamed."""
+STREAM_ROWS = 64
+BUFFER_BYTES = 4 << 20
+
+
+def column_bytes(metadata: pq.FileMetaData, group: int, column: str) -> int:
+    """Decompressed bytes of `column`, with the columns inside it, in row group `group`."""
+    found = metadata.row_group(group)
+    chunks = (found.column(i) for i in range(found.num_columns))
+    return sum(
+        chunk.total_uncompressed_size
+        for chunk in chunks
+        if chunk.path_in_schema.partition(".")[0] == column
+    )
+
+
+class RowStreams:
+    """Large row groups that are open for reading, each at its own place."""
+
+    def __init__(self) -> None:
+        self._open: dict[tuple[str, int], _Stream] = {}
+
+    def __enter__(self) -> RowStreams:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        for stream in self._open.values():
+            stream.close()
+        self._open.clear()
+
+    def values(
+        self, uri: str, group: int, column: str, offsets: Sequence[int]
+    ) -> Iterator[tuple[int, Any]]:
+        """(offset, value as Python has it) of the rows at `offsets` of the group, ascending.
+
+        Rows before those that were asked for last make the group be read from its beginning again.
+        """
+        stream = self._open.get((uri, group))
+        for offset in sorted(offsets):
+            if stream is None or offset < stream.start:
+                if stream is not None:
+                    stream.close()
+                # Whoever reads in order is done with the groups before.
+                for old in [key for key in self._open if key[0] == uri]:
+                    self._open.pop(old).close()
+                stream = self._open[uri, group] = _Stream(uri, group, column)
+            yield offset, stream.value(offset)
+
+
+class _Stream:
+    """One column of one row group, a few rows at a time."""
+
+    def __init__(self, uri: str, group: int, column: str) -> None:
+        self.file = paths.open_input(uri)
+        self.parquet = pq.ParquetFile(self.file, pre_buffer=False, buffer_size=BUFFER_BYTES)
+        self.batches = self.parquet.iter_batches(
+            batch_size=STREAM_ROWS, row_groups=[group], columns=[column], use_threads=False
+        )
+        self.start = 0
+        self.rows: pa.Array = pa.nulls(0)
+
+    def value(self, offset: int) -> Any:
+        while offset >= self.start + len(self.rows):
+            self.start += len(self.rows)
+            self.rows = next(self.batches).column(0)
+        return self.rows[offset - self.start].as_py()
+
+    def close(self) -> None:
+        self.parquet.close()
+        self.file.close()
