@@ -314,7 +314,7 @@ def test_a_large_row_group_is_read_once_for_all_who_ask_in_order(tmp_path, monke
 
 
 def test_shards_of_one_large_row_group_are_one_unit_of_work(tmp_path, monkeypatch):
-    monkeypatch.setattr("fae.pipelines.data.tables.LARGE_BYTES", 1000)
+    monkeypatch.setattr("fae.pipelines.data.tables.LARGE_BYTES", 5000)
     blobs = [encoded() + bytes([index]) for index in range(60)]
     pq.write_table(pa.table({"image": blobs}), tmp_path / "a.parquet", row_group_size=40)
     pq.write_table(pa.table({"image": blobs[:1]}), tmp_path / "b.parquet")
