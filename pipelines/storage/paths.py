@@ -2,7 +2,8 @@
 
 A write is whole or absent: a temporary file renamed into place locally, one PUT on S3; `write_once`
 never replaces (hard link locally, `If-None-Match: *` on S3). s3.py says which environment variables
-apply on S3, and for how long its requests are retried.
+apply on S3, and for how long its requests are retried; the first s3:// address imports it, and
+boto3 with it.
 """
 
 from __future__ import annotations
@@ -11,18 +12,17 @@ import errno
 import hashlib
 import os
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import pyarrow as pa
-from botocore.exceptions import BotoCoreError, ClientError, NoCredentialsError
 from pyarrow import fs
 
 from fae_core.errors import UserError
 
-from . import s3
+T = TypeVar("T")
 
 _THERE_ALREADY = ("PreconditionFailed", "412", "ConditionalRequestConflict", "409")
 
@@ -51,6 +51,8 @@ def is_s3(uri: str) -> bool:
 def filesystem(uri: str) -> tuple[fs.FileSystem, str]:
     """The Arrow filesystem of `uri` and the path inside it, without scheme, absolute if local."""
     if is_s3(uri):
+        from . import s3
+
         return s3.arrow_filesystem(), uri.removeprefix("s3://").rstrip("/")
     return fs.LocalFileSystem(), _local(uri)
 
@@ -74,9 +76,11 @@ def read_bytes(uri: str) -> bytes:
     try:
         if is_s3(uri):
             bucket, key = _bucket_key(uri)
-            return s3.with_retries("read", lambda: _get(bucket, key))
+            return _ask(
+                "read", lambda client: client.get_object(Bucket=bucket, Key=key)["Body"].read()
+            )
         return Path(_local(uri)).read_bytes()
-    except (ClientError, BotoCoreError, OSError) as error:
+    except _failures(uri) as error:
         raise storage_error("read", uri, error) from None
 
 
@@ -93,7 +97,7 @@ def exists(uri: str) -> bool:
             found = [item["Key"] for item in page.get("Contents", [])]
             if found and (prefix != key or found[0] == key or not key):
                 return True
-    except (ClientError, BotoCoreError) as error:
+    except _failures(uri) as error:
         raise storage_error("look up", uri, error) from None
     return False
 
@@ -103,7 +107,7 @@ def write_bytes(uri: str, data: bytes) -> str:
     try:
         if is_s3(uri):
             bucket, key = _bucket_key(uri)
-            return s3.with_retries("write", lambda: _put(bucket, key, data))
+            return _ask("write", lambda client: _put(client, bucket, key, data))
         path = _local(uri)
         temporary = _write_temporary(path, data)
         try:
@@ -112,7 +116,7 @@ def write_bytes(uri: str, data: bytes) -> str:
             os.unlink(temporary)
             raise
         _sync_folder(path)
-    except (ClientError, BotoCoreError, OSError) as error:
+    except _failures(uri) as error:
         raise storage_error("write", uri, error) from None
     return hashlib.md5(data, usedforsecurity=False).hexdigest()
 
@@ -132,7 +136,7 @@ def write_once(uri: str, data: bytes) -> str:
         _sync_folder(path)
     except FileExistsError:
         raise FileExistsError(errno.EEXIST, "Written once and there already", uri) from None
-    except (ClientError, BotoCoreError, OSError) as error:
+    except _failures(uri) as error:
         raise storage_error("write", uri, error) from None
     return hashlib.md5(data, usedforsecurity=False).hexdigest()
 
@@ -142,10 +146,10 @@ def delete(uri: str) -> None:
     try:
         if is_s3(uri):
             bucket, key = _bucket_key(uri)
-            s3.with_retries("delete", lambda: s3.client().delete_object(Bucket=bucket, Key=key))
+            _ask("delete", lambda client: client.delete_object(Bucket=bucket, Key=key))
         else:
             Path(_local(uri)).unlink(missing_ok=True)
-    except (ClientError, BotoCoreError, OSError) as error:
+    except _failures(uri) as error:
         raise storage_error("delete", uri, error) from None
 
 
@@ -169,17 +173,18 @@ def storage_error(operation: str, uri: str, error: Exception) -> StorageError:
     """`error` as a StorageError: operation, address, what to check; no secret, no request id."""
     if isinstance(error, StorageError):
         return error
-    where = uri
-    if uri.startswith("s3://"):
-        bucket, key = _bucket_key(uri)
-        where = f"bucket {bucket!r}, key {key!r}"
-    return StorageError(f"Cannot {operation} {where}: {_advice(error)}")
+    if not uri.startswith("s3://"):
+        return StorageError(f"Cannot {operation} {uri}: {_advice(error)}")
+    from . import s3
+
+    bucket, key = _bucket_key(uri)
+    advice = _advice(error, s3.code_of(error), unanswered=isinstance(error, s3.BotoCoreError))
+    return StorageError(f"Cannot {operation} bucket {bucket!r}, key {key!r}: {advice}")
 
 
-def _advice(error: Exception) -> str:
-    code = s3.code_of(error)
+def _advice(error: Exception, code: str = "", unanswered: bool = False) -> str:
     text = f"{code} {error}".upper()
-    if isinstance(error, NoCredentialsError) or "CREDENTIAL" in text:
+    if "CREDENTIAL" in text:
         return "no AWS credentials. Check AWS_PROFILE, AWS_ACCESS_KEY_ID or the machine's role."
     if code in ("NoSuchBucket",) or "NO_SUCH_BUCKET" in text:
         return "the bucket does not exist (404). Check its name, AWS_ENDPOINT_URL and the region."
@@ -197,7 +202,7 @@ def _advice(error: Exception) -> str:
         return (
             f"the server is too busy (503). {retried} Ask its operator, or read with fewer tasks."
         )
-    if isinstance(error, BotoCoreError) or any(
+    if unanswered or any(
         word in text for word in ("NETWORK_CONNECTION", "CURLCODE", "CONNECT TO", "TIMED OUT")
     ):
         name = type(error).__name__
@@ -210,7 +215,7 @@ def _advice(error: Exception) -> str:
         )
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
         return "no space left there. Free some, then run the same command again: it resumes."
-    if isinstance(error, ClientError):
+    if code:
         return f"the server answered {code}."
     if isinstance(error, OSError) and error.strerror:
         return f"{os.strerror(error.errno) if error.errno else error.strerror}."
@@ -280,16 +285,14 @@ def _list_s3(uri: str, recursive: bool) -> Iterator[FileInfo]:
                 # Consoles mark a folder with an empty object whose name ends in a slash.
                 if not item["Key"].endswith("/"):
                     yield FileInfo(f"s3://{bucket}/{item['Key']}", item["Size"], _etag(item))
-    except (ClientError, BotoCoreError) as error:
+    except _failures(uri) as error:
         raise storage_error("list", uri, error) from None
 
 
 def _first_page(bucket: str, prefix: str) -> dict[str, Any]:
-    def ask() -> dict[str, Any]:
-        page: dict[str, Any] = s3.client().list_objects_v2(Bucket=bucket, Prefix=prefix, MaxKeys=1)
-        return page
-
-    return s3.with_retries("list", ask)
+    return _ask(
+        "list", lambda client: client.list_objects_v2(Bucket=bucket, Prefix=prefix, MaxKeys=1)
+    )
 
 
 def _pages(bucket: str, prefix: str, recursive: bool) -> Iterator[dict[str, Any]]:
@@ -297,33 +300,46 @@ def _pages(bucket: str, prefix: str, recursive: bool) -> Iterator[dict[str, Any]
     if not recursive:
         asked["Delimiter"] = "/"
     while True:
-        page = s3.with_retries("list", lambda: s3.client().list_objects_v2(**asked))
+        page = _ask("list", lambda client: client.list_objects_v2(**asked))
         yield page
         if not page.get("IsTruncated"):
             return
         asked["ContinuationToken"] = page["NextContinuationToken"]
 
 
-def _get(bucket: str, key: str) -> bytes:
-    content: bytes = s3.client().get_object(Bucket=bucket, Key=key)["Body"].read()
-    return content
+def _ask(operation: str, request: Callable[[Any], T]) -> T:
+    """What `request` returns, given S3's client; tried again as s3.py says."""
+    from . import s3
+
+    return s3.with_retries(operation, lambda: request(s3.client()))
 
 
-def _put(bucket: str, key: str, data: bytes, **condition: str) -> str:
-    return _etag(s3.client().put_object(Bucket=bucket, Key=key, Body=data, **condition))
+def _failures(uri: str) -> tuple[type[Exception], ...]:
+    """What an operation on `uri` raises where it fails."""
+    if not uri.startswith("s3://"):
+        return (OSError,)
+    from . import s3
+
+    return OSError, s3.ClientError, s3.BotoCoreError
+
+
+def _put(client: Any, bucket: str, key: str, data: bytes, **condition: str) -> str:
+    return _etag(client.put_object(Bucket=bucket, Key=key, Body=data, **condition))
 
 
 def _put_once(uri: str, bucket: str, key: str, data: bytes) -> str:
+    from . import s3
+
     attempts = 0
 
-    def attempt() -> str:
+    def attempt(client: Any) -> str:
         nonlocal attempts
         attempts += 1
-        return _put(bucket, key, data, IfNoneMatch="*")
+        return _put(client, bucket, key, data, IfNoneMatch="*")
 
     try:
-        return s3.with_retries("write", attempt)
-    except ClientError as error:
+        return _ask("write", attempt)
+    except s3.ClientError as error:
         # 409 is S3's answer to the loser of two conditional writes that overlap.
         if s3.code_of(error) not in _THERE_ALREADY:
             raise
