@@ -29,7 +29,8 @@ from ..runtime.session import start_ray
 from ..storage import differences, paths, refuse_other_work
 from .comparison import FRECHET, PAIRED, check_made_with, needs_of, open_sets
 from .errors import EvaluationError, ScoresMismatch
-from .features import Extractor, Needs, Summary, compare_pairs, summarize
+from .extractor import Extractor
+from .features import Needs, Summary, compare_pairs, summarize
 from .image_sets import ImageSet
 from .npz_files import read_statistics, write_statistics
 

@@ -20,7 +20,7 @@ from fae.pipelines.config.recipe import Recipe, RecipeError, load_recipe
 from fae.pipelines.data.crops import adm_center_crop
 from fae.pipelines.evaluation.errors import EvaluationError, ScoresMismatch
 from fae.pipelines.evaluation.evaluate_job import evaluate
-from fae.pipelines.evaluation.features import Extractor
+from fae.pipelines.evaluation.extractor import Extractor
 from fae.pipelines.evaluation.image_sets import open_set, read_piece
 from fae.pipelines.evaluation.npz_files import write_statistics
 from fae.pipelines.sampling.sample_store import FORMAT as SAMPLES_FORMAT
