@@ -18,7 +18,7 @@ from ray.tune import Callback
 from ray.tune.integration.ray_train import TuneReportCallback
 
 from fae.pipelines.chain import run_stage, training_resources
-from fae.pipelines.chain.stages import needed_stages, plan_stages, training_of
+from fae.pipelines.chain.stages import check_images, needed_stages, plan_stages, training_of
 from fae.pipelines.config import Recipe, RecipeError, with_absolute_paths
 from fae.pipelines.runtime.session import quiet_logs, start_ray
 from fae.pipelines.storage import paths
@@ -53,7 +53,7 @@ def search(recipe: Recipe) -> dict[str, Any]:
     """
     made = _with_places(recipe)
     folder, settings = sweep_folder(made), planned_settings(recipe)
-    plan_trial(made, {})
+    check_images(plan_trial(made, {}).stages)
     paths.write_bytes(paths.join(folder, "recipe.yaml"), recipe.to_yaml().encode())
     start_ray()
     _quiet_tune()
@@ -61,6 +61,8 @@ def search(recipe: Recipe) -> dict[str, Any]:
     made = with_shared_decoder(made)
     trials = {trial.uri: trial for trial in (plan_trial(made, values) for values in settings)}
     todo = [trial for trial in trials.values() if trial.result() is None]
+    for trial in todo:
+        check_images(trial.stages)
     suggested = made.tune.num_samples if made.tune.algorithm == "optuna" else 0
     say(f"{folder}: {len(trials)} trials, {len(trials) - len(todo)} of them finished already")
     if todo or suggested:

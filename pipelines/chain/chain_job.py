@@ -28,7 +28,7 @@ from ..storage import paths
 from ..training import TrainResult, train_autoencoder, train_generator, train_pixel_decoder
 from .report import write_report
 from .sizes import expected_bytes, latent_bytes
-from .stages import Stage, plan_stages, select, training_of
+from .stages import Stage, check_images, plan_stages, select, training_of
 
 TRAINERS: dict[str, Callable[..., TrainResult]] = {
     "autoencoder": train_autoencoder,
@@ -46,6 +46,7 @@ def run_chain(recipe: Recipe) -> dict[str, dict[str, float]]:
     Raises what the stages' jobs raise.
     """
     stages = select(plan_stages(recipe), recipe.chain)
+    check_images(stages)
     todo = [stage for stage in stages if stage.result() is None]
     for stage in stages:
         if stage not in todo:
@@ -118,6 +119,9 @@ def print_plan(recipe: Recipe) -> None:
     console.print(table)
     absent = sum(size for _, state, size in described if state != "finished")
     console.print(f"to write: about {_bytes(absent)}; nothing was run")
+    for stage, state, _ in described:
+        if stage.problem and state != "finished":
+            console.print(f"{stage.name} cannot run: {stage.problem}", markup=False)
     together = [stage for stage, state, _ in described if stage.name in SIDE_BY_SIDE]
     if len(together) == 2:
         need = ", ".join(

@@ -17,7 +17,8 @@ from ..config import Recipe, RecipeError, with_absolute_paths
 from ..config.facts import deciding_values
 from ..config.sections import ChainSection, StageName, TrainingSection
 from ..data import list_images
-from ..data.records import ImageRecord, source_digest
+from ..data.records import ImageRecord, SourceError, source_digest, split_records
+from ..evaluation import probe_problem
 from ..networks import load_checkpoint
 from ..storage import fingerprint_of, paths
 from ..training.tracking import resolve_uri
@@ -44,6 +45,8 @@ class Stage:
     """Names of the stages whose results it reads."""
     num_images: int
     """Images that it reads or draws; 0 where their number does not matter."""
+    problem: str | None = None
+    """Why the images of data.path cannot serve it, where planning knows."""
 
     @property
     def key(self) -> str:
@@ -72,6 +75,7 @@ def plan_stages(recipe: Recipe, images: Sequence[ImageRecord] | None = None) -> 
     base.evaluate.reference = _absolute(base.evaluate.reference or base.data.path)
     planner = _Planner()
     records = list_images(base.data) if images is None else images
+    split = _split_problem(records, base.data.validation_fraction)
     source = {"source": source_digest(records)}
 
     training = ("seed", "data", "backbone")
@@ -79,7 +83,7 @@ def plan_stages(recipe: Recipe, images: Sequence[ImageRecord] | None = None) -> 
     autoencoder = planner.network("autoencoder", base.autoencoder.checkpoint)
     if not autoencoder:
         autoencoder = planner.add(
-            "autoencoder", base, (), (*training, "autoencoder"), source, len(records)
+            "autoencoder", base, (), (*training, "autoencoder"), source, len(records), split
         )
 
     first = base.model_copy(deep=True)
@@ -88,7 +92,7 @@ def plan_stages(recipe: Recipe, images: Sequence[ImageRecord] | None = None) -> 
     decoder = planner.network("pixel-decoder", base.pixel_decoder.checkpoint)
     if not decoder:
         decoder = planner.add(
-            "pixel-decoder", first, (), (*training, "pixel_decoder"), source, len(records)
+            "pixel-decoder", first, (), (*training, "pixel_decoder"), source, len(records), split
         )
 
     encoding = base.model_copy(deep=True)
@@ -105,7 +109,13 @@ def plan_stages(recipe: Recipe, images: Sequence[ImageRecord] | None = None) -> 
     generator = planner.network("generator", base.generator.checkpoint)
     if not generator:
         generator = planner.add(
-            "generator", generating, ("latents",), ("seed", "generator"), {}, num_encoded
+            "generator",
+            generating,
+            ("latents",),
+            ("seed", "generator"),
+            {},
+            num_encoded,
+            label_problem(records[:num_encoded], base.generator.num_classes),
         )
 
     final = "pixel-decoder"
@@ -124,6 +134,7 @@ def plan_stages(recipe: Recipe, images: Sequence[ImageRecord] | None = None) -> 
             (*training, "pixel_decoder"),
             source,
             len(records),
+            split,
         )
 
     drawing = generating.model_copy(deep=True)
@@ -146,7 +157,8 @@ def plan_stages(recipe: Recipe, images: Sequence[ImageRecord] | None = None) -> 
         sections = ("data", "backbone", "probe")
         probing = base.model_copy(deep=True)
         probing.autoencoder.checkpoint = autoencoder
-        planner.add("probe", probing, ("autoencoder",), sections, source, len(records))
+        problem = probe_problem(records, base)
+        planner.add("probe", probing, ("autoencoder",), sections, source, len(records), problem)
     planner.add("report", base, tuple(planner.stages), (), {}, 0)
     return list(planner.stages.values())
 
@@ -189,6 +201,35 @@ def needed_stages(stages: Sequence[Stage], names: Collection[str]) -> list[Stage
     return [stage for stage in stages if stage.name in needed]
 
 
+def check_images(stages: Sequence[Stage]) -> None:
+    """Raises RecipeError where the images cannot serve a stage, before the first one runs."""
+    for stage in stages:
+        if stage.problem and stage.result() is None:
+            raise RecipeError(f"The stage {stage.name} cannot run: {stage.problem}")
+
+
+def label_problem(images: Sequence[ImageRecord], num_classes: int) -> str | None:
+    """Why a generator of `num_classes` cannot train on the labels of `images`, None where it can."""
+    unlabelled = [image.key for image in images if image.label is None]
+    highest = max(images, key=lambda image: -1 if image.label is None else image.label)
+    lowest = min(images, key=lambda image: 0 if image.label is None else image.label)
+    without = "to train without classes set data.label_column=null generator.num_classes=1."
+    if lowest.label is not None and lowest.label < 0:
+        return f"the label of {lowest.key!r} is {lowest.label}. Number the classes from 0."
+    if highest.label is not None and highest.label >= num_classes:
+        return (
+            f"the label of {highest.key!r} is {highest.label}, and generator.num_classes is "
+            f"{num_classes}. Set generator.num_classes={highest.label + 1}, or {without}"
+        )
+    if unlabelled and num_classes > 1:
+        return (
+            f"{len(unlabelled)} of {len(images)} images have no label, for example "
+            f"{unlabelled[0]!r}, and generator.num_classes is {num_classes}. Give them one, or "
+            f"{without}"
+        )
+    return None
+
+
 def training_of(stage: Stage) -> TrainingSection | None:
     """The training section of a stage that trains a network, None for the others."""
     recipe = stage.recipe
@@ -198,6 +239,14 @@ def training_of(stage: Stage) -> TrainingSection | None:
         "finetune": recipe.pixel_decoder.training,
         "generator": recipe.generator.training,
     }.get(stage.name)
+
+
+def _split_problem(records: Sequence[ImageRecord], validation_fraction: float) -> str | None:
+    try:
+        split_records(records, validation_fraction)
+    except SourceError as error:
+        return str(error)
+    return None
 
 
 class _Planner:
@@ -226,6 +275,7 @@ class _Planner:
         sections: Sequence[str],
         extra: Mapping[str, Any],
         num_images: int,
+        problem: str | None = None,
     ) -> str:
         """Plan the stage. Returns the address of its result: a network's file, else its folder."""
         made = recipe.model_copy(deep=True)
@@ -238,7 +288,7 @@ class _Planner:
         made.evaluate.output = made.probe.output = uri
         self.identities[name] = key
         needs = tuple(need for need in needs if need in self.stages)
-        self.stages[name] = Stage(name, parts, made, uri, needs, num_images)
+        self.stages[name] = Stage(name, parts, made, uri, needs, num_images, problem)
         files = {"autoencoder": "autoencoder", "generator": "generator"}
         files |= {"pixel-decoder": "pixel_decoder", "finetune": "pixel_decoder"}
         return paths.join(uri, f"{files[name]}.safetensors") if name in files else uri

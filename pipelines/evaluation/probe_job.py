@@ -143,6 +143,15 @@ class Split:
     pairs: list[Pair]
 
 
+def probe_problem(records: Sequence[ImageRecord], recipe: Recipe) -> str | None:
+    """Why `records` cannot be probed as the recipe says, None where they can."""
+    try:
+        split_images(recipe.probe, records, str(recipe.data.path))
+    except ProbeError as error:
+        return str(error)
+    return None
+
+
 def split_images(options: ProbeSection, records: Sequence[ImageRecord], source: str) -> Split:
     """Training and test images, by the hash of the key. `source` names the images in messages.
 

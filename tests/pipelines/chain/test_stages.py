@@ -8,7 +8,7 @@ from PIL import Image
 
 from fae.pipelines.chain.chain_job import describe, fit_together
 from fae.pipelines.chain.sizes import expected_bytes
-from fae.pipelines.chain.stages import STAGES, plan_stages, select
+from fae.pipelines.chain.stages import STAGES, check_images, plan_stages, select
 from fae.pipelines.config.recipe import RecipeError, load_recipe
 
 
@@ -108,3 +108,36 @@ def test_trainings_go_side_by_side_where_the_cluster_holds_both(images):
         recipe(images, "autoencoder.training.use_gpu=true", "pixel_decoder.training.use_gpu=true")
     )[:2]
     assert fit_together(on_gpus, {"CPU": 8.0, "GPU": 1.0}) == (False, "needs 2 of 1 GPUs")
+
+
+@pytest.mark.parametrize(
+    ("labels", "overrides", "message"),
+    [
+        ((0, 1, 2), ["generator.num_classes=1"], "is 2, and generator.num_classes is 1. Set "
+         "generator.num_classes=3, or to train without classes set data.label_column=null"),
+        ((0, 1, 2), ["generator.num_classes=2"], "Set generator.num_classes=3"),
+        ((None,), ["generator.num_classes=4"], "6 of 6 images have no label"),
+        ((0, None), ["generator.num_classes=4"], "have no label"),
+        ((0, 1), ["chain.until=probe"], "stage probe cannot run"),
+        ((0, 1), ["data.validation_fraction=0.999999"], "stage autoencoder cannot run: All 6 images"),
+        ((0, 1, 2), ["generator.num_classes=3"], None),
+        ((0, 1, 2), ["generator.num_classes=1", "data.label_column=null"], None),
+        ((None,), ["generator.num_classes=1"], None),
+        ((0, 1, 2), ["generator.num_classes=1", "chain.until=latents"], None),
+    ],
+)  # fmt: skip
+def test_images_that_cannot_serve_a_stage_are_refused_before_the_first_one(
+    images, labels, overrides, message
+):
+    for index, path in enumerate(sorted(images.iterdir())):
+        label = labels[index % len(labels)]
+        if label is not None:
+            (images / f"class {label}").mkdir(exist_ok=True)
+            path.rename(images / f"class {label}" / path.name)
+    made = recipe(images, *overrides)
+    stages = select(plan_stages(made), made.chain)
+    if message is None:
+        check_images(stages)
+    else:
+        with pytest.raises(RecipeError, match=message):
+            check_images(stages)
