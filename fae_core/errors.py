@@ -1,4 +1,4 @@
-"""The base class of errors whose message is for the user: commands print it without a traceback."""
+"""Errors whose message is for the user: commands print it without a traceback."""
 
 from __future__ import annotations
 
@@ -8,3 +8,7 @@ class UserError(Exception):
 
     Commands print the message alone and exit with a non-zero status.
     """
+
+
+class TooFewImages(UserError, ValueError):
+    """There are fewer images than a score needs."""

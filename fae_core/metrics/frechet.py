@@ -12,6 +12,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from fae_core.errors import TooFewImages
+
 
 @dataclass(frozen=True)
 class Gaussian:
@@ -64,7 +66,7 @@ class Moments:
     def gaussian(self) -> Gaussian:
         """Mean and unbiased covariance. Raises ValueError for fewer than two rows."""
         if self.count < 2:
-            raise ValueError(f"A covariance needs two images or more, not {self.count}.")
+            raise TooFewImages(f"A covariance needs two images or more, not {self.count}.")
         return Gaussian(self.mean, self.scatter / (self.count - 1), self.count)
 
 

@@ -11,13 +11,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fae_core.errors import UserError
+from fae_core.errors import TooFewImages
 
 BLOCK = 2048
-
-
-class TooFewImages(UserError, ValueError):
-    """There are fewer images than a score needs."""
 
 
 def precision_recall(

@@ -67,6 +67,12 @@ def needs_of(options: EvaluateSection, role: str, side: ImageSet) -> Needs:
             f"{side.uri} holds statistics alone ({held}); {', '.join(options.scores)} needs "
             f"{' and '.join(missing)}. Give the images."
         )
+    if needs.moments and len(side.keys) < 2:
+        raise EvaluationError(
+            f"{', '.join(score for score in options.scores if score in FRECHET)}: {side.uri} has "
+            f"{len(side.keys)} image, and a covariance needs two or more. Give more images, or "
+            "another score."
+        )
     if "kid" in scores and len(side.keys) < options.kid_subset_size:
         raise EvaluationError(
             f"kid: {side.uri} has {len(side.keys)} images, fewer than evaluate.kid_subset_size="

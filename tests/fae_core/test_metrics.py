@@ -17,6 +17,7 @@ from torch_fidelity.metric_isc import isc_features_to_metric
 from torch_fidelity.metric_kid import kid_features_to_metric
 from torch_fidelity.metric_prc import prc_features_to_metric
 
+from fae_core.errors import TooFewImages
 from fae_core.metrics.frechet import Gaussian, Moments, frechet_distance, frechet_of_features
 from fae_core.metrics.inception import (
     POOL_DIM,
@@ -25,7 +26,7 @@ from fae_core.metrics.inception import (
     load_inception,
     split_numbers,
 )
-from fae_core.metrics.manifold import TooFewImages, kernel_distance, precision_recall
+from fae_core.metrics.manifold import kernel_distance, precision_recall
 from fae_core.metrics.reconstruction import psnr, ssim
 from fae_core.weights import WeightsError
 

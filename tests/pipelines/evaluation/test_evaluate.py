@@ -120,6 +120,7 @@ def broken_sets(folder: Path, crops: np.ndarray) -> dict[str, Path]:
     (folder / "text.npz").write_text("no archive")
     (folder / "empty").mkdir()
     write_folder(folder / "other", crops[:5])
+    write_folder(folder / "single", crops[:1])
     write_statistics(
         str(folder / "ours.npz"),
         gaussians(("backbone",)),
@@ -157,6 +158,8 @@ def broken_sets(folder: Path, crops: np.ndarray) -> dict[str, Path]:
         ("empty", "originals", "frechet_backbone", "evaluate.images='.*empty' holds no images"),
         ("originals", "absent", "frechet_backbone", "evaluate.reference='.*absent' does not exist"),
         ("originals", "samples", "kid", "48 images, fewer than evaluate.kid_subset_size=1000"),
+        ("single", "originals", "frechet_backbone", "has 1 image, and a covariance needs two"),
+        ("originals", "single", "fid", "has 1 image, and a covariance needs two"),
     ],
 )
 def test_a_reference_that_a_score_cannot_use_is_refused_before_any_work(
