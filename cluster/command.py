@@ -12,10 +12,11 @@ import re
 import shlex
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
+from operator import attrgetter
 from pathlib import Path
 
 from fae.pipelines.config import Recipe, load_recipe
-from fae.pipelines.config.facts import flatten
+from fae.pipelines.config.facts import path_values
 
 from .environment import refuse_password
 from .errors import SubmitError
@@ -103,8 +104,7 @@ class Command:
         So the same work has the same name. What has no place of its own is named by its arguments:
         a chain, whose stages have folders by their content, and a command that writes nothing.
         """
-        values = flatten(recipe.model_dump())
-        place = [values[key] for key in self.places]
+        place = [attrgetter(key)(recipe) for key in self.places]
         if place and all(place) and self.name != "run":
             shown = place[-1].rstrip("/").rpartition("/")[2]
         else:
@@ -117,14 +117,14 @@ class Command:
         """Raises SubmitError for relative paths.
 
         On the cluster they would be in the job's copy of the working tree, which Ray deletes. A
-        default counts where the command writes there.
+        default path counts only where the command writes there.
         """
         defaults = path_values(Recipe())
         relative = []
         for key, path in path_values(recipe).items():
             default = " (the default)" * (path == defaults.get(key))
-            if not _is_shared(path) and (not default or key in self.places):
-                relative.append(f"{key}={path}{default}")
+            if not _is_shared(path.value) and (not default or key in self.places):
+                relative.append(f"{key}={path.value}{default}")
         if relative:
             raise SubmitError(
                 f"{', '.join(relative)}: a relative path means the job's own copy of the working "
@@ -139,14 +139,3 @@ def _is_bucket(word: str) -> bool:
 
 def _is_shared(path: str) -> bool:
     return "://" in path or path.startswith("/")
-
-
-KEYS = re.compile(r"(^|\.)(path|output|storage|latents|images|reference|checkpoint|start_from)$")
-
-
-def path_values(recipe: Recipe) -> dict[str, str]:
-    return {
-        k: v
-        for k, v in flatten(recipe.model_dump()).items()
-        if KEYS.search(k) and isinstance(v, str)
-    }
