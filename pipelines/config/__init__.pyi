@@ -1,5 +1,6 @@
 """The typed recipe: its sections, overrides, validation and explanation."""
 
+from . import explain as explain
 from . import facts as facts
 from . import sections as sections
 from .facts import with_absolute_paths as with_absolute_paths
@@ -11,6 +12,7 @@ from .recipe import validate_recipe as validate_recipe
 __all__ = [
     "Recipe",
     "RecipeError",
+    "explain",
     "facts",
     "load_recipe",
     "sections",

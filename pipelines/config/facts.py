@@ -1,6 +1,7 @@
-"""What a recipe's keys are for, derived from their fields: which decide a result, which are places, which are secret.
+"""What a recipe's keys are for: which decide a result, which are places, which are secret.
 
-Every job, the chain and the submission ask here instead of keeping lists of keys. Neither torch nor Ray is imported.
+All of it is derived from the fields. Every job, the chain and the submission ask here instead of
+keeping lists of keys. Neither torch nor Ray is imported.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ from typing import Any, Literal, NamedTuple
 from ..storage import paths
 from .recipe import Recipe
 from .sections import Section
-from .sections.keys import RecipeKey, flatten, keys_of, value_at
+from .sections.keys import RecipeKey, flatten, keys_of, set_value, value_at
 
 Values = Mapping[str, Any]
 
@@ -24,7 +25,7 @@ class PathValue(NamedTuple):
 
 
 def walk_keys(section: type[Section] = Recipe) -> Iterator[RecipeKey]:
-    """Every key of a recipe, in the order of the fields; `*` stands for the members of lists and mappings."""
+    """Every key of a recipe in the order of the fields; `*` stands for members of a list or mapping."""
     return keys_of(section)
 
 
@@ -33,9 +34,10 @@ def deciding_values(
 ) -> dict[str, Any]:
     """The values under `sections` that decide a job's result, as plain JSON values by dotted key.
 
-    `sections` are sections or single keys of the recipe, which may also be given as nested plain values. Keys that say
-    how a job runs, places that are written, and inputs that are identified by their content are left out. A job that
-    hashes all that it reads sets `addresses` to False, which leaves out the other inputs too.
+    `sections` are sections or single keys of the recipe, which may also be given as nested plain
+    values. Keys that say how a job runs, places that are written, and inputs that are identified by
+    their content are left out. A job that hashes all that it reads sets `addresses` to False, which
+    leaves out the other inputs too.
     """
     values = recipe.model_dump(mode="json") if isinstance(recipe, Recipe) else recipe
     left_out = {key.name for key in walk_keys() if not key.decides or (key.place and not addresses)}
@@ -63,9 +65,7 @@ def with_absolute_paths(recipe: Recipe) -> Recipe:
     made = recipe.model_copy(deep=True)
     for name, (_, value) in path_values(recipe).items():
         if "://" not in value or value.startswith("file://"):
-            *sections, last = name.split(".")
-            section = value_at(made, ".".join(sections)) if sections else made
-            setattr(section, last, paths.filesystem(value)[1])
+            set_value(made, name, paths.filesystem(value)[1])
     return made
 
 

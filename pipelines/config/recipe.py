@@ -1,16 +1,18 @@
-"""Typed recipes: OmegaConf merges a shipped or given YAML with dotted overrides, pydantic validates the result.
+"""Typed recipes: OmegaConf merges a YAML with dotted overrides, pydantic validates the result.
 
-Every command starts here; an unknown key or a bad value stops with the key, what was given, what is allowed
-and the nearest spelling. A field whose docstring says "not in the paper" has no value in arXiv 2512.07829.
+Every command starts here; an unknown key or a bad value stops with the key, what was given, what is
+allowed and the nearest spelling. A field whose docstring says "not in the paper" has no value in
+arXiv 2512.07829.
 """
 
 from __future__ import annotations
 
 import difflib
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from omegaconf import OmegaConf
+from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from pydantic import Field, ValidationError
 
@@ -33,7 +35,7 @@ from .sections import (
     TuneSection,
 )
 from .sections.base import Execution, InputPath, OutputPath
-from .sections.keys import keys_of, section_in, value_at
+from .sections.keys import keys_of, section_in, set_value, value_at
 
 RECIPES = Path(__file__).parent / "recipes"
 
@@ -46,16 +48,17 @@ class Recipe(Section):
     """One run, whole."""
 
     image_size: int = Field(256, gt=0)
-    """Side of the canonical uint8 crop."""
+    """Side [px] of the canonical crop, ADM's centre crop as uint8; the paper's."""
     seed: int = 0
+    """Seed of initial weights, noise, order and sampling; not in the paper."""
     run: Execution[str | None] = None
-    """Name of a training run; the same name and storage resumes it."""
+    """Name of a training run; the same name and storage resume it."""
     storage: OutputPath[str] = "runs"
-    """Folder or s3:// prefix where training runs live."""
+    """Folder or s3:// prefix where training runs, chains and sweeps live."""
     output: OutputPath[str | None] = None
-    """Folder or s3:// prefix that precompute or sample writes."""
+    """Folder or s3:// prefix that `fae precompute` or `fae sample` writes."""
     latents: InputPath[str | None] = None
-    """The latent store that a generator is trained on."""
+    """The latent store that a generator is trained on, an output of `fae precompute`."""
     data: DataSection = DataSection()
     backbone: BackboneSection = BackboneSection()
     autoencoder: AutoencoderSection = AutoencoderSection()
@@ -70,19 +73,30 @@ class Recipe(Section):
     tracking: TrackingSection = TrackingSection()
 
     def to_yaml(self) -> str:
-        """The whole recipe as YAML, as `--print-config` prints it and every run writes it beside its outputs.
+        """The whole recipe as YAML: what `--print-config` prints and every run writes.
 
-        Without passwords: those are for the environment, or for the command line.
+        It has no passwords: those are for the environment, or for the command line.
         """
-        values = self.model_dump(mode="json")
+        hidden = self.model_copy(deep=True)
         for key in keys_of(type(self)):
-            if key.secret and (secret := value_at(self, key.name)):
-                *sections, last = key.name.split(".")
-                place = values
-                for section in sections:
-                    place = place[section]
-                place[last] = redact(secret)
-        return OmegaConf.to_yaml(OmegaConf.create(values))
+            if key.secret and (value := value_at(self, key.name)):
+                set_value(hidden, key.name, redact(value))
+        return OmegaConf.to_yaml(OmegaConf.create(hidden.model_dump(mode="json")))
+
+    def require(self, command: str, *names: str) -> list[str]:
+        """The values of the dotted keys `names`, which `command` needs, in their order.
+
+        Raises RecipeError that says which of them are not given, and what they are.
+        """
+        values = {name: value_at(self, name) for name in names}
+        absent = [name for name, value in values.items() if value is None]
+        if absent:
+            *first, last = (f"{name}=…" for name in names)
+            listed = f"{', '.join(first)} and {last}" if first else last
+            docs = {key.name: key.doc for key in keys_of(type(self))}
+            about = "".join(f"\n  {name}: {docs[name]}" for name in absent)
+            raise RecipeError(f"{command} needs {listed}. Not given:{about}")
+        return list(values.values())
 
 
 def recipe_names() -> list[str]:
@@ -90,8 +104,20 @@ def recipe_names() -> list[str]:
     return sorted(p.stem for p in RECIPES.glob("*.yaml"))
 
 
-def load_recipe(name: str, overrides: list[str] | tuple[str, ...] = ()) -> Recipe:
+def load_recipe(name: str, overrides: Sequence[str] = ()) -> Recipe:
     """The recipe `name` (shipped, or a YAML path) with `key=value` overrides. Raises RecipeError."""
+    path = recipe_path(name)
+    try:
+        merged = OmegaConf.merge(read_yaml(path), parse_overrides(overrides))
+        values = OmegaConf.to_container(merged, resolve=False)
+    except (OmegaConfBaseException, ValueError) as error:
+        raise RecipeError(f"{path}: {error}") from None
+    assert isinstance(values, dict)
+    return validate_recipe({str(key): value for key, value in values.items()}, source=name)
+
+
+def recipe_path(name: str) -> Path:
+    """The file of the recipe `name`, shipped or a YAML path. Raises RecipeError without one."""
     path = Path(name) if name.endswith((".yaml", ".yml")) else RECIPES / f"{name}.yaml"
     if not path.is_file():
         near = difflib.get_close_matches(name, recipe_names(), n=1)
@@ -99,21 +125,30 @@ def load_recipe(name: str, overrides: list[str] | tuple[str, ...] = ()) -> Recip
         raise RecipeError(
             f"No recipe {name!r}.{hint} Shipped: {', '.join(recipe_names())}; or give a .yaml path."
         )
+    return path
+
+
+def read_yaml(path: Path) -> DictConfig:
+    """What a recipe's file sets. Raises RecipeError where it is no mapping in YAML."""
+    try:
+        read = OmegaConf.load(path)
+    except (OmegaConfBaseException, ValueError) as error:
+        raise RecipeError(f"{path}: {error}") from None
+    except Exception as error:
+        raise RecipeError(f"{path} is not readable YAML: {error}") from None
+    if not isinstance(read, DictConfig):
+        raise RecipeError(f"{path}: a recipe is a mapping of keys to values.")
+    return read
+
+
+def parse_overrides(overrides: Sequence[str]) -> DictConfig:
+    """What `key=value` overrides set. Raises RecipeError for one that is not of this form."""
     for override in overrides:
         if "=" not in override or override.startswith("="):
             raise RecipeError(
                 f"Override {override!r} is not key=value (for example autoencoder.latent_dim=48)."
             )
-    try:
-        merged = OmegaConf.merge(OmegaConf.load(path), OmegaConf.from_dotlist(list(overrides)))
-        values = OmegaConf.to_container(merged, resolve=False)
-    except (OmegaConfBaseException, ValueError) as error:
-        raise RecipeError(f"{path}: {error}") from None
-    except Exception as error:
-        raise RecipeError(f"{path} is not readable YAML: {error}") from None
-    if not isinstance(values, dict):
-        raise RecipeError(f"{path}: a recipe is a mapping of keys to values.")
-    return validate_recipe({str(key): value for key, value in values.items()}, source=name)
+    return OmegaConf.from_dotlist(list(overrides))
 
 
 def validate_recipe(values: dict[str, Any], source: str = "recipe") -> Recipe:

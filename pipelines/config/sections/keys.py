@@ -51,7 +51,10 @@ class RecipeKey:
 
 
 def keys_of(section: type[Section], prefix: str = "") -> Iterator[RecipeKey]:
-    """The keys of `section` and of the sections in it, those inside lists and mappings under the name `*`."""
+    """The keys of `section` and of the sections in it, in the order of the fields.
+
+    The name `*` stands for the members of lists and mappings that hold sections.
+    """
     for name, field in section.model_fields.items():
         inner = section_in(field.annotation)
         if inner is None or inner is not field.annotation:
@@ -62,7 +65,7 @@ def keys_of(section: type[Section], prefix: str = "") -> Iterator[RecipeKey]:
 
 
 def section_in(annotation: Any) -> type[Section] | None:
-    """The section class in a field's annotation, also inside lists, mappings and alternatives; None without one."""
+    """The section class in a field's annotation, also inside lists, mappings and alternatives."""
     if isinstance(annotation, type) and get_origin(annotation) is None:
         return annotation if issubclass(annotation, Section) else None
     return next((found for found in map(section_in, get_args(annotation)) if found), None)
@@ -74,6 +77,12 @@ def value_at(section: Section, name: str) -> Any:
     for part in name.split("."):
         value = getattr(value, part)
     return value
+
+
+def set_value(section: Section, name: str, value: Any) -> None:
+    """Set the dotted key `name` of `section`."""
+    parents, _, last = name.rpartition(".")
+    setattr(value_at(section, parents) if parents else section, last, value)
 
 
 def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -14,9 +14,10 @@ class ActorPoolSection(Section):
     """A pool of actors, each with the networks on one accelerator or on CPUs."""
 
     num_actors: Execution[int] = Field(1, gt=0)
-    """Actors that work at once."""
+    """Actors that work at once, each with its own copy of the networks."""
     gpus_per_actor: Execution[float] = Field(0.0, ge=0.0)
-    """GPUs that Ray reserves for an actor; 0 computes on the CPU."""
+    """GPUs that Ray reserves for an actor; 0 computes on the CPU, and a fraction lets actors share
+    a GPU."""
     cpus_per_actor: Execution[float] = Field(1.0, gt=0.0)
     """CPUs that Ray reserves for an actor."""
 
@@ -25,7 +26,7 @@ class DecodingPoolSection(ActorPoolSection):
     """A pool of actors whose images are decoded by tasks on CPUs."""
 
     cpus_per_decode: Execution[float] = Field(0.5, gt=0.0)
-    """CPUs that Ray reserves for a decoding task."""
+    """CPUs that Ray reserves for a task that reads and decodes images."""
     decode_labels: Execution[dict[str, str]] = {}
     """Labels of the nodes that decode, like {fae-nodes: cpu}, so that GPU nodes do not; any node
     without them."""

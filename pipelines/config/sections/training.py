@@ -4,49 +4,67 @@ from __future__ import annotations
 
 from typing import Literal
 
-from pydantic import (
-    Field,
-)
+from pydantic import Field
 
 from .base import Execution, Section
 
 
 class TrainingSection(Section):
-    """How one network is trained; each trainer has its own, with the paper's values for it in the recipes."""
+    """How one network is trained; each trainer has its own section, with the paper's values for it.
+
+    The defaults here are those of the paper's autoencoder (arXiv 2512.07829, appendix D).
+    """
 
     steps: int = Field(1_000_000, gt=0)
-    """Optimizer steps."""
+    """Optimizer steps of the whole training; the paper's for autoencoder and pixel decoder."""
     batch_size: int = Field(1024, gt=0)
-    """Images of one optimizer step, over all workers and accumulation."""
+    """Images of one optimizer step, over all workers and accumulation; the paper's for the
+    autoencoder."""
     accumulation: int = Field(1, gt=0)
-    """Micro-steps that one optimizer step is split into."""
+    """Micro-steps that one optimizer step is split into, to hold fewer images at once."""
     learning_rate: float = Field(1e-4, gt=0.0)
+    """AdamW's largest learning rate; the paper's."""
     warmup_steps: int = Field(1000, ge=0)
+    """Steps in which the learning rate grows linearly from 0; the paper's for autoencoder and pixel
+    decoder."""
     schedule: Literal["cosine", "constant"] = "cosine"
+    """The learning rate after the warm-up; cosine is the paper's for autoencoder and pixel
+    decoder."""
     final_learning_rate: float = Field(0.0, ge=0.0)
-    """Where the cosine ends; not in the paper."""
+    """Learning rate at which the cosine ends; not in the paper."""
     betas: tuple[float, float] = (0.9, 0.999)
+    """Decay rates of AdamW's first and second moment; the paper's."""
     weight_decay: float = Field(0.05, ge=0.0)
-    """Not in the paper; 0.05 is the public reimplementations'."""
+    """AdamW's weight decay. Not in the paper: 0.05 is both public reimplementations'."""
     gradient_clip: float | None = Field(1.0, gt=0.0)
-    """Largest global gradient norm; not in the paper."""
+    """Largest global norm of the gradient; null does not clip. Not in the paper."""
     ema_decay: float | None = Field(None, gt=0.0, lt=1.0)
-    """Exponential moving average of the weights, shorter in the first steps; not in the paper."""
+    """Decay of the moving average of the weights, which is shorter in the first steps; null keeps
+    none. Not in the paper."""
     precision: Literal["fp32", "bf16"] = "bf16"
-    """Autocast dtype of the forward passes; not in the paper."""
+    """Autocast dtype of the forward passes; weights and optimizer are float32. Not in the paper."""
     compile: Execution[bool] = False
-    """torch.compile the network and the frozen ones beside it: minutes at the start, faster steps after."""
+    """torch.compile the network and the frozen ones beside it: minutes at the start, faster steps
+    after."""
     num_workers: Execution[int] = Field(1, gt=0)
+    """Processes that train together, one to a GPU where `use_gpu` is set."""
     parallel: Execution[Literal["ddp", "fsdp"]] = "ddp"
-    """Between workers: a copy of the network each, or its parameters split over them."""
+    """Between workers: ddp gives each a copy of the network, fsdp splits its parameters over
+    them."""
     use_gpu: Execution[bool] = False
+    """Whether Ray reserves a GPU for each worker; without it training runs on CPUs."""
     cpus_per_worker: Execution[float] = Field(1.0, gt=0.0)
+    """CPUs that Ray reserves for a worker."""
     threads_per_worker: Execution[int | None] = Field(None, gt=0)
-    """Torch threads of a CPU worker; without it the run's workers share all the cores of their node."""
+    """Torch threads of a CPU worker; without it the workers of a node share all of its cores."""
     log_every: Execution[int] = Field(50, gt=0)
+    """Steps between two lines of progress and of metrics."""
     validate_every: Execution[int] = Field(1000, gt=0)
+    """Steps between two validations on the images that are held out."""
     checkpoint_every: Execution[int] = Field(1000, gt=0)
-    """Steps between checkpoints."""
+    """Steps between two checkpoints; a lost worker repeats at most so many."""
     keep_checkpoints: Execution[int] = Field(2, gt=0)
+    """Newest checkpoints that are kept; older ones are deleted."""
     max_failures: Execution[int] = Field(3, ge=0)
-    """How often training goes on by itself from the newest checkpoint after workers or nodes were lost; errors end it at once."""
+    """How often training resumes by itself from the newest checkpoint after workers or nodes were
+    lost. An error of the training itself ends it at once."""
