@@ -68,11 +68,8 @@ def plan_stages(recipe: Recipe, images: Sequence[ImageRecord] | None = None) -> 
     """
     base = with_absolute_paths(recipe)
     base.tracking.uri = resolve_uri(recipe.tracking)
-    if base.data.path is None:
-        raise RecipeError(
-            "The chain starts from images: set data.path=… (a folder, file or s3://)."
-        )
-    base.evaluate.reference = _absolute(base.evaluate.reference or base.data.path)
+    (source_path,) = base.require("the chain", "data.path")
+    base.evaluate.reference = _absolute(base.evaluate.reference or source_path)
     planner = _Planner()
     records = list_images(base.data) if images is None else images
     split = _split_problem(records, base.data.validation_fraction)

@@ -1,4 +1,4 @@
-"""What a recipe key means, what it is in a recipe and who said so; and what the shipped recipes are."""
+"""What a recipe key means, where its value comes from, and what the shipped recipes are."""
 
 from __future__ import annotations
 

@@ -25,7 +25,7 @@ class PathValue(NamedTuple):
 
 
 def walk_keys(section: type[Section] = Recipe) -> Iterator[RecipeKey]:
-    """Every key of a recipe in the order of the fields; `*` stands for members of a list or mapping."""
+    """Every key in the order of the fields; `*` stands for the members of a list or mapping."""
     return keys_of(section)
 
 

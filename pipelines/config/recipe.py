@@ -89,7 +89,7 @@ class Recipe(Section):
         Raises RecipeError that says which of them are not given, and what they are.
         """
         values = {name: value_at(self, name) for name in names}
-        absent = [name for name, value in values.items() if value is None]
+        absent = [name for name, value in values.items() if value in (None, "")]
         if absent:
             *first, last = (f"{name}=…" for name in names)
             listed = f"{', '.join(first)} and {last}" if first else last
@@ -105,7 +105,7 @@ def recipe_names() -> list[str]:
 
 
 def load_recipe(name: str, overrides: Sequence[str] = ()) -> Recipe:
-    """The recipe `name` (shipped, or a YAML path) with `key=value` overrides. Raises RecipeError."""
+    """The recipe `name`, shipped or a YAML path, with `key=value` overrides. Raises RecipeError."""
     path = recipe_path(name)
     try:
         merged = OmegaConf.merge(read_yaml(path), parse_overrides(overrides))

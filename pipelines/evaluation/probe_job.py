@@ -23,7 +23,7 @@ from fae_core.metrics.probes import (
 )
 from fae_core.similarity_figures import MatchedPair, matching_figure, similarity_rows
 
-from ..config import Recipe, RecipeError, with_absolute_paths
+from ..config import Recipe, with_absolute_paths
 from ..config.facts import deciding_values
 from ..config.sections import ProbeSection
 from ..data import list_images
@@ -55,13 +55,9 @@ def probe(recipe: Recipe, show_progress: bool = True) -> dict[str, float]:
     scores that are there are returned. Raises RecipeError, SourceError, CheckpointError,
     ProbeError, and StoreMismatch where the output holds another probe.
     """
-    if recipe.data.path is None or recipe.autoencoder.checkpoint is None:
-        raise RecipeError(
-            "probe needs data.path=… (labelled images) and autoencoder.checkpoint=…; "
-            "probe.output=… keeps the figures."
-        )
     recipe = with_absolute_paths(recipe)
-    options, source = recipe.probe, str(recipe.data.path)
+    source, _ = recipe.require("probe", "data.path", "autoencoder.checkpoint")
+    options = recipe.probe
     records = list_images(recipe.data)
     split = split_images(options, records, source)
     networks = Networks.of(recipe)

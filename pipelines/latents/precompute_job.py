@@ -21,7 +21,7 @@ import pyarrow as pa
 
 from fae_core.errors import UserError
 
-from ..config import Recipe, RecipeError, with_absolute_paths
+from ..config import Recipe, with_absolute_paths
 from ..data import plan_source
 from ..data.account import Account
 from ..data.crops import CROPS
@@ -47,35 +47,31 @@ def precompute(recipe: Recipe, show_progress: bool = True) -> dict[str, Any]:
     Raises RecipeError, SourceError, TooManyErrors, and StoreMismatch where the output holds the
     store of another model, recipe or source.
     """
-    if recipe.output is None or recipe.autoencoder.checkpoint is None or recipe.data.path is None:
-        raise RecipeError(
-            "precompute needs data.path=…, autoencoder.checkpoint=… and output=… "
-            "(a folder or s3:// prefix each)."
-        )
     started, written = time.monotonic(), recipe.to_yaml()
     recipe = with_absolute_paths(recipe)
-    assert recipe.output is not None
+    needed = ("data.path", "autoencoder.checkpoint", "output")
+    *_, output = recipe.require("precompute", *needed)
     source = plan_source(recipe.data)
     if show_progress:
         print("\n".join(source.account.lines()), file=sys.stderr, flush=True)
     _check_losses(source.account, recipe.precompute.max_error_rate)
     parts = fingerprint_parts(recipe)
     size = recipe.precompute.shard_size
-    plan = ensure_plan(recipe.output, source.table, size, parts, source.account.to_dict())
+    plan = ensure_plan(output, source.table, size, parts, source.account.to_dict())
     streamed = shards_in_large_groups(source.table["uri"], source.large_groups, size)
     del source
-    paths.write_bytes(paths.join(recipe.output, "recipe.yaml"), written.encode())
-    todo = missing_shards(recipe.output, plan)
+    paths.write_bytes(paths.join(output, "recipe.yaml"), written.encode())
+    todo = missing_shards(output, plan)
     units = units_of(todo, streamed)
     rates = encode_shards(recipe, plan, units, parts, show_progress) if todo else {}
     each = fan_out if todo else map
-    errors = read_errors(recipe.output, each)
+    errors = read_errors(output, each)
     first = list(islice(errors, SHOWN_ERRORS))
     _check_error_rate(
         recipe.precompute.max_error_rate, plan, len(first) + sum(1 for _ in errors), first
     )
     run = {"seconds": time.monotonic() - started, "shards_encoded": len(todo), **rates}
-    return commit(recipe.output, plan, run, each)
+    return commit(output, plan, run, each)
 
 
 def fingerprint_parts(recipe: Recipe) -> dict[str, str]:

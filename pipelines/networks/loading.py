@@ -59,8 +59,7 @@ def check_fingerprints(uri: str, loaded: Loaded, expected: Mapping[str, str]) ->
 
 def autoencoder_of(recipe: Recipe, backbone: Backbone) -> Loaded:
     """The recipe's trained autoencoder. Raises CheckpointError when it is another backbone's."""
-    assert recipe.autoencoder.checkpoint is not None
-    uri = recipe.autoencoder.checkpoint
+    (uri,) = recipe.require("encoding", "autoencoder.checkpoint")
     loaded = load_checkpoint(uri, "autoencoder")
     check_fingerprints(uri, loaded, backbone_fingerprints(recipe, backbone))
     if loaded.module.config.grid != backbone.grid:

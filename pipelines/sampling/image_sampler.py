@@ -17,19 +17,11 @@ class ImageSampler:
     """Generator and decoders on one device, and what identifies them."""
 
     def __init__(self, recipe: Recipe, device: str = "cpu") -> None:
-        if not (
-            recipe.generator.checkpoint
-            and recipe.autoencoder.checkpoint
-            and recipe.pixel_decoder.checkpoint
-        ):
-            raise RecipeError(
-                "sample needs generator.checkpoint=…, autoencoder.checkpoint=… and "
-                "pixel_decoder.checkpoint=… "
-                "(three .safetensors that `fae train` wrote)."
-            )
+        networks = ("generator", "autoencoder", "pixel_decoder")
+        generator, *_ = recipe.require("sample", *(f"{name}.checkpoint" for name in networks))
         self.recipe = recipe
         self.device = torch.device(device)
-        loaded = load_checkpoint(recipe.generator.checkpoint, "dit", "starflow")
+        loaded = load_checkpoint(generator, "dit", "starflow")
         self.decoder = LatentDecoder.of(recipe, self.device, loaded.fingerprints["autoencoder"])
         self.model = loaded.module.to(self.device)
         self.compiled = recipe.sample.compile and isinstance(self.model, DiT)

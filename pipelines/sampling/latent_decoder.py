@@ -30,17 +30,17 @@ class LatentDecoder:
 
         Raises CheckpointError where they do not belong to these latents or to each other.
         """
-        assert recipe.autoencoder.checkpoint and recipe.pixel_decoder.checkpoint
-        uri = recipe.autoencoder.checkpoint
+        needed = ("autoencoder.checkpoint", "pixel_decoder.checkpoint")
+        uri, decoder_uri = recipe.require("decoding", *needed)
         loaded = load_checkpoint(uri, "autoencoder")
         if loaded.weights_sha256 != autoencoder_sha256:
             raise CheckpointError(
                 f"{uri} is not the autoencoder of these latents: its weights hash to "
                 f"{loaded.weights_sha256[:12]}…, theirs to {autoencoder_sha256[:12]}…."
             )
-        decoder = load_checkpoint(recipe.pixel_decoder.checkpoint, "pixel_decoder")
+        decoder = load_checkpoint(decoder_uri, "pixel_decoder")
         wanted = {"backbone": loaded.fingerprints["backbone"]}
-        check_fingerprints(recipe.pixel_decoder.checkpoint, decoder, wanted)
+        check_fingerprints(decoder_uri, decoder, wanted)
         hashes = {"autoencoder": loaded.weights_sha256, "pixel decoder": decoder.weights_sha256}
         return cls(loaded.module.to(device), decoder.module.to(device), hashes)
 

@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from ..config import Recipe, RecipeError, with_absolute_paths
+from ..config import Recipe, with_absolute_paths
 from ..config.facts import deciding_values
 from ..runtime import Progress, RowStages, run_rows
 from ..storage import paths
@@ -29,26 +29,24 @@ def sample(recipe: Recipe, show_progress: bool = True) -> dict[str, Any]:
     Raises RecipeError, CheckpointError, and StoreMismatch where the output holds the samples of
     another generator, decoder or setting.
     """
-    if recipe.output is None:
-        raise RecipeError("sample needs output=… (a folder or s3:// prefix).")
     started, written = time.monotonic(), recipe.to_yaml()
     recipe = with_absolute_paths(recipe)
-    assert recipe.output is not None
+    (output,) = recipe.require("sample", "output")
     parts = sample_parts(recipe)
-    claim(recipe.output, parts)
-    paths.write_bytes(paths.join(recipe.output, "recipe.yaml"), written.encode())
+    claim(output, parts)
+    paths.write_bytes(paths.join(output, "recipe.yaml"), written.encode())
     num_shards = -(-recipe.sample.num_images // recipe.sample.shard_size)
-    todo = missing_shards(recipe.output, num_shards)
+    todo = missing_shards(output, num_shards)
     rates: dict[str, float] = {}
     if todo:
-        write = partial(write_sample_shard, output=recipe.output, formats=recipe.sample.formats)
+        write = partial(write_sample_shard, output=output, formats=recipe.sample.formats)
         stages = RowStages(DrawShards, (recipe,), finish=write)
         progress = Progress(len(todo), recipe.sample.num_images, show_progress)
         for row in run_rows([{"shard": index} for index in todo], stages, recipe.sample):
             progress.add(int(row["rows"]), 0, float(row["drawn_at"]))
         rates = progress.close()
     run = {"seconds": time.monotonic() - started, "shards_drawn": len(todo), **rates}
-    return commit_samples(recipe.output, recipe.sample, parts, num_shards, run)
+    return commit_samples(output, recipe.sample, parts, num_shards, run)
 
 
 def sample_parts(recipe: Recipe) -> dict[str, Any]:

@@ -20,7 +20,7 @@ from fae_core.generators.dit import DiT
 from fae_core.generators.latent_model import LatentModel
 from fae_core.generators.starflow import StarFlow, flow_loss
 
-from ..config import Recipe, RecipeError, with_absolute_paths
+from ..config import Recipe, with_absolute_paths
 from ..config.sections import GeneratorSection
 from ..latents import LatentStore
 from ..networks.untrained import build_generator
@@ -46,11 +46,8 @@ def train_generator(recipe: Recipe, callbacks: Sequence[Any] = ()) -> TrainResul
     Raises RecipeError, StoreError for a store that is not finished or lacks columns, NonFiniteError.
     """
     run_uri = run_folder.run_folder(recipe)
-    if recipe.latents is None:
-        raise RecipeError(
-            "train generator needs latents=STORE, a finished `fae precompute` output."
-        )
-    store = LatentStore.open(with_absolute_paths(recipe).latents or "")
+    (latents,) = with_absolute_paths(recipe).require("train generator", "latents")
+    store = LatentStore.open(latents)
     needed_columns(store, recipe.generator)
     with torch.device("meta"):
         build_generator(recipe.generator, store.latent_shape)
@@ -87,8 +84,8 @@ def _worker(config: dict[str, Any]) -> None:
     device = ray.train.torch.get_device()
     prepare_worker(device, recipe.generator.training)
     is_first = ray.train.get_context().get_world_rank() == 0
-    assert recipe.latents is not None
-    store = LatentStore.open(recipe.latents)
+    (latents,) = recipe.require("train generator", "latents")
+    store = LatentStore.open(latents)
     section = recipe.generator
     torch.manual_seed(recipe.seed)
     model = build_generator(section, store.latent_shape)

@@ -1,4 +1,4 @@
-"""The sections of a recipe: every key is a field with a docstring, whose type says what it is for."""
+"""The sections of a recipe: each key is a field with a docstring and a type that says its use."""
 
 from .base import Section
 from .data import BackboneSection, DataSection

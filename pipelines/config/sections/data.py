@@ -37,8 +37,8 @@ class DataSection(Section):
     """Column of the class, an integer or a name, if it is there; null takes no labels, from class
     folders neither."""
     caption_column: str | None = "caption"
-    """Column of the caption, one text or a list of them; `text` or `prompt` where only one of them is
-    there. null takes no captions."""
+    """Column of the caption, one text or a list of them; `text` or `prompt` where only one of them
+    is there. null takes no captions."""
     max_pixels: int = Field(100_000_000, gt=0)
     """Pixels that an image may declare. A larger one is an error of that image and is not decoded,
     because small files can decode to gigabytes."""

@@ -59,8 +59,8 @@ class AutoencoderSection(Section):
 
 
 class LossesSection(Section):
-    """Losses of the pixel decoder. The paper names their kinds and gives no weight, so none of these
-    values is in the paper: they are ml-starflow's, which are TA-TiTok's."""
+    """Losses of the pixel decoder. The paper names their kinds and gives no weight, so none of
+    these values is in the paper: they are ml-starflow's, which are TA-TiTok's."""
 
     pixel: Literal["l1", "l2"] = "l2"
     """Error of the pixels: mean absolute (l1) or squared (l2); not in the paper: ml-starflow's."""
@@ -82,8 +82,8 @@ class LossesSection(Section):
     discriminator_start: int = Field(0, ge=0)
     """Step from which the discriminator itself is trained; not in the paper: ml-starflow's."""
     discriminator: Literal["patch", "backbone"] = "patch"
-    """patch: a PatchGAN on pixels, as in ml-starflow. backbone: small heads on the frozen backbone's
-    features, as in RAE. Not in the paper."""
+    """patch: a PatchGAN on pixels, as in ml-starflow. backbone: small heads on the features of the
+    frozen backbone, as in RAE. Not in the paper."""
     discriminator_learning_rate: float = Field(1e-4, gt=0.0)
     """The discriminator's largest learning rate, on the decoder's schedule; not in the paper:
     ml-starflow's."""
