@@ -15,9 +15,6 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from ..config.sections import DataSection
 from .records import ImageRecord
 
-# decode_image holds the recipe's limit; Pillow's own fixed one would refuse before it.
-Image.MAX_IMAGE_PIXELS = None
-
 CROPS = {"exact": "adm-center-crop-1", "fast": "adm-center-crop-1-fast-1"}
 """What a fingerprint says of the crop, by `data.decoder`."""
 FORMATS = (*("JPEG", "PNG", "WEBP", "GIF", "BMP", "DIB", "TIFF", "AVIF", "JPEG2000", "PPM", "QOI"),)
@@ -63,6 +60,8 @@ def decode_image(data: bytes, size: int, max_pixels: int, decoder: str = "exact"
     """
     if not data:
         raise ImageError("empty file")
+    # Here and not on import: who imports `center_crop` alone keeps Pillow's own limit.
+    Image.MAX_IMAGE_PIXELS = None
     try:
         with Image.open(io.BytesIO(data), formats=FORMATS) as image:
             width, height = image.size
@@ -71,9 +70,7 @@ def decode_image(data: bytes, size: int, max_pixels: int, decoder: str = "exact"
                     f"{width}x{height} = {width * height} pixels, over data.max_pixels={max_pixels}"
                 )
             image.load()
-            rgb = _to_rgb(_upright(image))
-        _check_aspect(*rgb.size, size, max_pixels)
-        return adm_center_crop(rgb, size) if decoder == "exact" else fast_center_crop(rgb, size)
+            return center_crop(image, size, max_pixels, decoder)
     except ImageError:
         raise
     except UnidentifiedImageError:
@@ -83,6 +80,19 @@ def decode_image(data: bytes, size: int, max_pixels: int, decoder: str = "exact"
         raise ImageError(f"too many pixels: {error}") from None
     except Exception as error:  # Pillow's plugins raise almost anything on damaged data
         raise ImageError(f"damaged or truncated image: {_message(error)}") from None
+
+
+def center_crop(
+    image: Image.Image, size: int, max_pixels: int, decoder: str = "exact"
+) -> np.ndarray:
+    """ADM's centre crop uint8 [size, size, 3] of an image of any mode, as `decode_image` makes it.
+
+    Raises ImageError for float pixels, for integers outside 0..65535, and for a strip that would
+    have more than `max_pixels` pixels once its short side is `size`.
+    """
+    rgb = _to_rgb(_upright(image))
+    _check_aspect(*rgb.size, size, max_pixels)
+    return adm_center_crop(rgb, size) if decoder == "exact" else fast_center_crop(rgb, size)
 
 
 def adm_center_crop(image: Image.Image, size: int) -> np.ndarray:

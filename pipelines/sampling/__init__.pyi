@@ -2,6 +2,7 @@
 
 from .grid import draw_grid as draw_grid
 from .image_sampler import ImageSampler as ImageSampler
+from .image_sampler import draw_images as draw_images
 from .latent_decoder import LatentDecoder as LatentDecoder
 from .latent_sampler import LatentSampler as LatentSampler
 from .latent_sampler import image_noise as image_noise
@@ -14,6 +15,7 @@ __all__ = [
     "LatentDecoder",
     "LatentSampler",
     "draw_grid",
+    "draw_images",
     "image_noise",
     "sample",
 ]

@@ -42,19 +42,34 @@ class ImageSampler:
         classes = self.recipe.sample.classes or range(self.num_classes)
         return [classes[i % len(classes)] for i in indices]
 
-    @torch.inference_mode()
     def __call__(self, indices: list[int], labels: list[int]) -> np.ndarray:
         """Pictures uint8 [n, S, S, 3] of image `indices`, in batches of the recipe's size."""
         options = self.recipe.sample
-        size, full = options.batch_size, min(options.batch_size, options.shard_size)
-        draw = LatentSampler(self.model, self.recipe.sample, self.recipe.seed, self.device)
-        parts = []
-        for start in range(0, len(indices), size):
-            some, wanted = indices[start : start + size], labels[start : start + size]
-            count = len(some)
-            if self.compiled:  # another size would be compiled anew
-                some, wanted = (part + part[-1:] * (full - count) for part in (some, wanted))
-            noise = image_noise(self.recipe.seed, some, self.shape)
-            latents = draw(noise, torch.tensor(wanted), some)[:count]
-            parts.append(self.decoder(latents).cpu().numpy())
-        return np.concatenate(parts)
+        draw = LatentSampler(self.model, options, self.recipe.seed, self.device)
+        # Another batch size would be compiled anew.
+        pad_to = min(options.batch_size, options.shard_size) if self.compiled else 0
+        return draw_images(draw, self.decoder, indices, labels, pad_to)
+
+
+@torch.inference_mode()
+def draw_images(
+    draw: LatentSampler,
+    decoder: LatentDecoder,
+    indices: list[int],
+    labels: list[int],
+    pad_to: int = 0,
+) -> np.ndarray:
+    """Pictures uint8 [n, S, S, 3] of the images `indices` with their `labels`.
+
+    Batches have the sampler's `batch_size`; smaller ones are filled up to `pad_to` images.
+    """
+    size, config = draw.sample.batch_size, draw.model.config
+    parts = []
+    for start in range(0, len(indices), size):
+        some, wanted = indices[start : start + size], labels[start : start + size]
+        count = len(some)
+        some, wanted = (part + part[-1:] * (pad_to - count) for part in (some, wanted))
+        noise = image_noise(draw.seed, some, (config.latent_dim, *config.grid))
+        latents = draw(noise, torch.tensor(wanted), some)[:count]
+        parts.append(decoder(latents).cpu().numpy())
+    return np.concatenate(parts)

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fae_core.checkpoint import CheckpointError
+from fae_core.checkpoint import CheckpointError, Loaded
 from fae_core.pixel_decoder import to_uint8
 
 from ..config import Recipe
@@ -32,17 +32,40 @@ class LatentDecoder:
         """
         needed = ("autoencoder.checkpoint", "pixel_decoder.checkpoint")
         uri, decoder_uri = recipe.require("decoding", *needed)
-        loaded = load_checkpoint(uri, "autoencoder")
-        if loaded.weights_sha256 != autoencoder_sha256:
+        autoencoder = load_checkpoint(uri, "autoencoder")
+        pixel_decoder = load_checkpoint(decoder_uri, "pixel_decoder")
+        made = cls.join(autoencoder, pixel_decoder, decoder_uri, device)
+        made.check_latents(autoencoder_sha256, uri)
+        return made
+
+    @classmethod
+    def join(
+        cls, autoencoder: Loaded, pixel_decoder: Loaded, decoder_uri: str, device: torch.device
+    ) -> LatentDecoder:
+        """Both networks on `device`.
+
+        Raises CheckpointError, which names `decoder_uri`, where the pixel decoder was trained on
+        another backbone than the autoencoder.
+        """
+        wanted = {"backbone": autoencoder.fingerprints["backbone"]}
+        check_fingerprints(decoder_uri, pixel_decoder, wanted)
+        hashes = {
+            "autoencoder": autoencoder.weights_sha256,
+            "pixel decoder": pixel_decoder.weights_sha256,
+        }
+        return cls(autoencoder.module.to(device), pixel_decoder.module.to(device), hashes)
+
+    def check_latents(self, autoencoder_sha256: str, uri: str) -> None:
+        """Raises CheckpointError unless the latents of that autoencoder are this one's.
+
+        `uri` is this autoencoder's address, for the message.
+        """
+        found = self.fingerprints["autoencoder"]
+        if found != autoencoder_sha256:
             raise CheckpointError(
                 f"{uri} is not the autoencoder of these latents: its weights hash to "
-                f"{loaded.weights_sha256[:12]}…, theirs to {autoencoder_sha256[:12]}…."
+                f"{found[:12]}…, theirs to {autoencoder_sha256[:12]}…."
             )
-        decoder = load_checkpoint(decoder_uri, "pixel_decoder")
-        wanted = {"backbone": loaded.fingerprints["backbone"]}
-        check_fingerprints(decoder_uri, decoder, wanted)
-        hashes = {"autoencoder": loaded.weights_sha256, "pixel decoder": decoder.weights_sha256}
-        return cls(loaded.module.to(device), decoder.module.to(device), hashes)
 
     @torch.inference_mode()
     def __call__(self, latents: Tensor) -> Tensor:
