@@ -1,5 +1,6 @@
 """The pages for users: every command in them is one that this version understands."""
 
+import importlib
 import importlib.util
 import re
 import shlex
@@ -88,6 +89,14 @@ def test_every_test_that_the_pages_name_exists():
 def test_links_between_pages_lead_somewhere(page):
     for link in re.findall(r"\]\(([^)#\s]+)[^)]*\)", page.read_text()):
         assert "://" in link or (page.parent / link).exists(), link
+
+
+@pytest.mark.parametrize(
+    "name", re.findall(r"^::: (\S+)$", (ROOT / "docs/api.md").read_text(), re.M)
+)
+def test_a_name_of_the_api_page_can_be_imported(name):
+    module, _, attribute = name.rpartition(".")
+    assert getattr(importlib.import_module(module), attribute).__doc__
 
 
 def test_image_tags_repeat_the_version_of_the_package():
