@@ -297,7 +297,7 @@ def tune(
             raise typer.BadParameter("fae tune report RECIPE [KEY=VALUE]...")
         recipe = values.pop(0)
     loaded = _loaded(recipe, values, print_config)
-    from fae.tune.search import report, search
+    from fae.tune import report, search
 
     numbers = (report if report_only else search)(loaded)
     typer.echo(f"{numbers['finished']} of {numbers['trials']} trials finished; {numbers['report']}")

@@ -1,18 +1,24 @@
-"""How a sweep looks for settings and when it gives a trial up: Optuna's suggestions and ASHA's rungs, as the recipe sets them."""
+"""How a sweep suggests settings and when it stops a trial early: Optuna and ASHA.
+
+The recipe's `tune.algorithm` and `tune.scheduler` select them; sweep.py passes them to Ray Tune.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 from fae.pipelines.config import Recipe, RecipeError
 
+from . import study
 from .spaces import tune_space
-from .trials import FINISHED, STEP, STOPPED, Trial, recorded
+from .trials import STEP, UNFINISHED, recorded
 
 
-def scheduler(recipe: Recipe) -> Any:
-    """Ray Tune's ASHA over steps of the autoencoder's training, None without one. Raises RecipeError."""
+def make_scheduler(recipe: Recipe) -> Any:
+    """Ray Tune's ASHA over steps of the autoencoder's training, None with tune.scheduler=none.
+
+    Raises RecipeError where it could never stop a trial.
+    """
     from ray.tune.schedulers import ASHAScheduler
 
     asha, steps = recipe.tune.asha, recipe.autoencoder.training.steps
@@ -20,8 +26,8 @@ def scheduler(recipe: Recipe) -> Any:
         return None
     if asha.grace_steps > steps:
         raise RecipeError(
-            f"tune.asha.grace_steps={asha.grace_steps} is more than autoencoder.training.steps={steps}: nothing would "
-            "ever be stopped."
+            f"tune.asha.grace_steps={asha.grace_steps} is more than "
+            f"autoencoder.training.steps={steps}: ASHA would never stop a trial."
         )
     return ASHAScheduler(
         time_attr=STEP,
@@ -30,48 +36,38 @@ def scheduler(recipe: Recipe) -> Any:
         max_t=steps,
         grace_period=asha.grace_steps,
         reduction_factor=asha.reduction_factor,
-        # Who has come to the end of this training goes on to the next stage.
+        # A trial that completes this training continues with the next stage.
         stop_last_trials=False,
     )
 
 
-def optuna_search(recipe: Recipe, todo: Sequence[Trial], folder: str) -> tuple[Any, int]:
-    """(searcher, trials that it has yet to run): its study is made anew from the recorded trials, so nothing is unpickled."""
-    import optuna
+def make_searcher(recipe: Recipe, folder: str) -> tuple[Any, int]:
+    """(searcher, number of trials that it has yet to run) for tune.algorithm=optuna.
+
+    Its study is made from the sweep's recorded trials, so nothing is unpickled. The settings of
+    unfinished trials come first.
+    """
+    from optuna.storages import InMemoryStorage
     from ray.tune.search.optuna import OptunaSearch
 
-    optuna.logging.set_verbosity(optuna.logging.WARNING)
-    names = [objective.metric for objective in recipe.tune.objectives]
-    modes: list[str] = [objective.mode for objective in recipe.tune.objectives]
     space = OptunaSearch.convert_search_space(tune_space(recipe.tune.space))
-    memory = optuna.storages.InMemoryStorage()
-    directions: Any = ["minimize" if mode == "min" else "maximize" for mode in modes]
-    study = optuna.create_study(storage=memory, study_name="sweep", directions=directions)
-    counted = 0
-    waiting = [trial.settings for trial in todo]
-    for record in recorded(folder).values():
-        settings = record["settings"]
-        if settings.keys() != space.keys():
-            continue
-        if record["state"] in (FINISHED, STOPPED):
-            counted += 1
-        else:
-            waiting.append(settings)
-        values = [record["metrics"].get(name) for name in names]
-        if None not in values:
-            study.add_trial(
-                optuna.trial.create_trial(params=settings, distributions=space, values=values)
-            )
-    for settings in waiting:
-        study.enqueue_trial(settings)
-    missing = max(recipe.tune.num_samples - counted, len(waiting))
+    objectives = recipe.tune.objectives
+    records = [r for r in recorded(folder).items() if study.holds(space, r[1]["settings"])]
+    memory = InMemoryStorage()
+    known = study.make_study(
+        objectives, space, {key: (r["settings"], r["metrics"]) for key, r in records}, memory
+    )
+    unfinished = [r["settings"] for _, r in records if r["state"] == UNFINISHED]
+    for settings in unfinished:
+        known.enqueue_trial(settings)
+    num_ended = len(records) - len(unfinished)
     searcher = OptunaSearch(
         space,
-        metric=names,
-        mode=modes,
+        metric=[objective.metric for objective in objectives],
+        mode=[objective.mode for objective in objectives],
         storage=memory,
-        study_name="sweep",
-        # Each restart draws on from where it is instead of drawing the same again.
-        seed=recipe.seed + counted,
+        study_name=study.NAME,
+        # A restart continues the suggestions instead of repeating the first ones.
+        seed=recipe.seed + num_ended,
     )
-    return searcher, missing
+    return searcher, max(recipe.tune.num_samples - num_ended, len(unfinished))

@@ -1,17 +1,16 @@
-"""The pictures of a sweep: latent size against what matters, and which settings mattered."""
+"""The figures of a sweep's report: metrics by latent size, and the importance of settings."""
 
 from __future__ import annotations
 
 import io
 import statistics
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 from fae.pipelines.config.sections import ObjectiveSection
 
-from .spaces import Settings, label
-from .trials import FINISHED
+from .spaces import label
+from .trials import FINISHED, LATENT_DIM, SEED, RecordedTrial
 
 PANELS = (
     ("autoencoder/mse", "feature error (MSE)"),
@@ -19,35 +18,27 @@ PANELS = (
     ("evaluation/frechet_backbone", "Fréchet distance"),
     ("latents/bytes_per_image", "bytes per image"),
 )
-"""What the page draws against the latent's size, where trials have it."""
-LATENT_DIM = "autoencoder.latent_dim"
+"""(metric, title) of what the report draws against the latent size, where trials have it."""
 BYTES = "latents/bytes_per_image"
-SEED = "seed"
 
 
-@dataclass(frozen=True)
-class Row:
-    """One recorded trial: `metrics` are STAGE/NAME numbers."""
-
-    key: str
-    state: str
-    settings: Settings
-    metrics: Mapping[str, float]
-    latent_dim: int
-
-
-def draw(
-    rows: Sequence[Row], front: Sequence[Row], objectives: Sequence[ObjectiveSection]
+def trials_figure(
+    trials: Sequence[RecordedTrial],
+    front: Sequence[RecordedTrial],
+    objectives: Sequence[ObjectiveSection],
 ) -> bytes:
-    """A PNG: latent size against each of `PANELS`, then bytes per image against the first objective.
+    """A PNG: each of `PANELS` by latent size, then the first objective by bytes per image.
 
-    A colour for each kind of encoder; lines are means over trials of equal size; the Pareto front is starred.
+    Trials that differ in seed or latent size alone share a colour and a line, which joins the means
+    of equal size. Stars mark the Pareto front `front`.
     """
     from matplotlib.figure import Figure
 
-    panels = [(metric, title) for metric, title in PANELS if any(metric in r.metrics for r in rows)]
+    panels = [
+        (metric, title) for metric, title in PANELS if any(metric in t.metrics for t in trials)
+    ]
     first = objectives[0].metric
-    against_bytes = [r for r in rows if BYTES in r.metrics and first in r.metrics]
+    against_bytes = [t for t in trials if BYTES in t.metrics and first in t.metrics]
     count = len(panels) + bool(against_bytes)
     columns = min(3, max(count, 1))
     lines = max(1, -(-count // columns))
@@ -56,16 +47,18 @@ def draw(
     for axis in axes[count:]:
         axis.set_axis_off()
     for axis, (metric, title) in zip(axes, panels, strict=False):
-        known = [row for row in rows if metric in row.metrics]
-        points = {row.key: (float(row.latent_dim), row.metrics[metric]) for row in known}
+        known = [trial for trial in trials if metric in trial.metrics]
+        points = {trial.key: (float(trial.latent_dim), trial.metrics[metric]) for trial in known}
         _scatter(axis, known, points, front)
         axis.set(title=title, xlabel="latent channels", xscale="log")
-        sizes = sorted({row.latent_dim for row in rows})
+        sizes = sorted({trial.latent_dim for trial in trials})
         axis.set_xticks(sizes, [str(size) for size in sizes])
         axis.minorticks_off()
     if against_bytes:
         axis = axes[len(panels)]
-        points = {row.key: (row.metrics[BYTES], row.metrics[first]) for row in against_bytes}
+        points = {
+            trial.key: (trial.metrics[BYTES], trial.metrics[first]) for trial in against_bytes
+        }
         _scatter(axis, against_bytes, points, front)
         axis.set(title=f"{first}; ★ Pareto front", xlabel="bytes per image", xscale="log")
         axis.minorticks_off()
@@ -74,8 +67,8 @@ def draw(
     return _png(figure)
 
 
-def draw_importance(importances: Mapping[str, Mapping[str, float]]) -> bytes:
-    """A PNG of bars: the share of each objective's variance that each setting explains alone."""
+def importance_figure(importances: Mapping[str, Mapping[str, float]]) -> bytes:
+    """A PNG of bars: for each objective, the importance of each setting."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(4.8 * len(importances), 2.6), layout="constrained")
@@ -83,39 +76,41 @@ def draw_importance(importances: Mapping[str, Mapping[str, float]]) -> bytes:
     for axis, (metric, shares) in zip(axes, importances.items(), strict=True):
         names = list(shares)[::-1]
         axis.barh(names, [shares[name] for name in names])
-        axis.set(title=metric, xlim=(0, 1), xlabel="share of variance explained alone")
+        axis.set(title=metric, xlim=(0, 1), xlabel="importance (fANOVA)")
     return _png(figure)
 
 
 def _scatter(
     axis: Any,
-    rows: Sequence[Row],
+    trials: Sequence[RecordedTrial],
     points: Mapping[str, tuple[float, float]],
-    front: Sequence[Row],
+    front: Sequence[RecordedTrial],
 ) -> None:
-    starred = {row.key for row in front}
-    series: dict[str, list[Row]] = {}
-    for row in rows:
+    starred = {trial.key for trial in front}
+    series: dict[str, list[RecordedTrial]] = {}
+    for trial in trials:
         others = {
-            key: value for key, value in row.settings.items() if key not in (SEED, LATENT_DIM)
+            key: value for key, value in trial.settings.items() if key not in (SEED, LATENT_DIM)
         }
-        series.setdefault(label(others) or "trials", []).append(row)
-    # Many continuous settings would make a line each; then one colour says enough.
+        series.setdefault(label(others) or "trials", []).append(trial)
+    # Many continuous settings would give each trial a line of its own.
     if len(series) > 6:
-        series = {"trials": list(rows)}
+        series = {"trials": list(trials)}
     for name, members in series.items():
         means: dict[float, list[float]] = {}
-        for row in members:
-            if row.state == FINISHED:
-                means.setdefault(points[row.key][0], []).append(points[row.key][1])
+        for trial in members:
+            if trial.state == FINISHED:
+                means.setdefault(points[trial.key][0], []).append(points[trial.key][1])
         xs = sorted(means)
         (line,) = axis.plot(xs, [statistics.fmean(means[x]) for x in xs], alpha=0.6, label=name)
-        for row in members:
-            on_front = row.key in starred
+        for trial in members:
+            on_front = trial.key in starred
             style = {"marker": "*", "s": 130} if on_front else {"marker": "o", "s": 22}
-            hollow = row.state != FINISHED
+            hollow = trial.state != FINISHED
             colour = "none" if hollow else line.get_color()
-            axis.scatter(*points[row.key], facecolors=colour, edgecolors=line.get_color(), **style)
+            axis.scatter(
+                *points[trial.key], facecolors=colour, edgecolors=line.get_color(), **style
+            )
     axis.grid(alpha=0.3)
     if len(series) > 1:
         axis.legend(fontsize=8)

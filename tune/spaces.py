@@ -1,7 +1,8 @@
-"""What a sweep tries: the settings that a recipe's `tune.space` and `tune.points` mean, and the recipe of each.
+"""What a sweep tries: the settings that `tune.space` and `tune.points` define, and their recipes.
 
-Settings are a mapping of dotted recipe keys to values. Every one is validated by the recipe itself before anything runs, so
-a mistyped key or a value that is not allowed stops at once with the nearest spelling.
+Settings are a mapping of dotted recipe keys to values. The recipe itself validates all of them
+before anything runs: a mistyped key or a value that is not allowed stops the sweep with the nearest
+spelling.
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ from __future__ import annotations
 import itertools
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -21,7 +22,10 @@ Settings = dict[str, Any]
 
 
 def apply(recipe: Recipe, settings: Mapping[str, Any]) -> Recipe:
-    """The recipe with the settings in it and without its sweep. Raises RecipeError that names the key."""
+    """The recipe with the settings in it and without its sweep.
+
+    Raises RecipeError that names the key.
+    """
     values = recipe.model_dump(mode="json", exclude={"tune"})
     for key, value in settings.items():
         *sections, last = key.split(".")
@@ -38,17 +42,18 @@ def apply(recipe: Recipe, settings: Mapping[str, Any]) -> Recipe:
 
 
 def label(settings: Mapping[str, Any]) -> str:
-    """A short name for people: the last parts of the keys, and as much before as tells them apart."""
+    """A short name: `key=value` of each setting, with as few last parts of the key as it takes."""
     return "  ".join(f"{_short(key, settings)}={_text(value)}" for key, value in settings.items())
 
 
 def planned_settings(recipe: Recipe) -> list[Settings]:
-    """All settings of a grid or of random draws, then the recipe's points, each once, all valid.
+    """All settings of a grid or of random draws, then the recipe's points: each once, all valid.
 
-    For Optuna the points alone: it suggests the others one by one. Raises RecipeError.
+    With tune.algorithm=optuna these are the points only, because Optuna suggests the other settings
+    one after another. Raises RecipeError.
     """
     tune = recipe.tune
-    check(recipe)
+    check_space(recipe)
     if tune.algorithm == "grid":
         drawn = _grid(tune)
     elif tune.algorithm == "random":
@@ -62,8 +67,12 @@ def planned_settings(recipe: Recipe) -> list[Settings]:
     return list(unique.values())
 
 
-def check(recipe: Recipe) -> None:
-    """Raises RecipeError where the space is empty, does not suit the algorithm, or holds a value that is not allowed."""
+def check_space(recipe: Recipe) -> None:
+    """Raise RecipeError where the sweep tries nothing, or a key's values do not suit it.
+
+    Listed values and the ends of an interval must be valid in the recipe; tune.algorithm=grid needs
+    listed ones.
+    """
     tune = recipe.tune
     if not tune.space and not tune.points:
         raise RecipeError(
@@ -76,28 +85,27 @@ def check(recipe: Recipe) -> None:
                 f"tune.space.{key}: algorithm grid tries listed values, so it needs `grid`; "
                 "`choice`, `uniform` and `loguniform` are for tune.algorithm=random or optuna."
             )
-        for value in extremes(space):
+        for value in _listed(space) or space.uniform or space.loguniform or ():
             apply(recipe, {key: value})
 
 
-def extremes(space: SpaceSection) -> Sequence[Any]:
-    """All listed values, or both ends of an interval."""
-    return space.grid or space.choice or space.uniform or space.loguniform or ()
-
-
 def tune_space(space: Mapping[str, SpaceSection]) -> dict[str, Any]:
-    """The space in Ray Tune's own words, for a searcher that suggests from it."""
+    """The space as Ray Tune's domains, for a searcher that suggests from it."""
     from ray import tune
 
-    made: dict[str, Any] = {}
+    domains: dict[str, Any] = {}
     for key, section in space.items():
         if section.uniform:
-            made[key] = tune.uniform(*section.uniform)
+            domains[key] = tune.uniform(*section.uniform)
         elif section.loguniform:
-            made[key] = tune.loguniform(*section.loguniform)
+            domains[key] = tune.loguniform(*section.loguniform)
         else:
-            made[key] = tune.choice(list(extremes(section)))
-    return made
+            domains[key] = tune.choice(_listed(section))
+    return domains
+
+
+def _listed(space: SpaceSection) -> list[Any]:
+    return space.grid or space.choice or []
 
 
 def _grid(tune: TuneSection) -> list[Settings]:
@@ -116,7 +124,7 @@ def _draw(space: Mapping[str, SpaceSection], random: np.random.Generator) -> Set
             low, high = (math.log(bound) for bound in section.loguniform)
             settings[key] = float(math.exp(random.uniform(low, high)))
         else:
-            values = extremes(section)
+            values = _listed(section)
             settings[key] = values[int(random.integers(len(values)))]
     return settings
 
@@ -132,5 +140,6 @@ def _short(key: str, settings: Mapping[str, Any]) -> str:
 
 def _text(value: Any) -> str:
     if isinstance(value, str) and value.endswith(".safetensors"):
-        return "/".join(value.split("/")[-3:-1])  # a trained network is known by its run's folder
+        # A network's file always has the same name; its run's folder tells it from others.
+        return "/".join(value.split("/")[-3:-1])
     return f"{value:.3g}" if isinstance(value, float) else str(value)

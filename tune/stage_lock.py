@@ -1,7 +1,9 @@
-"""One trial at a time runs a stage: the claim is a named actor of Ray, which dies with the process that made it.
+"""A lock that lets one trial at a time run a stage: a named actor of Ray.
 
-So a claim has one owner, whom Ray's control service names in a race, and a trial that is stopped or killed holds nothing:
-the next one goes on from its checkpoints. Imports nothing heavy: each claim is a process.
+Ray's control service gives a name to one actor only, so a lock has one owner. The actor dies with
+the process that made it: a trial that is stopped or killed holds no lock, and the next trial
+resumes the stage from its checkpoints. This module imports nothing heavy, because every lock is a
+process of its own.
 """
 
 from __future__ import annotations
@@ -17,37 +19,37 @@ from ray.exceptions import RayActorError
 NAMESPACE = "fae-stages"
 
 
-class _Claim:
-    """Lives while its owner runs the stage."""
+class _Lock:
+    """An actor that lives while its owner runs the stage."""
 
     async def ready(self) -> None:
-        """Returns once the claim stands."""
+        """Return once the actor runs, which means that the lock is taken."""
 
-    async def ended(self) -> None:
-        """Never returns; its caller hears of the claim's end by the actor's death."""
+    async def released(self) -> None:
+        """Never return; the caller learns of the release from the actor's death."""
         await asyncio.Event().wait()
 
 
 @contextlib.contextmanager
 def stage_lock(name: str) -> Iterator[None]:
-    """Hold the claim `name` of this cluster; waits while another process holds it."""
-    claim = _take(name)
-    while claim is None:
+    """Hold the cluster's lock `name`; wait first while another process holds it."""
+    lock = _try_lock(name)
+    while lock is None:
         with contextlib.suppress(RayActorError, ValueError):
-            ray.get(ray.get_actor(name, NAMESPACE).ended.remote())
-        claim = _take(name)
+            ray.get(ray.get_actor(name, NAMESPACE).released.remote())
+        lock = _try_lock(name)
     try:
         yield
     finally:
-        ray.kill(claim)
+        ray.kill(lock)
 
 
-def _take(name: str) -> Any:
-    """The claim's handle, None where another process holds it."""
+def _try_lock(name: str) -> Any:
+    """The handle of the taken lock, None where another process holds it."""
     options: Any = {"name": name, "namespace": NAMESPACE, "num_cpus": 0, "max_concurrency": 1000}
     try:
-        claim: Any = ray.remote(_Claim).options(**options).remote()
+        lock: Any = ray.remote(_Lock).options(**options).remote()
     except ValueError:  # what Ray raises for a name that is taken
         return None
-    ray.get(claim.ready.remote())
-    return claim
+    ray.get(lock.ready.remote())
+    return lock

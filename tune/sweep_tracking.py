@@ -1,4 +1,7 @@
-"""A sweep in MLflow: one run for it, and nested in that one for each trial, with recipe, curves, pictures and fingerprints."""
+"""A sweep in MLflow: one run for the sweep, and nested in it one run for each trial.
+
+A trial's run holds its recipe, curves, figures and fingerprints.
+"""
 
 from __future__ import annotations
 
@@ -14,11 +17,11 @@ from fae.pipelines.training.metrics_log import read_metrics_log
 from fae.pipelines.training.tracking import Tracker, resolve_uri
 
 from .spaces import label
-from .trials import BEGUN, Trial, sweep_folder
+from .trials import UNFINISHED, Trial, sweep_folder
 
 
 def sweep_tracker(recipe: Recipe) -> Tracker:
-    """The sweep's MLflow run, in which its trials are nested."""
+    """A tracker of the sweep's run."""
     params = flatten(recipe.tune.model_dump(mode="json", exclude_none=True))
     return Tracker(
         recipe.tracking,
@@ -31,7 +34,7 @@ def sweep_tracker(recipe: Recipe) -> Tracker:
 
 
 def trial_tracker(recipe: Recipe, trial: Trial) -> Tracker:
-    """The trial's MLflow run: its whole recipe as parameters, its settings in its name."""
+    """A tracker of the trial's run: its whole recipe as parameters, its settings in its name."""
     return Tracker(
         recipe.tracking,
         resolve_uri(recipe.tracking),
@@ -48,7 +51,7 @@ def trial_tracker(recipe: Recipe, trial: Trial) -> Tracker:
 
 
 def log_stage(tracker: Tracker, stage: Stage) -> None:
-    """Curves by step, numbers, pictures and fingerprint of a finished stage into the trial's run."""
+    """Log a finished stage's curves, metrics, figures and fingerprint to the trial's run."""
     result = stage.result()
     assert result is not None
     last = 0
@@ -70,10 +73,13 @@ def log_stage(tracker: Tracker, stage: Stage) -> None:
 def star_trials(
     recipe: Recipe, records: Mapping[str, Mapping[str, Any]], best: Collection[str]
 ) -> None:
-    """Put a star before the names of the ended trials `best`, by key, and of no other."""
+    """Put a star before the names of the trials with the keys `best`, and before no others.
+
+    `records` holds the records of the sweep's trials by key; unfinished ones are left alone.
+    """
     uri, folder = resolve_uri(recipe.tracking), sweep_folder(recipe)
     for key, record in records.items():
-        if record["state"] == BEGUN:
+        if record["state"] == UNFINISHED:
             continue
         address = paths.join(folder, "trials", key)
         tracker = Tracker(recipe.tracking, uri, address, {}, parent=folder)

@@ -1,15 +1,15 @@
-"""One trial of a sweep: settings, the stages of the chain that they mean, and its record in the sweep's folder.
+"""One trial of a sweep: its settings, the chain's stages that they lead to, and its record.
 
-STORAGE/tune/NAME/trials/KEY/ holds settings.json (written when the trial begins), recipe.yaml, and at the end result.json:
-the sweep's source of truth. Plain JSON instead of Ray Tune's own experiment state, which is pickle, knows nothing of other
-sweeps' stages, and forbids any change of the space; so a sweep can be restored, extended and read by anyone.
+STORAGE/tune/NAME/trials/KEY/ holds settings.json and recipe.yaml, written when the trial starts,
+and at the end result.json. These files are the sweep's only state. They are plain JSON and YAML,
+which anyone can read. Ray Tune's own experiment state is pickled, knows nothing of stages that
+another sweep has run, and does not allow a change of the space.
 """
 
 from __future__ import annotations
 
 import functools
 import json
-import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -20,23 +20,20 @@ from fae.pipelines.config.sections import DataSection
 from fae.pipelines.data import list_images
 from fae.pipelines.data.records import ImageRecord
 from fae.pipelines.storage import fingerprint_of, paths
-from fae.pipelines.training import run_folder
 from fae.pipelines.training.metrics_log import read_metrics_log
-from fae_core.errors import UserError
 
 from .spaces import Settings, apply
 
 STEP = "autoencoder/step"
-FINISHED, STOPPED, BEGUN = "finished", "stopped early", "begun"
-
-
-class SearchError(UserError, RuntimeError):
-    """Trials failed; the message holds their first errors. The same command tries them again."""
+LATENT_DIM, SEED = "autoencoder.latent_dim", "seed"
+"""Settings that the report tells from the others."""
+FINISHED, STOPPED, UNFINISHED = "finished", "stopped early", "unfinished"
+"""States of a trial: all stages ran, the scheduler stopped it, or it is running or interrupted."""
 
 
 @dataclass(frozen=True)
 class Trial:
-    """Settings and what they lead to; `uri` is the trial's folder."""
+    """A trial as it is planned; `uri` is its folder."""
 
     settings: Settings
     recipe: Recipe
@@ -44,27 +41,22 @@ class Trial:
     uri: str
 
     def result(self) -> dict[str, Any] | None:
-        """Its record: state, settings, metrics, stages by key, and which of them it ran itself; None while it runs."""
+        """What `record_result` wrote, None where the trial is unfinished."""
         return _read(self.uri)
 
     def metrics(self) -> dict[str, float]:
-        """STAGE/NAME: value of all its stages that have finished, and of the training of a network that its settings name."""
-        found: dict[str, Mapping[str, float]] = {
-            stage.name: (stage.result() or {"metrics": {}})["metrics"] for stage in self.stages
-        }
-        for key, uri in self.settings.items():
-            section, _, last = key.rpartition(".")
-            if last == "checkpoint":
-                trained = run_folder.result(str(uri).rpartition("/")[0])
-                found[section.replace("_", "-")] = trained or {}
+        """The metrics of its finished stages, named STAGE/NAME."""
         return {
-            f"{name}/{metric}": value
-            for name, values in found.items()
-            for metric, value in values.items()
+            f"{stage.name}/{name}": value
+            for stage in self.stages
+            for name, value in (stage.result() or {"metrics": {}})["metrics"].items()
         }
 
-    def reports(self) -> list[dict[str, float]]:
-        """Every validation of its autoencoder so far, as the trial reports it to Tune: `autoencoder/step` and metrics."""
+    def validations(self) -> list[dict[str, float]]:
+        """Every validation of its autoencoder so far, as the trial reports it to Ray Tune.
+
+        Each holds `autoencoder/step` and the metrics `autoencoder/NAME`; they are in order of step.
+        """
         uris = [stage.uri for stage in self.stages if stage.name == "autoencoder"]
         by_step: dict[int, dict[str, float]] = {}
         for name, series in (item for uri in uris for item in read_metrics_log(uri).items()):
@@ -72,10 +64,21 @@ class Trial:
                 for step, value in series:
                     named = f"autoencoder/{name.partition('/')[2]}"
                     by_step.setdefault(step, {})[named] = value
-        return [{"autoencoder/step": step, **by_step[step]} for step in sorted(by_step)]
+        return [{STEP: step, **by_step[step]} for step in sorted(by_step)]
 
-    def record(self, state: str, metrics: Mapping[str, float], ran: Mapping[str, float]) -> None:
-        """Write result.json; `ran` holds the seconds of the stages that this trial itself ran."""
+    def record_start(self) -> bytes:
+        """Write settings.json and recipe.yaml; returns the recipe as YAML."""
+        _write(self.uri, "settings.json", json.dumps(self.settings, indent=1))
+        recipe = self.recipe.model_copy(deep=True)
+        recipe.tracking.experiment = recipe.tracking.experiment.removesuffix("-stages")
+        written = recipe.to_yaml()
+        _write(self.uri, "recipe.yaml", written)
+        return written.encode()
+
+    def record_result(
+        self, state: str, metrics: Mapping[str, float], ran: Mapping[str, float]
+    ) -> None:
+        """Write result.json; `ran` holds the seconds of each stage that this trial itself ran."""
         result = {
             "state": state,
             "settings": self.settings,
@@ -86,45 +89,55 @@ class Trial:
         _write(self.uri, "result.json", json.dumps(result, indent=1))
 
 
+@dataclass(frozen=True)
+class RecordedTrial:
+    """A trial as its folder records it; `metrics` are named STAGE/NAME."""
+
+    key: str
+    state: str
+    settings: Settings
+    metrics: Mapping[str, float]
+    latent_dim: int
+
+
 def sweep_folder(recipe: Recipe) -> str:
     """STORAGE/tune/NAME. Raises RecipeError where the sweep has no usable name."""
     name = recipe.tune.name
     if not name or "/" in name or name.startswith("."):
-        raise RecipeError(f"tune.name={name!r}: give the sweep a name; the same name goes on.")
+        raise RecipeError(
+            f"tune.name={name!r}: give the sweep a name without slashes, tune.name=NAME. "
+            "The same name resumes it."
+        )
     return paths.join(recipe.storage, "tune", name)
 
 
 def plan_trial(recipe: Recipe, settings: Settings) -> Trial:
-    """The trial of these settings; its key hashes its stages' keys, so settings that decide nothing make no new trial.
+    """The trial of these settings, with the stages that the objectives and chain.until need.
 
-    It has the stages that the recipe's objectives, and chain.until, need. Raises RecipeError.
+    Its key hashes its stages' keys, so settings that decide nothing make no new trial. Raises
+    RecipeError.
     """
-    wanted = {_stage_of(objective.metric) for objective in recipe.tune.objectives}
+    wanted = {stage_of(objective.metric) for objective in recipe.tune.objectives}
+    varied = apply(recipe, settings)
+    varied.chain.first = varied.chain.until = None
+    varied.chain.probe = varied.chain.probe or "probe" in wanted
+    varied.tracking.experiment = f"{recipe.tracking.experiment}-stages"
+    planned = plan_stages(varied, _listed(varied.data.model_dump_json()))
+    if absent := sorted(wanted - {stage.name for stage in planned}):
+        raise RecipeError(
+            f"tune.objectives: the chain of this recipe has no stage {absent[0]!r}. A network that "
+            "the recipe names is not trained, and finetune needs chain.finetune=true."
+        )
     if recipe.chain.until:
         wanted.add(recipe.chain.until)
-    made = apply(recipe, settings)
-    made.chain.first = made.chain.until = None
-    made.chain.probe = made.chain.probe or "probe" in wanted
-    made.tracking.experiment = f"{recipe.tracking.experiment}-stages"
-    planned = plan_stages(made, _listed(made.data.model_dump_json()))
-    # A report is for one chain; the sweep has its own.
+    # The chain's report describes one chain. The sweep has a report of its own.
     stages = [stage for stage in needed_stages(planned, wanted) if stage.name != "report"]
-    key = fingerprint_of({stage.name: stage.key for stage in stages} or settings)[:KEY_LENGTH]
-    return Trial(settings, made, stages, paths.join(sweep_folder(recipe), "trials", key))
-
-
-def begin(trial: Trial) -> bytes:
-    """Leave the trial's settings and recipe in its folder; returns the recipe as YAML."""
-    _write(trial.uri, "settings.json", json.dumps(trial.settings, indent=1))
-    recipe = trial.recipe.model_copy(deep=True)
-    recipe.tracking.experiment = recipe.tracking.experiment.removesuffix("-stages")
-    written = recipe.to_yaml()
-    _write(trial.uri, "recipe.yaml", written)
-    return written.encode()
+    key = fingerprint_of({stage.name: stage.key for stage in stages})[:KEY_LENGTH]
+    return Trial(settings, varied, stages, paths.join(sweep_folder(recipe), "trials", key))
 
 
 def recorded(folder: str) -> dict[str, dict[str, Any]]:
-    """Every trial of the sweep by key: its result, or its settings with the state `begun`."""
+    """Every trial of the sweep by key: its result, or its settings and the state `UNFINISHED`."""
     found: dict[str, dict[str, Any]] = {}
     for file in paths.list_files(paths.join(folder, "trials")):
         *_, key, name = file.uri.split("/")
@@ -132,36 +145,37 @@ def recorded(folder: str) -> dict[str, dict[str, Any]]:
             found[key] = json.loads(paths.read_bytes(file.uri))
         elif name == "settings.json" and key not in found:
             settings = json.loads(paths.read_bytes(file.uri))
-            found[key] = {"state": BEGUN, "settings": settings, "metrics": {}}
+            found[key] = {"state": UNFINISHED, "settings": settings, "metrics": {}}
     return dict(sorted(found.items()))
 
 
-def failure_of(trial: Any) -> str:
-    """Kind and last line of the error that ended a trial of Ray Tune."""
-    error = trial.get_pickled_error() or trial.get_error()
-    cause = getattr(error, "cause", None) or error
-    last = str(cause).strip().splitlines()[-1:] or [""]
-    return f"{type(cause).__name__}: {last[0]}"
+def recorded_trials(recipe: Recipe, folder: str) -> list[RecordedTrial]:
+    """The sweep's trials in order of latent size and settings. Raises RecipeError without any."""
+    trials = []
+    for key, record in recorded(folder).items():
+        settings = record["settings"]
+        size = int(settings.get(LATENT_DIM, recipe.autoencoder.latent_dim))
+        trials.append(RecordedTrial(key, record["state"], settings, record["metrics"], size))
+    if not trials:
+        raise RecipeError(f"{folder} holds no trials. `fae tune` with this recipe makes them.")
+    return sorted(trials, key=lambda t: (t.latent_dim, json.dumps(t.settings, sort_keys=True)))
 
 
-def say(text: str) -> None:
-    """One line of a sweep's progress."""
-    print(text, file=sys.stderr, flush=True)
-
-
-def _stage_of(metric: str) -> str:
+def stage_of(metric: str) -> str:
+    """The stage in an objective's STAGE/NAME. Raises RecipeError where there is none."""
     stage, _, name = metric.partition("/")
     if stage not in STAGES or stage == "report" or not name:
         raise RecipeError(
-            f"tune.objectives: {metric!r} is no STAGE/NAME. Stages: {', '.join(STAGES[:-1])}; for example "
-            "evaluation/frechet_backbone, probe/knn_latent, autoencoder/mse, latents/bytes_per_image."
+            f"tune.objectives: {metric!r} is no STAGE/NAME. Stages: {', '.join(STAGES[:-1])}; for "
+            "example evaluation/frechet_backbone, probe/knn_latent, autoencoder/mse, "
+            "latents/bytes_per_image."
         )
     return stage
 
 
 @functools.cache
 def _listed(data: str) -> list[ImageRecord]:
-    """The images of a data section, listed once for all trials that share it."""
+    """The images of a data section in JSON, listed once for all trials that share it."""
     return list_images(DataSection.model_validate_json(data))
 
 

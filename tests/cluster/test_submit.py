@@ -136,7 +136,7 @@ def test_this_repository_is_small_and_holds_the_code_of_every_command():
     assert {
         "fae/cli.py",
         "fae/cluster/submit.py",
-        "fae/tune/search.py",
+        "fae/tune/sweep.py",
         "fae/pipelines/latents/__init__.pyi",
         "fae/pipelines/latents/precompute_job.py",
         "fae/pipelines/config/recipes/photos-dinov2s.yaml",

@@ -1,6 +1,10 @@
-"""A sweep with real Ray and a real tracking server: killed and restored, stages shared, one trial stopped early."""
+"""A sweep with real Ray and a real tracking server.
+
+It is killed and resumed, trials share stages, and ASHA stops one trial early.
+"""
 
 import json
+import math
 import os
 import signal
 import socket
@@ -13,7 +17,9 @@ from pathlib import Path
 import pytest
 
 from fae.pipelines.config.recipe import RecipeError, load_recipe
-from fae.tune.search import concurrent_trials, cores_of_each, search, with_shared_cores
+from fae.tune import search
+from fae.tune.algorithms import make_searcher
+from fae.tune.concurrency import concurrent_trials, cores_of_each, with_shared_cores
 from fae.tune.trials import plan_trial
 from tests.tiny import ROOT
 
@@ -29,8 +35,10 @@ def server(tmp_path_factory):
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     command = [
-        sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", str(port), "--workers", "1",
-        "--backend-store-uri", f"sqlite:///{folder}/mlflow.db", "--artifacts-destination", str(folder / "artifacts"),
+        sys.executable, "-m", "mlflow", "server",
+        "--host", "127.0.0.1", "--port", str(port), "--workers", "1",
+        "--backend-store-uri", f"sqlite:///{folder}/mlflow.db",
+        "--artifacts-destination", str(folder / "artifacts"),
     ]  # fmt: skip
     log = (folder / "log").open("w")
     process = subprocess.Popen(command, stdout=log, stderr=log, start_new_session=True)
@@ -79,6 +87,8 @@ def test_a_trial_has_the_stages_that_its_objectives_need(photographs, tmp_path):
     assert stages("chain.until=generator") == ["autoencoder", "latents", "generator"]
     with pytest.raises(RecipeError, match="'frechet' is no STAGE/NAME"):
         stages("tune.objectives=[{metric: frechet}]")
+    with pytest.raises(RecipeError, match="has no stage 'finetune'"):
+        stages("tune.objectives=[{metric: finetune/mse}]", "chain.finetune=false")
 
 
 def test_as_many_trials_at_once_as_the_cluster_trains(photographs, tmp_path):
@@ -105,6 +115,27 @@ def test_trials_side_by_side_share_the_cores_and_are_the_same_trials(photographs
     assert [cores_of_each(n, [16.0, 16.0, 4.0]) for n in (1, 2, 3, 9, 100)] == [16, 16, 12, 4, 1]
 
 
+def test_optuna_starts_from_recorded_trials_that_its_space_holds(photographs, tmp_path):
+    recipe = load_recipe(
+        RECIPE,
+        values(
+            photographs, tmp_path, "tune.algorithm=optuna", "tune.num_samples=3",
+            f"tune.space.{DIM}.grid=[8,16]",
+        ),
+    )  # fmt: skip
+    sizes = {"a": {DIM: 8}, "b": {DIM: 16}, "narrowed": {DIM: 4}, "point": {DIM: 8, "seed": 1}}
+    for key, settings in sizes.items():
+        place = tmp_path / "tune" / "s" / "trials" / key
+        place.mkdir(parents=True)
+        place.joinpath("settings.json").write_text(json.dumps(settings))
+        if key != "b":
+            result = {"state": "finished", "settings": settings}
+            result["metrics"] = {"autoencoder/mse": 1.0 if key == "a" else math.nan}
+            place.joinpath("result.json").write_text(json.dumps(result))
+    searcher, missing = make_searcher(recipe, str(tmp_path / "tune" / "s"))
+    assert missing == 2 and searcher.suggest("1") == {DIM: 16}, "the interrupted trial comes first"
+
+
 @pytest.mark.faults
 @pytest.mark.integration
 def test_a_killed_sweep_is_restored_and_trials_share_stages(
@@ -112,8 +143,10 @@ def test_a_killed_sweep_is_restored_and_trials_share_stages(
 ):
     monkeypatch.setenv("MLFLOW_TRACKING_URI", server)
     overrides = values(
-        photographs, tmp_path, f"tune.space.{DIM}.grid=[4,8]", f"tune.space.{COLUMNS}.grid=[[mean],[mean,logvar]]",
-        "tune.objectives=[{metric: autoencoder/cosine, mode: max}, {metric: latents/bytes_per_image}]",
+        photographs, tmp_path, f"tune.space.{DIM}.grid=[4,8]",
+        f"tune.space.{COLUMNS}.grid=[[mean],[mean,logvar]]",
+        "tune.objectives=[{metric: autoencoder/cosine, mode: max},"
+        " {metric: latents/bytes_per_image}]",
     )  # fmt: skip
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     environment.pop("RAY_ADDRESS", None)
@@ -182,8 +215,9 @@ def test_asha_stops_a_trial_in_the_middle_of_its_training(local_ray, photographs
     recipe = load_recipe(
         RECIPE,
         values(
-            photographs, tmp_path, "tracking.enabled=false", "tune.scheduler=asha", "tune.max_concurrent_trials=1",
-            "tune.space.autoencoder.training.learning_rate.grid=[1e-3,1e-9]", "autoencoder.training.steps=80",
+            photographs, tmp_path, "tracking.enabled=false", "tune.scheduler=asha",
+            "tune.max_concurrent_trials=1", "autoencoder.training.steps=80",
+            "tune.space.autoencoder.training.learning_rate.grid=[1e-3,1e-9]",
             "autoencoder.training.validate_every=20", "autoencoder.training.checkpoint_every=20",
             "tune.asha.grace_steps=20", "tune.asha.reduction_factor=2",
         ),
@@ -207,7 +241,8 @@ def test_optuna_draws_on_from_the_recorded_trials(local_ray, photographs, tmp_pa
                 RECIPE,
                 values(
                     photographs, tmp_path, "tracking.enabled=false", "tune.algorithm=optuna",
-                    f"tune.num_samples={count}", "tune.space.autoencoder.kl_weight.loguniform=[1e-6,1e-3]",
+                    f"tune.num_samples={count}",
+                    "tune.space.autoencoder.kl_weight.loguniform=[1e-6,1e-3]",
                     "tune.objectives=[{metric: autoencoder/mse}, {metric: autoencoder/kl}]",
                 ),
             )

@@ -52,10 +52,8 @@ def test_names_are_short_where_they_can_be():
     settings = {"autoencoder.training.steps": 5, "generator.training.steps": 7, "seed": 1}
     assert label(settings) == "autoencoder.training.steps=5  generator.training.steps=7  seed=1"
     assert label({"autoencoder.kl_weight": 1.2345e-6}) == "kl_weight=1.23e-06"
-    trained = {
-        "autoencoder.checkpoint": "s3://b/tune/s/members/01/round_0002/autoencoder.safetensors"
-    }
-    assert label(trained) == "checkpoint=01/round_0002"
+    trained = {"autoencoder.checkpoint": "s3://b/runs/wide/autoencoder.safetensors"}
+    assert label(trained) == "checkpoint=runs/wide"
 
 
 @pytest.mark.parametrize(
@@ -82,6 +80,7 @@ def test_a_mistake_in_the_space_is_named_before_anything_runs(overrides, message
         ("tune.space.seed.uniform=[2,1]", "lower bound first"),
         ("tune.space.seed.loguniform=[0,1]", "above 0"),
         ("tune.scheduler=asah", "given 'asah'"),
+        ("tune.scheduler=pbt", "given 'pbt'; Input should be 'none' or 'asha'"),
     ],
 )
 def test_the_recipe_validates_its_sweep(override, message):

@@ -1,0 +1,7 @@
+"""Sweeps over recipes with Ray Tune: the search, and the report about its trials."""
+
+from .sweep import SearchError as SearchError
+from .sweep import report as report
+from .sweep import search as search
+
+__all__ = ["SearchError", "report", "search"]

@@ -1,0 +1,287 @@
+"""`fae tune`: a sweep over recipes with Ray Tune. Each trial runs stages of the chain.
+
+A stage that several trials share runs once: what decides its result names its folder, and a lock
+(stage_lock.py) lets one trial at a time work there. Trials report every validation of their
+autoencoder, so ASHA can stop a trial during that training. What a trial leaves is described in
+trials.py; from it the same command resumes a sweep whose driver was killed.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import sys
+import tempfile
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from ray.tune import Callback
+from ray.tune.integration.ray_train import TuneReportCallback
+
+from fae.pipelines.chain import run_stage
+from fae.pipelines.chain.stages import check_images, needed_stages, plan_stages
+from fae.pipelines.config import Recipe, with_absolute_paths
+from fae.pipelines.runtime.session import quiet_logs, start_ray
+from fae.pipelines.storage import paths
+from fae.pipelines.training.tracking import Tracker, resolve_uri
+from fae_core.errors import UserError
+
+from .algorithms import make_scheduler, make_searcher
+from .concurrency import concurrent_trials, cores_of_each, cpus_of_nodes, with_shared_cores
+from .spaces import Settings, label, planned_settings
+from .stage_lock import stage_lock
+from .sweep_report import write_sweep_report
+from .sweep_tracking import log_stage, star_trials, sweep_tracker, trial_tracker
+from .trials import (
+    FINISHED,
+    STEP,
+    STOPPED,
+    Trial,
+    plan_trial,
+    recorded,
+    recorded_trials,
+    stage_of,
+    sweep_folder,
+)
+
+SETTINGS = "settings"
+
+
+class SearchError(UserError, RuntimeError):
+    """Trials failed; the message holds the error of each. The same command retries them."""
+
+
+def search(recipe: Recipe) -> dict[str, Any]:
+    """Run the sweep's missing trials and write its report; returns that report's numbers.
+
+    Raises RecipeError before anything runs, SearchError after the other trials have ended.
+    """
+    resolved = _resolved(recipe)
+    folder, settings = sweep_folder(resolved), planned_settings(recipe)
+    check_images(plan_trial(resolved, {}).stages)
+    make_scheduler(resolved)
+    paths.write_bytes(paths.join(folder, "recipe.yaml"), recipe.to_yaml().encode())
+    start_ray()
+    _quiet_tune()
+    tracker = sweep_tracker(resolved)
+    resolved = with_shared_decoder(resolved)
+    planned = {trial.uri: trial for trial in (plan_trial(resolved, one) for one in settings)}
+    missing = [trial for trial in planned.values() if trial.result() is None]
+    for trial in missing:
+        check_images(trial.stages)
+    _say(f"{folder}: {len(planned)} trials are planned, {len(planned) - len(missing)} have ended.")
+    if missing:
+        _run_planned(resolved, list(planned.values()))
+    if resolved.tune.algorithm == "optuna" and resolved.tune.space:
+        _run_suggested(resolved, folder)
+    return _report(recipe, resolved, tracker)
+
+
+def report(recipe: Recipe) -> dict[str, Any]:
+    """Write the sweep's report from the trials recorded so far; returns its numbers.
+
+    Raises RecipeError where there are no trials.
+    """
+    resolved = _resolved(recipe)
+    recorded_trials(recipe, sweep_folder(resolved))
+    return _report(recipe, resolved, sweep_tracker(resolved))
+
+
+def with_shared_decoder(recipe: Recipe) -> Recipe:
+    """The recipe with its pixel decoder trained and named, where no trial changes or finetunes it.
+
+    The decoder's first stage does not depend on the autoencoder, so one decoder serves all trials,
+    also those with other seeds.
+    """
+    varied = {key for point in recipe.tune.points for key in point} | recipe.tune.space.keys()
+    sections = ("pixel_decoder", "data", "backbone", "image_size")
+    trial = plan_trial(recipe, {})
+    if (
+        recipe.chain.finetune
+        or recipe.pixel_decoder.checkpoint
+        or any(key.split(".")[0] in sections for key in varied)
+        or any(stage_of(one.metric) == "pixel-decoder" for one in recipe.tune.objectives)
+        or "samples" not in {stage.name for stage in trial.stages}
+    ):
+        return recipe
+    (stage,) = needed_stages(plan_stages(trial.recipe), {"pixel-decoder"})
+    _say(f"All trials share the pixel decoder {stage.uri}.")
+    run_stage(stage)
+    shared = recipe.model_copy(deep=True)
+    shared.pixel_decoder.checkpoint = paths.join(stage.uri, "pixel_decoder.safetensors")
+    return shared
+
+
+def run_trial(config: dict[str, Any], values: dict[str, Any], cores: int) -> None:
+    """Run a trial's missing stages, each under its lock; Ray Tune calls this in a process.
+
+    `config` holds the trial's settings and `values` the sweep's recipe. The stages run with `cores`
+    for themselves; the recipe that is recorded does not mention them. A trial that has ended
+    already only repeats its reports, which tells ASHA of them after a restart.
+    """
+    from ray import tune
+
+    quiet_logs()
+    recipe = Recipe.model_validate(values)
+    trial = plan_trial(recipe, settings_of(config))
+    if result := trial.result():
+        for validation in trial.validations():
+            tune.report(validation)
+        tune.report(result["metrics"])
+        return
+    tracker = trial_tracker(recipe, trial)
+    tracker.log_file(trial.record_start(), "recipe.yaml")
+    ran: dict[str, float] = {}
+    for stage in plan_trial(with_shared_cores(recipe, cores), trial.settings).stages:
+        if stage.result() is None:
+            with stage_lock(stage.uri):
+                if stage.result() is None:
+                    callbacks = [_ReportValidation()] if stage.name == "autoencoder" else []
+                    ran[stage.name] = run_stage(stage, callbacks)["seconds"]
+        if stage.name == "autoencoder" and stage.name not in ran:
+            for validation in trial.validations():
+                tune.report(validation)
+        log_stage(tracker, stage)
+    metrics = trial.metrics()
+    trial.record_result(FINISHED, metrics, ran)
+    tracker.set_tags({"fae.state": FINISHED})
+    tracker.finish()
+    tune.report(metrics)
+
+
+def settings_of(config: Mapping[str, Any]) -> Settings:
+    """The settings in the config of a Ray Tune trial, planned by the sweep or suggested."""
+    return dict(json.loads(config[SETTINGS])) if SETTINGS in config else dict(config)
+
+
+class _ReportValidation(TuneReportCallback):
+    """Passes the reports of the autoencoder's training on to Ray Tune, under the chain's names."""
+
+    def after_report(
+        self, run_context: Any, metrics: list[dict[str, Any]], checkpoint: Any
+    ) -> None:
+        first = {f"autoencoder/{name}": value for name, value in metrics[0].items()}
+        if len(first) > 1:
+            self._training_actor_item_queue.put(first)
+
+
+class _Recorder(Callback):
+    """In the driver: prints the progress of trials and records those that the scheduler stopped."""
+
+    def __init__(self, recipe: Recipe) -> None:
+        self.recipe = recipe
+        self.errors: list[str] = []
+
+    def on_trial_start(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+        _say(f"trial {label(settings_of(trial.config))}: started")
+
+    def on_trial_result(
+        self, iteration: int, trials: list[Any], trial: Any, result: dict[str, Any], **info: Any
+    ) -> None:
+        if STEP in result:
+            metric = f"autoencoder/{self.recipe.tune.asha.metric}"
+            shown = f"{metric} {result.get(metric, math.nan):.4g}"
+            _say(f"trial {label(settings_of(trial.config))}: step {result[STEP]}  {shown}")
+
+    def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+        planned = plan_trial(self.recipe, settings_of(trial.config))
+        result = planned.result()
+        if result is None:
+            reported = {
+                name: float(value)
+                for name, value in trial.last_result.items()
+                if name.startswith("autoencoder/")
+            }
+            planned.record_result(STOPPED, {**planned.metrics(), **reported}, {})
+            tracker = trial_tracker(self.recipe, planned)
+            for validation in planned.validations():
+                step = int(validation[STEP])
+                tracker.log_metrics({k: v for k, v in validation.items() if k != STEP}, step)
+            tracker.set_tags({"fae.state": STOPPED})
+            tracker.finish()
+        state = result["state"] if result else STOPPED
+        _say(f"trial {label(settings_of(trial.config))}: {state}")
+
+    def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+        self.errors.append(f"{label(settings_of(trial.config))}: {_failure_of(trial)}")
+        _say(f"trial {self.errors[-1]}")
+
+
+def _run_planned(recipe: Recipe, planned: Sequence[Trial]) -> None:
+    from ray import tune
+
+    # Trials that have ended come first: the scheduler compares the others with them.
+    ended = [] if recipe.tune.scheduler == "none" else [t for t in planned if t.result()]
+    missing = [t for t in planned if t.result() is None]
+    settings = [json.dumps(trial.settings) for trial in [*ended, *missing]]
+    _run(recipe, {SETTINGS: tune.grid_search(settings)}, {})
+
+
+def _run_suggested(recipe: Recipe, folder: str) -> None:
+    searcher, num_samples = make_searcher(recipe, folder)
+    if num_samples:
+        _run(recipe, {}, {"search_alg": searcher, "num_samples": num_samples})
+
+
+def _run(recipe: Recipe, space: Mapping[str, Any], options: Mapping[str, Any]) -> None:
+    import ray
+    from ray import tune
+
+    limit = concurrent_trials(recipe, plan_trial(recipe, {}), ray.cluster_resources())
+    cores = cores_of_each(limit, cpus_of_nodes())
+    _say(f"At most {limit} trials run at the same time.")
+    recorder = _Recorder(recipe)
+    trainable = tune.with_parameters(run_trial, values=recipe.model_dump(mode="json"), cores=cores)
+    with tempfile.TemporaryDirectory() as scratch:
+        tuner = tune.Tuner(
+            # A trial itself only waits; its stages ask for what they need.
+            tune.with_resources(trainable, {"CPU": 0.01}),
+            param_space=dict(space),
+            tune_config=tune.TuneConfig(
+                scheduler=make_scheduler(recipe), max_concurrent_trials=limit, **options
+            ),
+            run_config=tune.RunConfig(
+                name="tune", storage_path=scratch, callbacks=[recorder], verbose=0
+            ),
+        )
+        tuner.fit()
+    if recorder.errors:
+        raise SearchError(
+            f"{len(recorder.errors)} trials failed, the others are recorded:\n  "
+            + "\n  ".join(recorder.errors)
+            + "\nRun the same command again: it retries them."
+        )
+
+
+def _failure_of(trial: Any) -> str:
+    """Kind and last line of the error that ended a trial of Ray Tune."""
+    error = trial.get_pickled_error() or trial.get_error()
+    cause = getattr(error, "cause", None) or error
+    last = str(cause).strip().splitlines()[-1:] or [""]
+    return f"{type(cause).__name__}: {last[0]}"
+
+
+def _quiet_tune() -> None:
+    # A stopped trial lacks the metrics of later stages, which Tune would report as an error.
+    os.environ["TUNE_DISABLE_STRICT_METRIC_CHECKING"] = "1"
+    # Tune's newer output prints at every verbosity; `_Recorder` prints the progress instead.
+    os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")
+
+
+def _report(recipe: Recipe, resolved: Recipe, tracker: Tracker) -> dict[str, Any]:
+    numbers = write_sweep_report(recipe, resolved, tracker)
+    star_trials(resolved, recorded(sweep_folder(resolved)), numbers["best_trials"])
+    tracker.finish()
+    return numbers
+
+
+def _resolved(recipe: Recipe) -> Recipe:
+    """The recipe with absolute paths: Ray's processes work in other folders."""
+    resolved = with_absolute_paths(recipe)
+    resolved.tracking.uri = resolve_uri(recipe.tracking)
+    return resolved
+
+
+def _say(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
