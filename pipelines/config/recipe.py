@@ -86,12 +86,14 @@ class Recipe(Section):
     def require(self, command: str, *names: str) -> list[str]:
         """The values of the dotted keys `names`, which `command` needs, in their order.
 
-        Raises RecipeError that says which of them are not given, and what they are.
+        A name may say how its value is written: `latents=STORE`. Raises RecipeError that says which
+        of them are not given, and what they are.
         """
-        values = {name: value_at(self, name) for name in names}
+        keys = [name.partition("=")[0] for name in names]
+        values = {key: value_at(self, key) for key in keys}
         absent = [name for name, value in values.items() if value in (None, "")]
         if absent:
-            *first, last = (f"{name}=…" for name in names)
+            *first, last = (name if "=" in name else f"{name}=…" for name in names)
             listed = f"{', '.join(first)} and {last}" if first else last
             docs = {key.name: key.doc for key in keys_of(type(self))}
             about = "".join(f"\n  {name}: {docs[name]}" for name in absent)

@@ -115,9 +115,13 @@ def _scores_before(output: str | None, inputs: dict[str, Any]) -> dict[str, floa
     if output is None or not paths.exists(_scores_uri(output)):
         return None
     before = json.loads(paths.read_bytes(_scores_uri(output)))
+    # Earlier versions also saved settings that decide nothing.
+    saved, now = (
+        deciding_values({"evaluate": values}, ["evaluate"]) for values in (before["inputs"], inputs)
+    )
     refuse_other_work(
         f"{output} holds the scores of another comparison",
-        differences(before["inputs"], inputs),
+        differences(saved, now),
         "Choose another evaluate.output=….",
         ScoresMismatch,
     )

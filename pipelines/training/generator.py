@@ -46,7 +46,7 @@ def train_generator(recipe: Recipe, callbacks: Sequence[Any] = ()) -> TrainResul
     Raises RecipeError, StoreError for a store that is not finished or lacks columns, NonFiniteError.
     """
     run_uri = run_folder.run_folder(recipe)
-    (latents,) = with_absolute_paths(recipe).require("train generator", "latents")
+    (latents,) = with_absolute_paths(recipe).require("train generator", "latents=STORE")
     store = LatentStore.open(latents)
     needed_columns(store, recipe.generator)
     with torch.device("meta"):
@@ -84,7 +84,7 @@ def _worker(config: dict[str, Any]) -> None:
     device = ray.train.torch.get_device()
     prepare_worker(device, recipe.generator.training)
     is_first = ray.train.get_context().get_world_rank() == 0
-    (latents,) = recipe.require("train generator", "latents")
+    (latents,) = recipe.require("train generator", "latents=STORE")
     store = LatentStore.open(latents)
     section = recipe.generator
     torch.manual_seed(recipe.seed)

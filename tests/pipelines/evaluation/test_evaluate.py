@@ -19,7 +19,7 @@ from PIL import Image
 from fae.pipelines.config.recipe import Recipe, RecipeError, load_recipe
 from fae.pipelines.data.crops import adm_center_crop
 from fae.pipelines.evaluation.errors import EvaluationError, ScoresMismatch
-from fae.pipelines.evaluation.evaluate_job import evaluate
+from fae.pipelines.evaluation.evaluate_job import _scores_before, evaluate
 from fae.pipelines.evaluation.extractor import Extractor
 from fae.pipelines.evaluation.image_sets import open_set, read_piece
 from fae.pipelines.evaluation.npz_files import write_statistics
@@ -256,6 +256,15 @@ def test_scores_of_finished_work_are_returned_and_those_of_other_work_are_not(
     os.utime(damaged / "000.png", ns=(0, 0))
     with pytest.raises(ScoresMismatch, match="images: "):
         evaluate(recipe_of(*arguments))
+
+
+def test_saved_settings_that_decide_nothing_are_no_difference(tmp_path: Path) -> None:
+    inputs = {"images": "abc", "backbone": "dinov2:1", "limit": None}
+    saved = {"inputs": {**inputs, "max_error_rate": 0.0, "chunk_size": 8}, "scores": {"fid": 2.0}}
+    (tmp_path / "scores.json").write_text(json.dumps(saved))
+    assert _scores_before(str(tmp_path), inputs) == {"fid": 2.0}
+    with pytest.raises(ScoresMismatch, match="images: 'abc' there, 'def' now"):
+        _scores_before(str(tmp_path), {**inputs, "images": "def"})
 
 
 @pytest.mark.integration
