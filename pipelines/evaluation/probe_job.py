@@ -56,7 +56,7 @@ def probe(recipe: Recipe, show_progress: bool = True) -> dict[str, float]:
     ProbeError, and StoreMismatch where the output holds another probe.
     """
     recipe = with_absolute_paths(recipe)
-    source, _ = recipe.require("probe", "data.path", "autoencoder.checkpoint")
+    source, _ = recipe.require("a probe of labelled images", "data.path", "autoencoder.checkpoint")
     options = recipe.probe
     records = list_images(recipe.data)
     split = split_images(options, records, source)
