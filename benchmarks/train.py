@@ -38,12 +38,16 @@ from fae.pipelines.networks.untrained import (
     build_generator,
     build_pixel_decoder,
 )
-from fae.pipelines.training.autoencoder import autoencoder_loss
+from fae.pipelines.training.autoencoder import autoencoder_job
 from fae.pipelines.training.batches import Batch
-from fae.pipelines.training.generator import generator_loss
+from fae.pipelines.training.generator import generator_job
 from fae.pipelines.training.job import Adversary, AdversaryLoss, LossFunction
 from fae.pipelines.training.latent_feed import latent_feed
-from fae.pipelines.training.pixel_decoder import Objective, make_adversary
+from fae.pipelines.training.pixel_objective import (
+    Objective,
+    make_adversary,
+    pixel_decoder_job,
+)
 from fae.pipelines.training.state import TrainState
 from fae.pipelines.training.step import train_step
 from fae_core.layers import num_parameters
@@ -110,12 +114,9 @@ def autoencoder_case(recipe: Recipe, device: torch.device) -> Case:
     backbone = backbone_of(recipe).to(device)
     training = recipe.autoencoder.training
     model = build_autoencoder(recipe.autoencoder, backbone.spec).to(device)
-
-    def loss(wrapped: torch.nn.Module, batch: Batch) -> dict[str, torch.Tensor]:
-        return autoencoder_loss(recipe, backbone, wrapped, batch)
-
+    job = autoencoder_job(recipe.autoencoder, recipe.seed, backbone, model)
     batch = image_batch(training.batch_size, recipe.image_size, device)
-    return Case(model, training, loss, batch, lambda b: backbone(b["images"]))
+    return Case(model, training, job.loss, batch, lambda b: backbone(b["images"]))
 
 
 def pixel_decoder_case(recipe: Recipe, device: torch.device) -> Case:
@@ -123,16 +124,13 @@ def pixel_decoder_case(recipe: Recipe, device: torch.device) -> Case:
     backbone = backbone_of(recipe).to(device)
     section = recipe.pixel_decoder
     model = build_pixel_decoder(recipe.pixel_decoder, backbone.spec, recipe.image_size).to(device)
-    judge = make_adversary(recipe, backbone)
+    judge = make_adversary(section.losses, backbone)
     judge = judge.to(device) if judge else None
-    objective = Objective(recipe, backbone, None, judge, section.noise_sigma)
-    adversary = None
-    if judge is not None:
-        rate = section.losses.discriminator_learning_rate
-        adversary = Adversary(judge, objective.adversary_loss, rate)
+    objective = Objective(section, recipe.seed, backbone, None, judge, section.noise_sigma)
+    job = pixel_decoder_job(model, objective)
     batch = image_batch(section.training.batch_size, recipe.image_size, device)
     frozen = lambda b: backbone(b["images"])  # noqa: E731
-    return Case(model, section.training, objective.model_loss, batch, frozen, adversary)
+    return Case(model, section.training, job.loss, batch, frozen, job.adversary)
 
 
 def generator_case(recipe: Recipe, kind: str, folder: Path, device: torch.device) -> Case:
@@ -142,12 +140,9 @@ def generator_case(recipe: Recipe, kind: str, folder: Path, device: torch.device
     store = LatentStore.open(str(folder))
     feed = latent_feed(store, section, recipe.seed)(0, 0, 1, device)
     first = next(feed)
-
-    def loss(wrapped: torch.nn.Module, batch: Batch) -> dict[str, torch.Tensor]:
-        return generator_loss(section, wrapped, batch)
-
+    job = generator_job(section, model)
     assert len(first.samples) == size // section.training.accumulation
-    return Case(model, section.training, loss, first, from_store=feed)
+    return Case(model, section.training, job.loss, first, from_store=feed)
 
 
 def write_store(folder: Path, rows: int) -> None:

@@ -18,14 +18,19 @@ from rich.console import Console
 from rich.table import Table
 
 from ..config import Recipe
-from ..data.decoding import DECODE_CPUS
 from ..evaluation import evaluate, probe
 from ..latents import precompute
 from ..networks import load_checkpoint
 from ..runtime.session import start_ray
 from ..sampling import sample
 from ..storage import paths
-from ..training import TrainResult, train_autoencoder, train_generator, train_pixel_decoder
+from ..training import (
+    TrainResult,
+    requirements,
+    train_autoencoder,
+    train_generator,
+    train_pixel_decoder,
+)
 from .report import write_report
 from .sizes import expected_bytes, latent_bytes
 from .stages import Stage, check_images, plan_stages, select, training_of
@@ -141,14 +146,7 @@ def fit_together(stages: Sequence[Stage], available: dict[str, float]) -> tuple[
 
 def training_resources(stages: Sequence[Stage]) -> dict[str, float]:
     """CPUs and GPUs that the stages' trainings take at the same time."""
-    needed: dict[str, float] = {"CPU": 0.0}
-    for stage in stages:
-        training = training_of(stage)
-        assert training is not None
-        needed["CPU"] += training.num_workers * training.cpus_per_worker + DECODE_CPUS
-        if training.use_gpu:
-            needed["GPU"] = needed.get("GPU", 0.0) + training.num_workers
-    return needed
+    return requirements.resources(t for stage in stages if (t := training_of(stage)))
 
 
 def _cluster_resources() -> dict[str, float]:

@@ -104,25 +104,32 @@ class LatentEncoder:
         )
         return mean, logvar
 
+    def encode_batch(self, batch: Tensor) -> dict[str, Tensor]:
+        """Columns float16 [b, C, H, W] of uint8 crops [b, S, S, 3] on the device."""
+        columns: dict[str, Tensor] = {}
+        autocast = torch.autocast(
+            self.device.type, dtype=torch.bfloat16, enabled=self.precision == "bf16"
+        )
+        for suffix in ("", "_flip"):
+            if not {"mean" + suffix, "logvar" + suffix} & set(self.columns):
+                continue
+            with autocast:
+                mean, logvar = self.network(batch.flip(2) if suffix else batch)
+            for name, values in (("mean" + suffix, mean), ("logvar" + suffix, logvar)):
+                if name in self.columns:
+                    columns[name] = values
+        return columns
+
     @torch.inference_mode()
     def encode(self, images: np.ndarray, batch_size: int) -> dict[str, np.ndarray]:
         """Columns float16 [n,C,H,W] of uint8 crops [n,S,S,3], in micro-batches of `batch_size`."""
         outputs: dict[str, list[Tensor]] = {name: [] for name in self.columns}
-        autocast = torch.autocast(
-            self.device.type, dtype=torch.bfloat16, enabled=self.precision == "bf16"
-        )
         for batch in self.micro_batches(images, batch_size):
             size = len(batch)
             if self.compile and size < batch_size:  # another size would be compiled anew
                 batch = F.pad(batch, (0, 0, 0, 0, 0, 0, 0, batch_size - size))
-            for suffix in ("", "_flip"):
-                if not {"mean" + suffix, "logvar" + suffix} & outputs.keys():
-                    continue
-                with autocast:
-                    mean, logvar = self.network(batch.flip(2) if suffix else batch)
-                for name, values in (("mean" + suffix, mean), ("logvar" + suffix, logvar)):
-                    if name in outputs:
-                        outputs[name].append(values[:size])
+            for name, values in self.encode_batch(batch).items():
+                outputs[name].append(values[:size])
         shape = (0, self.autoencoder.config.latent_dim, *self.backbone.grid)
         return {
             name: torch.cat(parts).cpu().numpy() if parts else np.zeros(shape, np.float16)

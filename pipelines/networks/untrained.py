@@ -1,10 +1,16 @@
-"""The networks that a recipe describes, with their initial weights."""
+"""The networks that a recipe describes, with their initial weights or with shapes alone.
+
+Trainers start from them; the chain counts their parameters, and the estimates of memory run them.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
+
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from fae_core.autoencoder import AutoencoderConfig, FeatureAutoencoder
 from fae_core.backbone import Backbone, BackboneSpec, resolve_spec, untrained_backbone
@@ -69,7 +75,7 @@ def pixel_decoder_config(
 
 
 def build_generator(section: GeneratorSection, latent_shape: Sequence[int]) -> DiT | StarFlow:
-    """The recipe's network for latents [C, H, W], untrained.
+    """The section's network for latents [C, H, W], untrained.
 
     Raises RecipeError for a size that there is not.
     """
@@ -106,3 +112,27 @@ def build_generator(section: GeneratorSection, latent_shape: Sequence[int]) -> D
         return DiT(dit)
     except ValueError as error:
         raise RecipeError(f"generator: {error}") from None
+
+
+def network_bytes(*networks: nn.Module) -> int:
+    """Bytes of the networks' parameters and buffers."""
+    return sum(t.nbytes for network in networks for t in tensors_of(network))
+
+
+def tensors_of(network: nn.Module) -> list[Tensor]:
+    """The network's parameters and buffers."""
+    return [*network.parameters(), *network.buffers()]
+
+
+def fake_networks(*networks: nn.Module) -> FakeTensorMode:
+    """Put fake tensors of the CPU in the place of the networks' parameters and buffers.
+
+    Inside the mode that is returned the networks run on tensors made there. Fake tensors have the
+    shape, dtype and device of real ones, so the CPU's kernels are chosen as always, and no memory.
+    Networks that were built on torch's meta device never had any.
+    """
+    mode = FakeTensorMode(allow_non_fake_inputs=True)
+    with mode:
+        for network in networks:
+            network.to("meta").to_empty(device="cpu")
+    return mode

@@ -1,12 +1,14 @@
-"""`fae train autoencoder`: train the FAE of arXiv 2512.07829 on a frozen backbone's features, under Ray Train.
+"""`fae train autoencoder`: the FAE of arXiv 2512.07829 on a frozen backbone's features.
 
-The run's folder, STORAGE/RUN, holds recipe.yaml, plan.parquet (the images as first listed), feature_stats.json,
-checkpoints/, and at the end autoencoder.safetensors and result.json. The same command again resumes, or returns.
+The run's folder, STORAGE/RUN, holds recipe.yaml, plan.parquet (the images as first listed),
+feature_stats.json, checkpoints/, and at the end autoencoder.safetensors and result.json. The same
+command again resumes the run, or returns its result.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import functools
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -18,21 +20,18 @@ from fae_core.backbone import Backbone
 from fae_core.figures import picture_grid, reconstruction_rows
 from fae_core.linear_baseline import LinearBaseline
 
-from ..config import Recipe, with_absolute_paths
-from ..data.decoding import decoded
-from ..data.records import ImageRecord, split_records
+from ..config import Recipe
+from ..config.sections import AutoencoderSection
+from ..data.records import split_records
 from ..networks import backbone_fingerprints, backbone_of, features_of
-from ..networks.untrained import build_autoencoder
-from ..runtime.session import start_ray
-from ..storage import paths
+from ..networks.untrained import build_autoencoder, build_backbone
 from . import run_folder
 from .batches import Batch, random_flips, sample_noise
-from .feature_statistics import fit_statistics, image_batches, read_baseline, read_statistics
-from .image_feed import image_feed
-from .job import Job
-from .launch import TrainResult, fit, prepare_worker
+from .feature_statistics import fit_statistics, read_baseline, read_statistics
+from .image_feed import blank_images, image_batches, image_feed
+from .job import Job, UntrainedJob
+from .launch import enter_worker, launch
 from .loop import run_job
-from .tracking import resolve_uri
 
 MAX_VALIDATION_IMAGES = 1024
 FIGURE_ROWS = 4
@@ -41,160 +40,184 @@ ACTIVE_KL = 0.01
 """Nats per token above which a latent channel counts as active."""
 
 
-def train_autoencoder(recipe: Recipe, callbacks: Sequence[Any] = ()) -> TrainResult:
+def train_autoencoder(recipe: Recipe, callbacks: Sequence[Any] = ()) -> run_folder.TrainResult:
     """Train, resume or, where the run is finished, return at once; `callbacks` are Ray Train's.
 
-    Raises RecipeError for a run of this name with another recipe, SourceError for an unusable source, NonFiniteError.
+    Raises RecipeError for a run of this name with another recipe, SourceError for an unusable
+    source, NonFiniteError.
     """
     run_uri = run_folder.run_folder(recipe)
     run_folder.claim_run(recipe, run_uri, ("data", "backbone", "autoencoder"))
     if run_folder.result(run_uri) is None:
-        run_folder.plan(recipe, run_uri)
-        start_ray()
-        values = with_absolute_paths(recipe).model_dump(mode="json")
-        config = {"recipe": values, "tracking_uri": resolve_uri(recipe.tracking)}
-        fit(_worker, config, recipe, recipe.autoencoder.training, callbacks)
-    metrics = run_folder.result(run_uri) or {}
-    return TrainResult(paths.join(run_uri, "autoencoder.safetensors"), metrics)
+        run_folder.plan(recipe.data, run_uri)
+        launch(_worker, recipe, recipe.autoencoder.training, callbacks)
+    return run_folder.train_result(run_uri, "autoencoder")
 
 
 def autoencoder_loss(
-    recipe: Recipe, backbone: Backbone, model: nn.Module, batch: Batch
+    section: AutoencoderSection, seed: int, backbone: Backbone, model: nn.Module, batch: Batch
 ) -> dict[str, Tensor]:
-    """The loss terms of one micro-batch of images; `model` may be wrapped for data parallelism."""
-    images = random_flips(recipe.seed, batch) if recipe.autoencoder.flip else batch["images"]
-    latent_shape = (backbone.grid[0] * backbone.grid[1], recipe.autoencoder.latent_dim)
-    noise = sample_noise(recipe.seed, "posterior", batch, latent_shape)
+    """The loss terms of one micro-batch of images (arXiv 2512.07829, eq. 4.1)."""
+    images = random_flips(seed, batch) if section.flip else batch["images"]
+    latent_shape = (backbone.grid[0] * backbone.grid[1], section.latent_dim)
+    noise = sample_noise(seed, "posterior", batch, latent_shape)
     terms: dict[str, Tensor] = model(backbone(images), noise)
     return terms
 
 
+def autoencoder_job(
+    section: AutoencoderSection, seed: int, backbone: Backbone, model: FeatureAutoencoder
+) -> Job:
+    """The job that trains `model` on what `backbone` sees."""
+    loss = functools.partial(autoencoder_loss, section, seed, backbone)
+    return Job(model, loss, frozen={"backbone": backbone})
+
+
+def untrained_job(recipe: Recipe) -> UntrainedJob:
+    """The recipe's job with initial weights, and its blank batches of any number of images.
+
+    requirements.py measures them by their shapes.
+    """
+    backbone = build_backbone(recipe.backbone)
+    model = build_autoencoder(recipe.autoencoder, backbone.spec)
+    job = autoencoder_job(recipe.autoencoder, recipe.seed, backbone, model)
+    return job, functools.partial(blank_images, size=recipe.image_size)
+
+
 def _worker(config: dict[str, Any]) -> None:
-    import ray.train
-    import ray.train.torch
     from ray.train.collective import barrier
 
-    recipe = Recipe.model_validate(config["recipe"])
-    run_uri = paths.join(recipe.storage, str(recipe.run))
-    device = ray.train.torch.get_device()
-    prepare_worker(device, recipe.autoencoder.training)
-    is_first = ray.train.get_context().get_world_rank() == 0
-    training, validation = split_records(
-        run_folder.read_plan(run_uri), recipe.data.validation_fraction
-    )
-    backbone = backbone_of(recipe).to(device)
-    section = recipe.autoencoder
-    if is_first:
+    worker = enter_worker(config, "autoencoder")
+    recipe, run_uri, section = worker.recipe, worker.run_uri, worker.recipe.autoencoder
+    fraction = recipe.data.validation_fraction
+    records, held_out = split_records(run_folder.read_plan(run_uri), fraction)
+    backbone = backbone_of(recipe).to(worker.device)
+    if worker.is_first:
         fit_statistics(
-            training[: section.statistics_images],
-            recipe,
+            records[: section.statistics_images],
+            recipe.data,
+            recipe.image_size,
             run_uri,
             backbone,
             section.training.precision,
             num_components=section.latent_dim,
         )
     barrier()
-    stats = read_statistics(run_uri)
-
     torch.manual_seed(recipe.seed)
-    model = build_autoencoder(recipe.autoencoder, backbone.spec)
-    model.set_feature_stats(*stats)
-
-    def loss(wrapped: nn.Module, batch: Batch) -> dict[str, Tensor]:
-        return autoencoder_loss(recipe, backbone, wrapped, batch)
-
-    held_out = None
-    if validation and is_first:
-        held_out = _HeldOut(validation, recipe, backbone, device, read_baseline(run_uri))
-    feed = image_feed(training, recipe.data, recipe.image_size, recipe.seed, section.training)
-    job = Job(model, feed, loss, held_out, frozen={"backbone": backbone})
-    trained, metrics = run_job(job, section.training, recipe, run_uri, config["tracking_uri"])
-    if is_first:
+    model = build_autoencoder(section, backbone.spec)
+    model.set_feature_stats(*read_statistics(run_uri))
+    validation = None
+    if held_out and worker.is_first:
+        images = functools.partial(
+            image_batches, held_out[:MAX_VALIDATION_IMAGES], recipe.data, recipe.image_size
+        )
+        precision = section.training.precision
+        validation = _Validation(images, backbone, read_baseline(run_uri), precision)
+    trained, metrics = run_job(
+        autoencoder_job(section, recipe.seed, backbone, model),
+        image_feed(records, recipe.data, recipe.image_size, recipe.seed, section.training),
+        validation,
+        section.training,
+        run_uri,
+        worker.tracker(),
+    )
+    if worker.is_first:
         fingerprints = backbone_fingerprints(recipe, backbone)
         run_folder.finish(run_uri, "autoencoder", trained, fingerprints, metrics)
 
 
-class _HeldOut:
-    """Validation on the held-out images (at most 1024, by key hash), decoded once and kept as uint8."""
+class _Errors:
+    """Sums over tokens of the squared error of standardized features and of their cosine."""
+
+    def __init__(self, std: Tensor) -> None:
+        self.std = std
+        self.squares = self.cosines = 0.0
+        self.num_tokens = 0
+
+    def add(self, output: Tensor, features: Tensor) -> None:
+        """Count rebuilt features against the true ones, each [B, N, D] and raw."""
+        error = (output - features) / self.std
+        self.squares += error.square().mean(-1).double().sum().item()
+        self.cosines += torch.cosine_similarity(output, features, dim=-1).double().sum().item()
+        self.num_tokens += features.shape[0] * features.shape[1]
+
+    def means(self, prefix: str = "") -> dict[str, float]:
+        """Mean `mse` over tokens and channels, and mean `cosine` over tokens."""
+        return {
+            f"{prefix}mse": self.squares / self.num_tokens,
+            f"{prefix}cosine": self.cosines / self.num_tokens,
+        }
+
+
+class _Validation:
+    """Errors of the posterior's mode on held-out images, beside those of linear PCA.
+
+    `images` gives them in batches uint8 [n, S, S, 3]; they are decoded once, and kept.
+    """
 
     def __init__(
         self,
-        records: Sequence[ImageRecord],
-        recipe: Recipe,
+        images: Callable[[], Iterator[np.ndarray]],
         backbone: Backbone,
-        device: torch.device,
         baseline: LinearBaseline,
+        precision: str,
     ) -> None:
-        self.baseline = baseline
-        self.baseline_metrics: dict[str, float] = {}
-        self.records = records[:MAX_VALIDATION_IMAGES]
-        self.recipe = recipe
-        self.precision = recipe.autoencoder.training.precision
+        self.decode = images
         self.backbone = backbone
-        self.device = device
-        self.images: list[np.ndarray] | None = None
+        self.baseline = baseline
+        self.precision = precision
+        self.device = backbone.mean.device
+
+    @functools.cached_property
+    def images(self) -> list[np.ndarray]:
+        return list(self.decode())
 
     def __call__(self, model: nn.Module, step: int) -> tuple[dict[str, float], bytes | None]:
-        """Errors of the posterior's mode on the held-out images, and the figure of the first few."""
+        """The metrics, and a figure of the first few images; nothing where all are damaged."""
         assert isinstance(model, FeatureAutoencoder)
-        if self.images is None:
-            made = decoded(image_batches(self.records), self.recipe.data, self.recipe.image_size)
-            self.images = [np.array(images) for images, kept, _ in made if kept]
-            self.baseline_metrics = self._linear_errors()
         if not self.images:
             return {}, None
-        squares = cosines = 0.0
+        errors = _Errors(model.feature_std)
         channel_kl = torch.zeros(model.config.latent_dim, dtype=torch.float64)
-        num_tokens, num_images = 0, 0
         figure: bytes | None = None
         precision = torch.autocast(
-            self.device.type,
-            torch.bfloat16,
-            enabled=self.precision == "bf16",
+            self.device.type, torch.bfloat16, enabled=self.precision == "bf16"
         )
         for array in self.images:
-            images = torch.from_numpy(array).to(self.device)
-            features = features_of(self.backbone, images, self.precision)
+            features = self._features(array)
             with precision:
                 posterior = model.encode(features)
                 latents = posterior.mode()
                 output = model.decode(latents).float()
-            error = (output - features) / model.feature_std
-            squares += error.square().mean(-1).double().sum().item()
-            cosines += torch.cosine_similarity(output, features, dim=-1).double().sum().item()
+            errors.add(output, features)
             channel_kl += posterior.kl().double().sum(dim=(0, 1)).cpu()
-            num_tokens += features.shape[0] * features.shape[1]
-            num_images += len(array)
-            if figure is None:
-                first, codes, rebuilt = (
-                    t[:FIGURE_ROWS].float().cpu().numpy() for t in (features, latents, output)
-                )
-                rows = reconstruction_rows(
-                    array[:FIGURE_ROWS], first, codes, rebuilt, self.backbone.grid
-                )
-                figure = picture_grid(rows, FIGURE_TITLES)
-        active = int((channel_kl / num_tokens > ACTIVE_KL).sum())
+            figure = figure or self._figure(array, features, latents, output)
+        active = int((channel_kl / errors.num_tokens > ACTIVE_KL).sum())
+        num_images = sum(map(len, self.images))
         metrics = {
-            "mse": squares / num_tokens,
-            "cosine": cosines / num_tokens,
+            **errors.means(),
             "kl": float(channel_kl.sum()) / num_images,
             "active_channels": float(active),
             "num_images": float(num_images),
         }
-        return metrics | self.baseline_metrics, figure
+        return metrics | self.linear_errors, figure
 
-    def _linear_errors(self) -> dict[str, float]:
-        """The same errors of linear PCA with as many components as the latent has channels."""
-        squares = cosines = 0.0
-        num_tokens = 0
-        for array in self.images or []:
-            images = torch.from_numpy(array).to(self.device)
-            features = features_of(self.backbone, images, self.precision).double().cpu()
-            output = torch.from_numpy(self.baseline.reconstruct(features.numpy()))
-            error = (output - features) / torch.from_numpy(self.baseline.std)
-            squares += error.square().mean(-1).sum().item()
-            cosines += torch.cosine_similarity(output, features, dim=-1).sum().item()
-            num_tokens += features.shape[0] * features.shape[1]
-        if not num_tokens:
-            return {}
-        return {"linear_mse": squares / num_tokens, "linear_cosine": cosines / num_tokens}
+    @functools.cached_property
+    def linear_errors(self) -> dict[str, float]:
+        """The errors of linear PCA with as many components as the latent has channels."""
+        errors = _Errors(torch.from_numpy(self.baseline.std))
+        for array in self.images:
+            features = self._features(array).double().cpu()
+            errors.add(torch.from_numpy(self.baseline.reconstruct(features.numpy())), features)
+        return errors.means("linear_")
+
+    def _features(self, array: np.ndarray) -> Tensor:
+        images = torch.from_numpy(array).to(self.device)
+        return features_of(self.backbone, images, self.precision)
+
+    def _figure(self, array: np.ndarray, *stages: Tensor) -> bytes:
+        """PNG of images uint8 [n, S, S, 3] and their features, latents and rebuilt features."""
+        features, latents, rebuilt = (t[:FIGURE_ROWS].float().cpu().numpy() for t in stages)
+        images = array[:FIGURE_ROWS]
+        rows = reconstruction_rows(images, features, latents, rebuilt, self.backbone.grid)
+        return picture_grid(rows, FIGURE_TITLES)

@@ -1,7 +1,8 @@
-"""What a training step consumes: micro-batches whose randomness is addressed, and a thread that makes them ahead.
+"""What a training step consumes: micro-batches with their random numbers, made ahead by a thread.
 
-Noise and flips come from (seed, stream, step, place in the global batch), so rank, accumulation, interruption and what
-was drawn before cannot change them.
+Noise and flips are functions of (seed, stream, step, place in the global batch). Rank,
+accumulation, interruptions and earlier draws therefore cannot change them. The feeds make batches,
+the losses draw.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from torch import Tensor
 from fae_core.draws import normal_draws, uniform_draws
 
 PREFETCH_BATCHES = 4
+"""Micro-batches that wait for the step."""
 T = TypeVar("T")
 
 
@@ -26,8 +28,9 @@ T = TypeVar("T")
 class Batch:
     """One micro-batch of one worker; `batch["images"]` is a tensor of it, with first dimension n.
 
-    `samples` are its places in the global batch of `step`, which seed their randomness; `keys` name them to people;
-    `weight` is n over the planned size, below 1 where images could not be decoded; `errors` are those images.
+    `samples` are its places in the global batch of `step`, which seed their randomness; `keys` name
+    them to people. `weight` is n over the planned size, below 1 where images could not be decoded;
+    `errors` are those images.
     """
 
     step: int
@@ -55,11 +58,17 @@ class Batch:
         return replace(self, tensors={name: t.pin_memory() for name, t in self.tensors.items()})
 
 
+def blank_batch(tensors: dict[str, Tensor]) -> Batch:
+    """A batch of `tensors` at step 0, for what depends on shapes alone."""
+    size = len(next(iter(tensors.values())))
+    return Batch(0, tensors, list(range(size)), [""] * size, 1.0, [])
+
+
 def sample_noise(seed: int, stream: str, batch: Batch, shape: tuple[int, ...]) -> Tensor:
     """Standard normal noise [n, *shape] float32, drawn where the batch is.
 
-    A pixel decoder's step of 128 images takes 50 million numbers (256 tokens of 1,536): too many for a CPU to draw
-    while a GPU waits.
+    A pixel decoder's step of 128 images takes 50 million numbers (256 tokens of 1,536): too many
+    for a CPU to draw while a GPU waits.
     """
     return normal_draws(seed, stream, batch.step, batch.samples, shape, batch.device)
 

@@ -1,4 +1,4 @@
-"""Checkpoints of a run: listed, written whole, pruned, and resumed from the newest one that is undamaged."""
+"""Checkpoints of a run: one file each, written whole; a run resumes from the newest undamaged one."""
 
 from __future__ import annotations
 
@@ -11,11 +11,12 @@ CHECKPOINTS = "checkpoints"
 
 
 def checkpoint_uri(run_uri: str, step: int) -> str:
+    """Address of the checkpoint at `step`."""
     return paths.join(run_uri, CHECKPOINTS, f"step_{step:09d}.pt")
 
 
 def list_checkpoints(run_uri: str) -> list[str]:
-    """Addresses of the run's checkpoints, oldest step first. Each file was written whole or is not there."""
+    """Addresses of the run's checkpoints, lowest step first."""
     folder = paths.join(run_uri, CHECKPOINTS)
     names = (file.uri for file in paths.list_files(folder))
     return sorted(
@@ -26,7 +27,7 @@ def list_checkpoints(run_uri: str) -> list[str]:
 def save_checkpoint(state: TrainState, run_uri: str, keep: int, write: bool = True) -> None:
     """Write the state, then delete all but the `keep` newest checkpoints.
 
-    Sharded workers all call it, and one of them with `write`.
+    All workers of a sharded model must call it together, one of them with `write`.
     """
     if not (write or is_sharded(state.model)):
         return
@@ -39,9 +40,9 @@ def save_checkpoint(state: TrainState, run_uri: str, keep: int, write: bool = Tr
 
 
 def resume(state: TrainState, run_uri: str) -> str:
-    """Load the newest checkpoint that is whole into `state`; what happened, in words, empty where there is none.
+    """Load the newest undamaged checkpoint into `state`; a line that says so.
 
-    Raises TrainingError where there are some and every one is damaged.
+    The line is empty where the run has no checkpoint. Raises TrainingError where all are damaged.
     """
     found = list_checkpoints(run_uri)
     said = ""
@@ -49,11 +50,12 @@ def resume(state: TrainState, run_uri: str) -> str:
         try:
             state.load_bytes(paths.read_bytes(uri))
         except CheckpointDamaged as error:
-            said += f"{uri} is damaged ({error}); going back to the one before. "
+            said += f"{uri} is damaged ({error}); trying the one before. "
             continue
         return f"{said}resumed at step {state.step} from {uri}"
     if found:
         raise TrainingError(
-            f"{said}\nThere is none before. Delete {paths.join(run_uri, CHECKPOINTS)} to begin at step 0."
+            f"{said}\nThere is none before. "
+            f"Delete {paths.join(run_uri, CHECKPOINTS)} to begin at step 0."
         )
     return ""

@@ -1,6 +1,7 @@
-"""FSDP: a model's parameters split over the workers (torch's `fully_shard`), and tensors brought together and apart again.
+"""FSDP: a model's parameters split over the workers by torch's `fully_shard`.
 
-A checkpoint holds whole tensors, so a run may go on with another number of workers, sharded or not.
+Distributed tensors are gathered for checkpoints and validation, and whole ones are distributed
+again when a run resumes. A run may therefore resume on another number of workers, sharded or not.
 """
 
 from __future__ import annotations
@@ -13,10 +14,11 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 
 
 def shard(model: nn.Module) -> None:
-    """Split `model` in place over all workers: every layer of its module lists on its own, then the rest.
+    """Distribute `model` in place over all workers: each layer of its module lists, then the rest.
 
-    Parameters are gathered and gradients reduced in float32, and autocast does what it does to a whole model: numbers
-    differ from DDP's by the order of sums alone, so a run may change from one to the other.
+    Parameters are gathered and gradients reduced in float32, and autocast acts as on a whole model.
+    Results therefore differ from DDP's by the order of sums alone, and a run may change between
+    the two.
     """
     layers = [
         layer for group in model.modules() if isinstance(group, nn.ModuleList) for layer in group
@@ -27,12 +29,15 @@ def shard(model: nn.Module) -> None:
 
 
 def is_sharded(model: nn.Module) -> bool:
-    """Whether `shard` has been here."""
+    """Whether the parameters of `model` are distributed."""
     return isinstance(model, FSDPModule)
 
 
 def gathered(value: Any) -> Any:
-    """`value` with every split tensor gathered, in any nesting of dicts and lists. All workers must call it together."""
+    """`value`, in any nesting of dicts and lists, with every distributed tensor gathered.
+
+    All workers must call it together.
+    """
     if isinstance(value, DTensor):
         return value.full_tensor()
     if isinstance(value, dict):
@@ -43,7 +48,10 @@ def gathered(value: Any) -> Any:
 
 
 def distributed_like(value: Tensor, model: Tensor) -> Tensor:
-    """`value` [whole] split as `model` is; itself where `model` is not split or has another shape (Adam's step count)."""
+    """The gathered tensor `value`, distributed as `model` is.
+
+    `value` itself where `model` is not distributed or has another shape, as Adam's step count has.
+    """
     if not isinstance(model, DTensor) or value.shape != model.shape:
         return value
     return distribute_tensor(value.to(model.device), model.device_mesh, model.placements)

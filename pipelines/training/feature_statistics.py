@@ -1,4 +1,8 @@
-"""Exact channel statistics of a backbone's features over the first training images, made once a run by its first worker."""
+"""Exact channel statistics of a backbone's features over the first training images.
+
+The first worker of a run on images makes them once, before its first step; they standardize the
+features that autoencoder and pixel decoder see.
+"""
 
 from __future__ import annotations
 
@@ -14,47 +18,42 @@ from fae_core.backbone import Backbone
 from fae_core.latent_stats import ChannelStats
 from fae_core.linear_baseline import Covariance, LinearBaseline
 
-from ..config import Recipe
-from ..data.decoding import decoded
+from ..config.sections import DataSection
 from ..data.records import ImageRecord
 from ..networks import features_of
 from ..storage import paths
+from .image_feed import image_batches
 from .job import TrainingError
+from .run_log import say
 
-EVALUATION_BATCH = 32
 SMALLEST_STD = 1e-6
-
-
-def image_batches(records: Sequence[ImageRecord]) -> list[list[ImageRecord]]:
-    """The records in batches that a backbone takes at once outside of training."""
-    size = EVALUATION_BATCH
-    return [list(records[start : start + size]) for start in range(0, len(records), size)]
 
 
 def fit_statistics(
     records: Sequence[ImageRecord],
-    recipe: Recipe,
+    data: DataSection,
+    image_size: int,
     run_uri: str,
     backbone: Backbone,
     precision: str,
     num_components: int | None = None,
 ) -> None:
-    """Write mean and variance of the features of `records`, and linear PCA of `num_components`, into the run's folder.
+    """Write mean and variance of the features of `records` into the run's folder.
 
-    Nothing where they are there already. Raises TrainingError where no image can be decoded.
+    With `num_components`, also the linear PCA with so many. Does nothing where they exist already.
+    Raises TrainingError where no image can be decoded.
     """
     if paths.exists(_stats_uri(run_uri)):
         return
     device = backbone.mean.device
-    print(f"feature statistics over {len(records)} images", flush=True)
+    say(f"feature statistics over {len(records)} images")
     stats, covariance = ChannelStats.empty(backbone.dim), Covariance(backbone.dim)
-    for images, kept, _ in decoded(image_batches(records), recipe.data, recipe.image_size):
-        if kept:
-            crops = torch.from_numpy(np.array(images)).to(device)
-            features = features_of(backbone, crops, precision).cpu().numpy()
-            stats.update(features)
-            if num_components:
-                covariance.update(features)
+    for images in image_batches(records, data, image_size):
+        crops = torch.from_numpy(images).to(device)
+        features = features_of(backbone, crops, precision).cpu().numpy()
+        stats.update(features)
+        if num_components:
+            covariance.update(features)
     if not stats.count:
         raise TrainingError(f"None of the first {len(records)} training images could be decoded.")
     if num_components:

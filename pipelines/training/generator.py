@@ -1,12 +1,14 @@
-"""`fae train generator`: a diffusion transformer or STARFlow on the latents of a finished store, under Ray Train.
+"""`fae train generator`: a diffusion transformer or STARFlow on the latents of a finished store.
 
-The store is only read; its statistics normalize the latents and travel inside the checkpoint, with the fingerprints of
-autoencoder and backbone, so that sampling refuses to decode with another one. Every `validate_every` steps a grid of
-samples from the same noise goes to MLflow: pictures where the recipe names decoders, else PCA maps of latents.
+The store's statistics normalize the latents and are saved in the checkpoint, with the fingerprints
+of store and autoencoder, so that sampling refuses to decode with another one. Every
+`validate_every` steps a grid of samples from the same noise goes to MLflow: pictures where the
+recipe names decoders, else PCA maps of latents.
 """
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -20,50 +22,43 @@ from fae_core.generators.dit import DiT
 from fae_core.generators.latent_model import LatentModel
 from fae_core.generators.starflow import StarFlow, flow_loss
 
-from ..config import Recipe, with_absolute_paths
+from ..config import Recipe
 from ..config.sections import GeneratorSection
 from ..latents import LatentStore
+from ..networks import backbone_spec
 from ..networks.untrained import build_generator
-from ..runtime.session import start_ray
 from ..sampling import LatentDecoder, LatentSampler, image_noise
-from ..storage import paths
 from . import run_folder
 from .batches import Batch
-from .job import Job
-from .latent_feed import latent_feed, needed_columns
-from .launch import TrainResult, fit, prepare_worker
+from .job import Job, UntrainedJob
+from .latent_feed import blank_latents, latent_feed, needed_columns
+from .launch import enter_worker, launch
 from .loop import run_job
-from .tracking import resolve_uri
 
 GRID_CLASSES = 4
 GRID_COLUMNS = 6
 PREVIEW_STEPS = 50
 
 
-def train_generator(recipe: Recipe, callbacks: Sequence[Any] = ()) -> TrainResult:
+def train_generator(recipe: Recipe, callbacks: Sequence[Any] = ()) -> run_folder.TrainResult:
     """Train, resume or, where the run is finished, return at once; `callbacks` are Ray Train's.
 
     Raises RecipeError, StoreError for a store that is not finished or lacks columns, NonFiniteError.
     """
     run_uri = run_folder.run_folder(recipe)
-    (latents,) = with_absolute_paths(recipe).require("train generator", "latents=STORE")
+    (latents,) = recipe.require("train generator", "latents=STORE")
     store = LatentStore.open(latents)
     needed_columns(store, recipe.generator)
     with torch.device("meta"):
         build_generator(recipe.generator, store.latent_shape)
     run_folder.claim_run(recipe, run_uri, ("latents", "generator"))
     if run_folder.result(run_uri) is None:
-        start_ray()
-        values = with_absolute_paths(recipe).model_dump(mode="json")
-        config = {"recipe": values, "tracking_uri": resolve_uri(recipe.tracking)}
-        fit(_worker, config, recipe, recipe.generator.training, callbacks)
-    return TrainResult(
-        paths.join(run_uri, "generator.safetensors"), run_folder.result(run_uri) or {}
-    )
+        launch(_worker, recipe, recipe.generator.training, callbacks)
+    return run_folder.train_result(run_uri, "generator")
 
 
 def generator_loss(section: GeneratorSection, model: nn.Module, batch: Batch) -> dict[str, Tensor]:
-    """The loss terms of one micro-batch from `latent_feed`; `model` may be wrapped for data parallelism."""
+    """The loss terms of one micro-batch from `latent_feed`; `model` may be wrapped."""
     inner = getattr(model, "module", model)
     assert isinstance(inner, LatentModel)
     latents = inner.normalize(batch["latents"])
@@ -75,41 +70,56 @@ def generator_loss(section: GeneratorSection, model: nn.Module, batch: Batch) ->
     )
 
 
-def _worker(config: dict[str, Any]) -> None:
-    import ray.train
-    import ray.train.torch
+def generator_job(section: GeneratorSection, model: DiT | StarFlow) -> Job:
+    """The job that trains `model` on latents."""
+    return Job(model, functools.partial(generator_loss, section))
 
-    recipe = Recipe.model_validate(config["recipe"])
-    run_uri = run_folder.run_folder(recipe)
-    device = ray.train.torch.get_device()
-    prepare_worker(device, recipe.generator.training)
-    is_first = ray.train.get_context().get_world_rank() == 0
+
+def untrained_job(recipe: Recipe) -> UntrainedJob:
+    """The recipe's job with initial weights, and its blank batches of any number of images.
+
+    requirements.py measures them by their shapes.
+    """
+    if recipe.latents is not None:
+        shape = LatentStore.open(recipe.latents).latent_shape
+    else:
+        shape = (recipe.autoencoder.latent_dim, *backbone_spec(recipe).grid)
+    job = generator_job(recipe.generator, build_generator(recipe.generator, shape))
+    return job, functools.partial(blank_latents, shape=shape)
+
+
+def _worker(config: dict[str, Any]) -> None:
+    worker = enter_worker(config, "generator")
+    recipe, section = worker.recipe, worker.recipe.generator
     (latents,) = recipe.require("train generator", "latents=STORE")
     store = LatentStore.open(latents)
-    section = recipe.generator
     torch.manual_seed(recipe.seed)
     model = build_generator(section, store.latent_shape)
     mean, std = (
         torch.from_numpy(np.asarray(v)).float() for v in (store.stats.mean, store.stats.std)
     )
     model.set_latent_stats(mean, std.clamp_min(1e-6))
-
-    def loss(wrapped: nn.Module, batch: Batch) -> dict[str, Tensor]:
-        return generator_loss(section, wrapped, batch)
-
-    preview = _Preview(recipe, store, device) if is_first else None
-    job = Job(model, latent_feed(store, section, recipe.seed), loss, preview)
-    trained, metrics = run_job(job, section.training, recipe, run_uri, config["tracking_uri"])
-    if is_first:
+    trained, metrics = run_job(
+        generator_job(section, model),
+        latent_feed(store, section, recipe.seed),
+        _Preview(recipe, store, worker.device) if worker.is_first else None,
+        section.training,
+        worker.run_uri,
+        worker.tracker(),
+    )
+    if worker.is_first:
         fingerprints = {
             "latents": store.manifest["fingerprint"],
             "autoencoder": store.manifest["parts"]["autoencoder weights"],
         }
-        run_folder.finish(run_uri, "generator", trained, fingerprints, metrics)
+        run_folder.finish(worker.run_uri, "generator", trained, fingerprints, metrics)
 
 
 class _Preview:
-    """Samples from the same noise at every validation: pictures if the recipe names both decoders, else PCA maps."""
+    """Samples from the same noise at every validation.
+
+    They are pictures where the recipe names both decoders, else PCA maps of the latents.
+    """
 
     def __init__(self, recipe: Recipe, store: LatentStore, device: torch.device) -> None:
         self.recipe = recipe

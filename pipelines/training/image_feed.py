@@ -1,4 +1,7 @@
-"""Images for training: which of them make a step, and Ray Data tasks that decode them on CPUs in that order."""
+"""Images for training: those of each step, and those held out, decoded by Ray Data on CPUs.
+
+The trainers of autoencoder and pixel decoder read their images here.
+"""
 
 from __future__ import annotations
 
@@ -12,8 +15,10 @@ from ..config.sections import DataSection, TrainingSection
 from ..data import EpochOrder
 from ..data.decoding import WINDOW_BATCHES, decoded
 from ..data.records import ImageRecord
-from .batches import Batch, to_device
+from .batches import Batch, blank_batch, to_device
 from .job import Feed, TrainingError
+
+HELD_OUT_BATCH = 32
 
 
 @dataclass(frozen=True)
@@ -28,12 +33,15 @@ class PlannedBatch:
 def step_parts(
     order: EpochOrder, training: TrainingSection, step: int, rank: int, world_size: int
 ) -> list[PlannedBatch]:
-    """The micro-batches of worker `rank` at `step`: an equal slice of the global batch for each (micro, rank)."""
+    """The micro-batches of worker `rank` at `step`: each an equal slice of the global batch.
+
+    Raises TrainingError where the batch cannot be sliced so.
+    """
     slices = world_size * training.accumulation
     if training.batch_size % slices:
         raise TrainingError(
-            f"training.batch_size={training.batch_size} is not divisible by num_workers x accumulation = "
-            f"{world_size} x {training.accumulation}."
+            f"training.batch_size={training.batch_size} is not divisible by num_workers x "
+            f"accumulation = {world_size} x {training.accumulation}."
         )
     size = training.batch_size // slices
     items, _ = order.batch(step, training.batch_size, 0, 1)
@@ -55,7 +63,7 @@ def image_feed(
     seed: int,
     training: TrainingSection,
 ) -> Feed:
-    """The feed of a job that trains on images: `batch["images"]` uint8 [n, size, size, 3], in EpochOrder's order."""
+    """The feed of a job on images: `batch["images"]` uint8 [n, size, size, 3], by EpochOrder."""
     order = EpochOrder(len(records), seed)
 
     def windows(start_step: int, rank: int, world_size: int) -> Iterator[Batch]:
@@ -76,6 +84,21 @@ def image_feed(
         return to_device(windows(start_step, rank, world_size), device)
 
     return feed
+
+
+def blank_images(num: int, size: int) -> Batch:
+    """A batch such as `image_feed` makes, of `num` black images."""
+    return blank_batch({"images": torch.zeros(num, size, size, 3, dtype=torch.uint8)})
+
+
+def image_batches(
+    records: Sequence[ImageRecord], data: DataSection, size: int
+) -> Iterator[np.ndarray]:
+    """The images uint8 [n, size, size, 3] of `records`, up to 32 at a time, without bad ones."""
+    starts = range(0, len(records), HELD_OUT_BATCH)
+    for images, kept, _ in decoded([records[i : i + HELD_OUT_BATCH] for i in starts], data, size):
+        if kept:
+            yield np.array(images)
 
 
 def _batch(

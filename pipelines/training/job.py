@@ -1,4 +1,8 @@
-"""What a trainer supplies to the training loop: model, data feed, losses, validation."""
+"""What a trainer hands to the training loop: the networks, and the functions that the loop calls.
+
+A trainer (autoencoder.py, pixel_decoder.py, generator.py) makes a `Job`, a feed and a validation;
+`run_job` in loop.py trains with them, and memory_plan.py measures the job alone.
+"""
 
 from __future__ import annotations
 
@@ -13,22 +17,28 @@ from fae_core.errors import UserError
 from .batches import Batch
 
 Feed = Callable[[int, int, int, torch.device], Iterator[Batch]]
-"""(first step, rank, number of workers, device) -> every micro-batch of this worker from that step on."""
+"""(first step, rank, number of workers, device) -> this worker's micro-batches from that step on."""
 LossFunction = Callable[[nn.Module, Batch], dict[str, Tensor]]
+"""(model, micro-batch) -> 0-dim means by name; the one called `loss` is minimized."""
 AdversaryLoss = Callable[[nn.Module, Batch], dict[str, Tensor] | None]
+"""(adversary, micro-batch) -> 0-dim means by name, or None in a step that does not train it."""
 Validation = Callable[[nn.Module, int], tuple[dict[str, float], bytes | None]]
+"""(model, step) -> metrics by name and a figure as PNG; rank 0 alone calls it."""
+
+
+UntrainedJob = tuple["Job", Callable[[int], Batch]]
+"""A job with initial weights, and (number of images) -> a blank micro-batch for it."""
 
 
 class TrainingError(UserError, RuntimeError):
-    """A run that cannot start or went wrong; the message says what to do."""
+    """A run that cannot start or cannot continue; the message says what to do."""
 
 
 @dataclass(frozen=True)
 class Adversary:
-    """A second network that is trained beside the model on each micro-batch, just after the model's backward pass.
+    """A second network, trained on each micro-batch just after the model's backward pass.
 
-    `loss(adversary, batch)` returns terms with a 0-dim mean `adversary_loss`, or None while it is not its turn; no
-    gradient of it may reach the model.
+    Its loss is the term `adversary_loss`; no gradient of it may reach the model.
     """
 
     module: nn.Module
@@ -38,13 +48,18 @@ class Adversary:
 
 @dataclass(frozen=True)
 class Job:
-    """What a trainer supplies: the module to train, its data, `loss(model, batch)` with a 0-dim mean `loss` among its
-    terms, `validate(model, step)` that returns metrics and a PNG (rank 0 calls it), and the frozen networks that stand
-    beside the model, for the memory plan."""
+    """The networks of a training and their losses; `frozen` are those that only compute, by name.
+
+    `model` may be wrapped for data parallelism when `loss` is called with it.
+    """
 
     model: nn.Module
-    feed: Feed
     loss: LossFunction
-    validate: Validation | None = None
     adversary: Adversary | None = None
     frozen: Mapping[str, nn.Module] = field(default_factory=dict)
+
+    @property
+    def networks(self) -> list[nn.Module]:
+        """All of them, the trained ones first."""
+        trained = [self.model, *([self.adversary.module] if self.adversary else [])]
+        return [*trained, *self.frozen.values()]

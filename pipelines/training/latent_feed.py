@@ -1,11 +1,11 @@
-"""Latents for training a generator: rows of a store in seeded order, with every random number of their step.
+"""Latents for training a generator: rows of a store in seeded order, with their random numbers.
 
-A thread makes them ahead, so that the step itself reads no file and draws nothing.
+A thread makes them ahead, so that a step reads no file and draws nothing.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 import torch
@@ -15,12 +15,12 @@ from fae_core.draws import normal_draws, uniform_draws
 from ..config.sections import GeneratorSection
 from ..latents import NO_LABEL, LatentBatch, LatentStore
 from ..storage import StoreError
-from .batches import Batch, to_device
+from .batches import Batch, blank_batch, to_device
 from .job import Feed, TrainingError
 
 
 def needed_columns(store: LatentStore, generator: GeneratorSection) -> list[str]:
-    """The store's columns that this training reads. Raises StoreError for samples of a store without logvar."""
+    """The store's columns that this training reads. Raises StoreError where one is missing."""
     columns = ["mean"]
     if generator.latents == "sample":
         columns.append("logvar")
@@ -29,9 +29,9 @@ def needed_columns(store: LatentStore, generator: GeneratorSection) -> list[str]
     absent = [name for name in columns if name not in store.columns]
     if absent:
         raise StoreError(
-            f"{store.uri} stores {', '.join(store.columns)}; generator.latents={generator.latents} needs "
-            f"{', '.join(absent)} too. Precompute with precompute.columns=[{','.join(columns)}], or set "
-            "generator.latents=mode."
+            f"{store.uri} stores {', '.join(store.columns)}; "
+            f"generator.latents={generator.latents} needs {', '.join(absent)} too. Precompute with "
+            f"precompute.columns=[{','.join(columns)}], or set generator.latents=mode."
         )
     return columns
 
@@ -39,8 +39,9 @@ def needed_columns(store: LatentStore, generator: GeneratorSection) -> list[str]
 def latent_feed(store: LatentStore, generator: GeneratorSection, seed: int) -> Feed:
     """The feed of a generator's job.
 
-    `batch["latents"]` raw float32 [n, C, H, W] (mode or posterior sample, half of them mirrored), `labels` int64 [n]
-    with the null class where dropped, `noise` float32 like the latents and `time` [n], both standard normal.
+    `batch["latents"]` are raw float32 [n, C, H, W] (mode or posterior sample, half of them
+    mirrored), `labels` int64 [n] with the null class where dropped, `noise` float32 like the
+    latents and `time` [n], both standard normal.
     """
     training = generator.training
     columns = needed_columns(store, generator)
@@ -48,8 +49,8 @@ def latent_feed(store: LatentStore, generator: GeneratorSection, seed: int) -> F
     def batches(start_step: int, rank: int, world_size: int) -> Iterator[Batch]:
         if training.batch_size % (world_size * training.accumulation):
             raise TrainingError(
-                f"batch_size={training.batch_size} is not divisible by num_workers x accumulation = "
-                f"{world_size} x {training.accumulation}."
+                f"batch_size={training.batch_size} is not divisible by num_workers x "
+                f"accumulation = {world_size} x {training.accumulation}."
             )
         size = training.batch_size // world_size
         reader = store.reader(
@@ -59,7 +60,7 @@ def latent_feed(store: LatentStore, generator: GeneratorSection, seed: int) -> F
             piece = size // training.accumulation
             for start in range(0, size, piece):
                 places = [rank * size + place for place in range(start, start + piece)]
-                yield make_batch(read, slice(start, start + piece), places, generator, seed)
+                yield _make_batch(read, slice(start, start + piece), places, generator, seed)
 
     def feed(start_step: int, rank: int, world_size: int, device: torch.device) -> Iterator[Batch]:
         return to_device(batches(start_step, rank, world_size), device)
@@ -67,10 +68,17 @@ def latent_feed(store: LatentStore, generator: GeneratorSection, seed: int) -> F
     return feed
 
 
-def make_batch(
+def blank_latents(num: int, shape: Sequence[int]) -> Batch:
+    """A batch such as `latent_feed` makes, of `num` latents [C, H, W] that are zero."""
+    tensors = {name: torch.zeros(num, *shape) for name in ("latents", "noise")}
+    tensors |= {"labels": torch.zeros(num, dtype=torch.int64), "time": torch.zeros(num)}
+    return blank_batch(tensors)
+
+
+def _make_batch(
     read: LatentBatch, part: slice, places: list[int], generator: GeneratorSection, seed: int
 ) -> Batch:
-    """One micro-batch of the rows `part` of what was read, whose places in the global batch are `places`."""
+    """The rows `part` of what was read, whose places in the global batch are `places`."""
     labels = read.labels[part]
     unknown = (labels == NO_LABEL) & (generator.num_classes > 1)
     outside = (labels >= generator.num_classes) | unknown
@@ -78,7 +86,8 @@ def make_batch(
         row, label = read.rows[part][outside][0], labels[outside][0]
         raise StoreError(
             f"Row {row} of the store has {'no label' if label == NO_LABEL else f'label {label}'}; "
-            f"generator.num_classes is {generator.num_classes}. For images without classes set it to 1."
+            f"generator.num_classes is {generator.num_classes}. For images without classes set it "
+            "to 1."
         )
     uniform = uniform_draws(seed, "choices", read.step, places, (2,))
     latents = _choose(read, "mean", part, uniform[:, 0].numpy() < 0.5)

@@ -1,4 +1,9 @@
-"""Ray Train's workers started for a training function, restarted after lost nodes, and their errors told apart."""
+"""The workers of a training: started by Ray Train, restarted after a loss, and their surroundings.
+
+`launch` runs in the driver of `fae train`, `enter_worker` first in each worker. Ray Train tells no
+difference between an error of the training function, which ends the run, and a lost worker or
+node, after which all workers resume; `raised_by_worker` does.
+"""
 
 from __future__ import annotations
 
@@ -11,40 +16,59 @@ import torch
 
 from fae_core.errors import UserError
 
-from ..config import Recipe
+from ..config import Recipe, with_absolute_paths
+from ..config.facts import flatten
 from ..config.sections import TrainingSection
 from ..data.decoding import DECODE_CPUS
 from ..runtime import ray_private
-from ..runtime.session import plain_error, quiet_logs
+from ..runtime.session import plain_error, quiet_logs, start_ray
 from ..storage import paths
 from .job import TrainingError
-from .loop import _say
+from .run_folder import run_folder
+from .run_log import say
+from .tracking import Tracker, resolve_uri
+
+
+def launch(
+    worker: Callable[[dict[str, Any]], None],
+    recipe: Recipe,
+    training: TrainingSection,
+    callbacks: Sequence[Any] = (),
+) -> None:
+    """Start Ray where it does not run, and `fit` a worker that begins with `enter_worker`."""
+    start_ray()
+    config = {
+        "recipe": with_absolute_paths(recipe).model_dump(mode="json"),
+        "tracking_uri": resolve_uri(recipe.tracking),
+    }
+    fit(worker, config, training, run_folder(recipe), callbacks)
 
 
 def fit(
     worker: Callable[[dict[str, Any]], None],
     config: dict[str, Any],
-    recipe: Recipe,
     training: TrainingSection,
+    run_uri: str,
     callbacks: Sequence[Any] = (),
 ) -> None:
     """Run `worker(config)` on the workers that `training` asks for under Ray Train.
 
-    Where one is lost, all begin again at the newest checkpoint, up to `training.max_failures` times. `callbacks` are Ray
-    Train's, which hear of every validation and checkpoint. Raises what `worker` itself raises, at once.
+    Where a worker is lost, all resume from the newest checkpoint, up to `training.max_failures`
+    times. `callbacks` are Ray Train's, which hear of every validation and checkpoint. Raises what
+    `worker` itself raises, at once.
     """
     import ray
     from ray.train import FailureConfig, RunConfig, ScalingConfig, TrainingFailedError
     from ray.train.torch import TorchTrainer
 
-    wanted = training.num_workers * training.cpus_per_worker + DECODE_CPUS
-    cpus = ray.cluster_resources().get("CPU", 0.0)
+    wanted, cpus = cluster_resources(training)["CPU"], ray.cluster_resources().get("CPU", 0.0)
     if not os.environ.get("RAY_ADDRESS") and wanted > cpus:
         raise TrainingError(
-            f"{training.num_workers} workers with {training.cpus_per_worker} CPUs each leave none of this machine's "
-            f"{cpus:g} for decoding. Lower cpus_per_worker or num_workers."
+            f"{training.num_workers} workers with {training.cpus_per_worker} CPUs each leave none "
+            f"of this machine's {cpus:g} for decoding. Lower cpus_per_worker or num_workers."
         )
-    filesystem, path = paths.filesystem(recipe.storage)
+    storage, _, name = run_uri.rpartition("/")
+    filesystem, path = paths.filesystem(storage)
     for failures in range(training.max_failures + 1):
         trainer = TorchTrainer(
             worker,
@@ -57,7 +81,7 @@ def fit(
             ),
             # Ray's own restarts would repeat what `worker` raises too, a NaN for example.
             run_config=RunConfig(
-                name=recipe.run,
+                name=name,
                 storage_path=path,
                 storage_filesystem=filesystem,
                 failure_config=FailureConfig(max_failures=0),
@@ -76,18 +100,26 @@ def fit(
             if failures == training.max_failures:
                 raise
             reason = str(error).strip().splitlines()[-1]
-            _say(
-                0,
-                f"workers were lost ({reason}); all go on from the newest checkpoint "
-                f"({failures + 1} of {training.max_failures} times)",
+            say(
+                f"workers were lost ({reason}); all resume from the newest checkpoint "
+                f"({failures + 1} of {training.max_failures} times)"
             )
 
 
-def raised_by_worker(error: Exception) -> Exception | None:
-    """What the training function itself raised, out of Ray Train's `error`; None where workers or their nodes were lost.
+def cluster_resources(training: TrainingSection) -> dict[str, float]:
+    """CPUs and GPUs that the training takes, by Ray's names, with those of one decoding task."""
+    needed = {"CPU": training.num_workers * training.cpus_per_worker + DECODE_CPUS}
+    if training.use_gpu:
+        needed["GPU"] = float(training.num_workers)
+    return needed
 
-    Ray Train makes no difference between them. One worker's end makes the others fail in their collectives, so an error
-    of those alone is a loss that was not noticed yet, and beside another error it is that one's echo.
+
+def raised_by_worker(error: Exception) -> Exception | None:
+    """What the training function itself raised; None where workers or their nodes were lost.
+
+    `error` is Ray Train's, which holds the errors of all workers. One worker's end makes the others
+    fail in their collectives. An error of those alone is therefore a loss that was not noticed yet,
+    and beside another error it is only that one's echo.
     """
     from ray.exceptions import RayError, RayTaskError, UserCodeException
 
@@ -115,21 +147,39 @@ def _is_echo(failure: Exception) -> bool:
     )
 
 
-def prepare_worker(device: torch.device, training: TrainingSection) -> None:
-    """On a CPU, give this worker its share of the machine's cores (Ray's default is one thread); quiet its log."""
+@dataclass(frozen=True)
+class Worker:
+    """What a worker of a training knows of itself; `is_first` is rank 0, which writes results."""
+
+    recipe: Recipe
+    run_uri: str
+    tracking_uri: str
+    device: torch.device
+    is_first: bool
+
+    def tracker(self) -> Tracker | None:
+        """The run's tracker, opened; the first worker alone has one."""
+        if not self.is_first:
+            return None
+        params = flatten(self.recipe.model_dump(mode="json"))
+        return Tracker(self.recipe.tracking, self.tracking_uri, self.run_uri, params)
+
+
+def enter_worker(config: dict[str, Any], network: str) -> Worker:
+    """The worker of the training of recipe section `network` that this process is.
+
+    Quiets its log and, on a CPU, gives it its share of the node's cores: Ray's default is one.
+    """
     import ray.data
     import ray.train
+    import ray.train.torch
 
     quiet_logs()
+    recipe = Recipe.model_validate(config["recipe"])
+    training: TrainingSection = getattr(recipe, network).training
+    context, device = ray.train.get_context(), ray.train.torch.get_device()
     if device.type == "cpu":
-        local_workers = ray.train.get_context().get_local_world_size()
-        share = max(1, (os.cpu_count() or 1) // local_workers)
+        share = max(1, (os.cpu_count() or 1) // context.get_local_world_size())
         torch.set_num_threads(training.threads_per_worker or share)
-
-
-@dataclass(frozen=True)
-class TrainResult:
-    """`checkpoint` is the address of autoencoder.safetensors; `metrics` are the last validation's."""
-
-    checkpoint: str
-    metrics: dict[str, float]
+    is_first = context.get_world_rank() == 0
+    return Worker(recipe, run_folder(recipe), config["tracking_uri"], device, is_first)

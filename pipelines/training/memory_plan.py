@@ -1,7 +1,8 @@
-"""What a training step will hold in memory, said before the first step: by network, and by image of the micro-batch.
+"""What a training step holds in memory: by network, and by image of the micro-batch.
 
-Adversarial training needs most of its memory only once the adversary starts, hours into a run; the plan counts the
-step with everything on, so that what does not fit is known at once.
+Adversarial training needs most of its memory only once the adversary starts, hours into a run. The
+plan therefore measures the last step, with every loss on. The loop prints it before the first step,
+and requirements.py makes it of networks that were never allocated.
 """
 
 from __future__ import annotations
@@ -12,40 +13,32 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._guards import detect_fake_mode
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from ..config.sections import TrainingSection
+from ..networks.untrained import network_bytes, tensors_of
 from .batches import Batch
 from .job import Job
 
-
-def memory_plan_of(job: Job, training: TrainingSection, batch: Batch) -> MemoryPlan:
-    """What the run's last step, with everything on, holds in memory. Not of a sharded model."""
-    adversary = job.adversary
-
-    def forward(some: Batch) -> Any:
-        bf16 = training.precision == "bf16"
-        with torch.autocast(some.device.type, torch.bfloat16, enabled=bf16):
-            terms = job.loss(job.model, replace(some, step=training.steps - 1))
-            if adversary is None:
-                return terms
-            return terms, adversary.loss(adversary.module, replace(some, step=training.steps - 1))
-
-    trained = {"model": job.model} | ({"adversary": adversary.module} if adversary else {})
-    has_average = training.ema_decay is not None
-    return plan_memory(trained, job.frozen, has_average, forward, batch)
-
-
 MEBI = 1 << 20
 ADAM_COPIES = 2
+NORMS = (torch.ops.aten.native_group_norm.default, torch.ops.aten.native_layer_norm.default)
 
 
 @dataclass(frozen=True)
 class MemoryPlan:
-    """Bytes of one worker: `parts` by name, `fixed` and `per_image` kept for the backward pass of `num_images`."""
+    """Bytes of one worker whose micro-batch holds `num_images` images."""
 
     parts: dict[str, int]
+    """Of the networks, by name."""
+    checkpoint: int
+    """What a checkpoint holds of them: weights, AdamW's moments and the average."""
     fixed: int
+    """Kept for the backward pass whatever the number of images."""
     per_image: int
+    """Kept for the backward pass of each image."""
     num_images: int
 
     @property
@@ -59,7 +52,7 @@ class MemoryPlan:
         return sum(self.parts.values()) + self.kept
 
     def text(self, device: torch.device) -> str:
-        """A table for people; on a GPU with a warning where the plan is larger than its memory."""
+        """A table for people, with a warning where the plan exceeds the memory of a GPU."""
         rows = [(name, f"{size / MEBI:,.0f}") for name, size in self.parts.items()]
         rows.append(("kept for the backward pass", f"{self.kept / MEBI:,.0f}"))
         rows.append(("together", f"{self.total / MEBI:,.0f}"))
@@ -74,9 +67,25 @@ class MemoryPlan:
             lines.append(f"  {'on this device':<{width}}  {there / MEBI:>9,.0f}")
             if self.total > there:
                 lines.append(
-                    "  This will not fit. Raise training.accumulation, or set checkpoint_activations."
+                    "  This will not fit. "
+                    "Raise training.accumulation, or set checkpoint_activations."
                 )
         return "\n".join(lines)
+
+
+def memory_plan_of(job: Job, training: TrainingSection, batch: Batch) -> MemoryPlan:
+    """The plan of the job's last step on micro-batches like `batch`. Not of a sharded model."""
+    adversary = job.adversary
+
+    def forward(some: Batch) -> Any:
+        some = replace(some, step=training.steps - 1)
+        bf16 = training.precision == "bf16"
+        with torch.autocast(some.device.type, torch.bfloat16, enabled=bf16):
+            terms = job.loss(job.model, some)
+            return terms, adversary.loss(adversary.module, some) if adversary else None
+
+    trained = {"model": job.model} | ({"adversary": adversary.module} if adversary else {})
+    return plan_memory(trained, job.frozen, training.ema_decay is not None, forward, batch)
 
 
 def plan_memory(
@@ -86,43 +95,47 @@ def plan_memory(
     forward: Callable[[Batch], Any],
     batch: Batch,
 ) -> MemoryPlan:
-    """The plan of a step whose forward passes are `forward(batch)`; runs it on the batch's first one and two images.
+    """The plan of a step whose forward passes are `forward(batch)`.
 
-    `trained` networks cost weights, gradients, AdamW's two moments and, the first of them, a moving average where
-    `has_average`; `frozen` ones their weights. Buffers that `forward` changes are put back.
+    `trained` networks cost weights, gradients, AdamW's two moments and, where `has_average`, the
+    first of them a moving average; `frozen` ones cost their weights. `forward` runs for the first
+    image of the batch and for the first two, on torch's fake tensors: these have the shape, dtype
+    and device of real ones and no memory, so nothing is computed and no buffer changes.
     """
-    parts = {}
+    parts, checkpoint = {}, 0
     for index, (name, module) in enumerate(trained.items()):
-        learned = _bytes(p for p in module.parameters() if p.requires_grad)
-        copies = 1 + ADAM_COPIES + (1 if has_average and index == 0 else 0)
-        parts[f"{name}: weights"] = _bytes([*module.parameters(), *module.buffers()])
-        parts[f"{name}: gradients, optimizer{', average' if copies > 3 else ''}"] = copies * learned
+        weights = network_bytes(module)
+        learned = sum(p.nbytes for p in module.parameters() if p.requires_grad)
+        averages = has_average and index == 0
+        kept = (ADAM_COPIES + averages) * learned
+        parts[f"{name}: weights"] = weights
+        parts[f"{name}: gradients, optimizer{', average' if averages else ''}"] = learned + kept
+        checkpoint += weights + kept
     for name, module in frozen.items():
-        parts[f"{name}: weights (frozen)"] = _bytes([*module.parameters(), *module.buffers()])
+        parts[f"{name}: weights (frozen)"] = network_bytes(module)
     networks = [*trained.values(), *frozen.values()]
-    buffers = [buffer for module in networks for buffer in module.buffers()]
-    before = [buffer.clone() for buffer in buffers]
-    known = [p for module in networks for p in (*module.parameters(), *module.buffers())]
+    known = [tensor for module in networks for tensor in tensors_of(module)]
     num_images = len(batch.samples)
-    one = kept_for_backward(lambda: forward(_first(batch, 1)), known)
-    two = kept_for_backward(lambda: forward(_first(batch, 2)), known) if num_images > 1 else one
-    for buffer, value in zip(buffers, before, strict=True):
-        buffer.copy_(value)
-    if num_images == 1:
-        return MemoryPlan(parts, 0, one, 1)
-    return MemoryPlan(parts, max(0, 2 * one - two), two - one, num_images)
+    with detect_fake_mode() or FakeTensorMode(allow_non_fake_inputs=True) as mode, _ExactNorms():
+        # What stands for a real weight inside the mode is no more kept than the weight itself.
+        known += [mode.from_tensor(t) for t in known if not isinstance(t, FakeTensor)]
+        one = kept_for_backward(lambda: forward(_first(batch, 1)), known)
+        if num_images == 1:
+            return MemoryPlan(parts, checkpoint, 0, one, 1)
+        two = kept_for_backward(lambda: forward(_first(batch, 2)), known)
+    return MemoryPlan(parts, checkpoint, max(0, 2 * one - two), two - one, num_images)
 
 
 def kept_for_backward(forward: Callable[[], Any], known: Iterable[Tensor]) -> int:
-    """Bytes that autograd keeps between the forward and the backward pass of `forward()`, without the tensors `known`."""
-    counted = {tensor.untyped_storage().data_ptr() for tensor in known}
+    """Bytes that autograd keeps between `forward()` and its backward pass, without `known`."""
+    counted = {tensor.untyped_storage()._cdata for tensor in known}
     total = 0
 
     def pack(tensor: Tensor) -> Tensor:
         nonlocal total
         memory = tensor.untyped_storage()
-        if memory.data_ptr() not in counted:
-            counted.add(memory.data_ptr())
+        if memory._cdata not in counted:
+            counted.add(memory._cdata)
             total += memory.nbytes()
         return tensor
 
@@ -132,8 +145,16 @@ def kept_for_backward(forward: Callable[[], Any], known: Iterable[Tensor]) -> in
     return total
 
 
-def _bytes(tensors: Iterable[Tensor]) -> int:
-    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+class _ExactNorms(TorchDispatchMode):
+    """Keeps the statistics of norms in float32, as the real kernels do; torch's fake ones round."""
+
+    def __torch_dispatch__(
+        self, function: Any, types: Any, arguments: Any = (), keywords: Any = None
+    ) -> Any:
+        result = function(*arguments, **(keywords or {}))
+        if function not in NORMS:
+            return result
+        return (result[0], *(statistic.float() for statistic in result[1:]))
 
 
 def _first(batch: Batch, num: int) -> Batch:

@@ -1,4 +1,4 @@
-"""What the loop measures: mean loss terms, images per second, waiting time, images that could not be decoded."""
+"""What the loop measures while it trains: loss terms, speed, waiting time and undecodable images."""
 
 from __future__ import annotations
 
@@ -10,17 +10,18 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from ..config.sections import TrainingSection
 from ..storage import paths
 
 
 class Meter:
-    """Loss terms averaged since the last log, images per second and the share of time spent waiting for data."""
+    """Mean loss terms, images per second and the share of time spent waiting for data.
 
-    def __init__(self, training: TrainingSection, world_size: int, device: torch.device) -> None:
-        self.batch_size = training.batch_size
+    Each since the last `flush`; `batch_size` is the number of images of a step over all workers.
+    """
+
+    def __init__(self, batch_size: int, world_size: int) -> None:
+        self.batch_size = batch_size
         self.world_size = world_size
-        self.device = device
         self.waited = self.elapsed = 0.0
         self.steps = 0
         self.totals: dict[str, Tensor] = {}
@@ -28,11 +29,13 @@ class Meter:
 
     @contextlib.contextmanager
     def waiting(self) -> Iterator[None]:
+        """Count the time inside as waiting for data."""
         start = time.perf_counter()
         yield
         self.waited += time.perf_counter() - start
 
     def add(self, terms: dict[str, Tensor]) -> None:
+        """Count a step with these 0-dim loss terms; nothing waits for their values."""
         self.steps += 1
         now = time.perf_counter()
         self.elapsed, self.start = self.elapsed + now - self.start, now
@@ -40,10 +43,11 @@ class Meter:
             self.totals[name] = self.totals.get(name, torch.zeros((), device=value.device)) + value
 
     def restart(self) -> None:
-        """Leave what happened since the last step (validation, checkpoint) out of the rates."""
+        """Leave what happened since the last step (validation, checkpoint) out of the speed."""
         self.start = time.perf_counter()
 
     def flush(self) -> dict[str, float]:
+        """The metrics since the last call; the terms are means over all workers, which all call."""
         means = torch.stack([total.float() for total in self.totals.values()]) / self.steps
         if self.world_size > 1:
             torch.distributed.all_reduce(means)
@@ -57,7 +61,7 @@ class Meter:
 
 
 class BadImages:
-    """The images that this worker met and could not decode, one JSON line a key, in the run's folder."""
+    """The images that this worker could not decode: one JSON line each in the run's folder."""
 
     def __init__(self, run_uri: str, rank: int) -> None:
         self.uri = paths.join(run_uri, f"bad_images-{rank:05d}.jsonl")
@@ -69,10 +73,12 @@ class BadImages:
         return len(self.found)
 
     def add(self, errors: list[dict[str, str]]) -> None:
+        """Keep the errors of keys that have none yet."""
         for error in errors:
             self.found.setdefault(error["key"], error)
 
     def save(self) -> None:
+        """Write the file whole where there are new errors."""
         if len(self.found) > self.saved:
             lines = [json.dumps(self.found[key], ensure_ascii=False) for key in sorted(self.found)]
             paths.write_bytes(self.uri, ("\n".join(lines) + "\n").encode())

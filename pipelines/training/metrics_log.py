@@ -1,7 +1,8 @@
-"""The metrics of a training run by step, one JSON line each in the run's folder: what reports and sweeps draw curves from.
+"""The metrics of a training run by step, one JSON line each in the run's folder.
 
-Training writes them with every checkpoint, so a resumed run neither loses nor repeats a step. `validation.png`, the last
-validation's figure, lies beside them.
+Rank 0 writes them with every checkpoint, so a resumed run neither loses nor repeats a step. The
+reports of `fae run` and `fae tune` draw their curves from them. `validation.png`, the figure of
+the last validation, lies beside them.
 """
 
 from __future__ import annotations
@@ -15,8 +16,19 @@ Series = dict[str, list[tuple[int, float]]]
 """(step, value) of each metric, in the order of steps."""
 
 
+def read_metrics_log(run_uri: str) -> Series:
+    """The series of the run, finished or not; empty where it has saved nothing yet."""
+    series: Series = {}
+    for line in _read_lines(metrics_log_uri(run_uri)):
+        values = json.loads(line)
+        step = values.pop("step")
+        for name, value in values.items():
+            series.setdefault(name, []).append((step, value))
+    return series
+
+
 class MetricsLog:
-    """What rank 0 adds to while it trains; starts with the saved lines up to the step that training goes on from."""
+    """The lines of a run in training; begins with the saved ones up to the step it resumes at."""
 
     def __init__(self, run_uri: str, step: int) -> None:
         self.uri = metrics_log_uri(run_uri)
@@ -37,22 +49,13 @@ class MetricsLog:
 
 
 def metrics_log_uri(run_uri: str) -> str:
+    """Address of the run's metrics."""
     return paths.join(run_uri, "history.jsonl")
 
 
 def figure_uri(run_uri: str) -> str:
+    """Address of the figure of the run's last validation."""
     return paths.join(run_uri, "validation.png")
-
-
-def read_metrics_log(run_uri: str) -> Series:
-    """The series of the run, finished or not; empty where it has saved nothing yet."""
-    series: Series = {}
-    for line in _read_lines(metrics_log_uri(run_uri)):
-        values = json.loads(line)
-        step = values.pop("step")
-        for name, value in values.items():
-            series.setdefault(name, []).append((step, value))
-    return series
 
 
 def _read_lines(uri: str) -> list[str]:

@@ -1,7 +1,8 @@
-"""The folder of a training run: who claimed it, which images it trains on, and what came out.
+"""The folder of a training run, STORAGE/RUN: its recipe, its images and its result.
 
-STORAGE/RUN holds recipe.yaml (written once: it claims the name), for runs on images plan.parquet (the source as first
-listed), checkpoints/, and at the end the network as safetensors and result.json, whose presence says "finished".
+recipe.yaml is written once and claims the name. Runs on images have plan.parquet, the source as it
+was first listed. checkpoints/ follow, and at the end the network as safetensors and result.json,
+whose presence means that the run has finished. The chain and the sweeps read results here.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ import io
 import json
 import tempfile
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import pyarrow as pa
@@ -21,13 +23,22 @@ from fae_core import checkpoint
 
 from ..config import Recipe, RecipeError
 from ..config.facts import deciding_values
+from ..config.sections import DataSection
 from ..data import plan_source
 from ..data.records import ImageRecord
 from ..storage import differences, paths, refuse_other_work
 
 
+@dataclass(frozen=True)
+class TrainResult:
+    """What a finished run left: the network's address, and the last validation's metrics."""
+
+    checkpoint: str
+    metrics: dict[str, float]
+
+
 def run_folder(recipe: Recipe) -> str:
-    """Address of the run's folder. Raises RecipeError where the recipe gives the run no usable name."""
+    """Address of the run's folder. Raises RecipeError where `run` is no name for one."""
     if not recipe.run or "/" in recipe.run or recipe.run.startswith("."):
         raise RecipeError(
             f"run={recipe.run!r}: give the training run a name without slashes, run=NAME. "
@@ -37,9 +48,10 @@ def run_folder(recipe: Recipe) -> str:
 
 
 def claim_run(recipe: Recipe, run_uri: str, sections: Sequence[str]) -> None:
-    """Write recipe.yaml into a new run's folder; raises RecipeError if a run of another recipe has this name.
+    """Write recipe.yaml into a new run's folder.
 
-    `sections` are the recipe's parts that decide this run's result.
+    `sections` are the recipe's parts that decide this run's result. Raises RecipeError where the
+    folder is another recipe's.
     """
     uri = paths.join(run_uri, "recipe.yaml")
     try:
@@ -68,27 +80,39 @@ def result(run_uri: str) -> dict[str, float] | None:
 
 def finish(
     run_uri: str,
-    name: str,
+    network: str,
     module: nn.Module,
     fingerprints: Mapping[str, str],
     metrics: Mapping[str, float],
 ) -> None:
-    """Write the network as `name`.safetensors, then result.json."""
+    """Write the network as NETWORK.safetensors, then result.json."""
     with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / f"{name}.safetensors"
+        path = Path(folder) / "network.safetensors"
         checkpoint.save(path, module, fingerprints)
-        paths.write_bytes(paths.join(run_uri, path.name), path.read_bytes())
+        paths.write_bytes(network_uri(run_uri, network), path.read_bytes())
     # Written last: its presence says that the run is finished.
     text = json.dumps(dict(metrics), indent=1)
     paths.write_bytes(paths.join(run_uri, "result.json"), text.encode())
 
 
-def plan(recipe: Recipe, run_uri: str) -> None:
+def train_result(run_uri: str, network: str) -> TrainResult:
+    """The result of a run of `network` that has finished."""
+    metrics = result(run_uri)
+    assert metrics is not None
+    return TrainResult(network_uri(run_uri, network), metrics)
+
+
+def network_uri(run_uri: str, network: str) -> str:
+    """Address of the network that the run trains."""
+    return paths.join(run_uri, f"{network}.safetensors")
+
+
+def plan(data: DataSection, run_uri: str) -> None:
     """List the source once; a resumed run trains on the images that were there when it began."""
     uri = paths.join(run_uri, "plan.parquet")
     if paths.exists(uri):
         return
-    table = plan_source(recipe.data).table.select(["key", "uri"])
+    table = plan_source(data).table.select(["key", "uri"])
     buffer = io.BytesIO()
     pq.write_table(table, buffer)
     paths.write_bytes(uri, buffer.getvalue())

@@ -1,4 +1,7 @@
-"""Networks with their optimizers, moving average and step: what a checkpoint holds, as bytes and back."""
+"""What a checkpoint holds: networks with their optimizers, moving average, step and RNG.
+
+The loop trains a `TrainState`; checkpoints.py writes it as bytes and reads it back.
+"""
 
 from __future__ import annotations
 
@@ -20,13 +23,14 @@ from .job import Adversary, TrainingError
 
 
 class CheckpointDamaged(TrainingError):
-    """A checkpoint whose bytes are not the ones that were written, or that is none."""
+    """Bytes that are not those of a checkpoint as it was written."""
 
 
 def ema_decay(step: int, decay: float) -> float:
-    """The average's decay at optimizer step `step` (from 0): min(decay, (1 + step) / (10 + step)), as TensorFlow's.
+    """The average's decay at optimizer step `step` (from 0): min(decay, (1 + step) / (10 + step)).
 
-    Constant from the start, 0.9999 would leave the untrained weights a third of the average after ten thousand steps.
+    This is TensorFlow's ExponentialMovingAverage with `num_updates`. A constant 0.9999 would leave
+    the untrained weights a third of the average after ten thousand steps.
     """
     return min(decay, (1 + step) / (10 + step))
 
@@ -65,13 +69,14 @@ class TrainedNetwork:
         return norm
 
     def state_dict(self) -> dict[str, Any]:
-        """Weights and optimizer as whole tensors. Where the module is sharded, all workers must call it together."""
+        """Weights and optimizer as gathered tensors; all workers of a sharded module call it."""
         return {
             "weights": gathered(self.module.state_dict()),
             "optimizer": gathered(self.optimizer.state_dict()),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take over what `state_dict` gave, distributed as the module is."""
         own = self.module.state_dict()
         weights = {
             name: distributed_like(value, own[name]) for name, value in state["weights"].items()
@@ -82,13 +87,13 @@ class TrainedNetwork:
             index: {name: distributed_like(value, ordered[index]) for name, value in values.items()}
             for index, values in state["optimizer"]["state"].items()
         }
-        # Rates and decays are the recipe's, not the checkpoint's: a part of a training may have others than the one before.
+        # Learning rates and decays are the recipe's: a resumed run may have others than before.
         groups = self.optimizer.state_dict()["param_groups"]
         self.optimizer.load_state_dict({"param_groups": groups, "state": moments})
 
 
 class TrainState:
-    """Model and adversary with their optimizers, moving average and step: what a checkpoint holds."""
+    """Model and adversary with their optimizers, the model's moving average, and the step."""
 
     def __init__(
         self, model: nn.Module, training: TrainingSection, adversary: Adversary | None = None
@@ -109,9 +114,10 @@ class TrainState:
 
     @torch.no_grad()
     def update_ema(self) -> None:
+        """Move the average towards the weights, where the recipe keeps one."""
         if self.ema_decay is not None:
             decay = ema_decay(self.step, self.ema_decay)
-            # All tensors in a few kernels: hundreds of small ones would keep a GPU waiting for the processor.
+            # All tensors in a few kernels: a GPU would wait for the CPU to launch hundreds.
             get_ema_multi_avg_fn(decay)(self.ema, self.networks["model"].parameters, self.step)
 
     @contextlib.contextmanager
@@ -132,9 +138,9 @@ class TrainState:
             average.copy_(kept)
 
     def to_bytes(self) -> bytes:
-        """The state as torch.save writes it; `load_bytes` reads it without unpickling code.
+        """The state with gathered tensors, as torch.save writes it.
 
-        Holds whole tensors: where the model is sharded, all workers must call it together.
+        All workers of a sharded model must call it together.
         """
         buffer = io.BytesIO()
         state = {
@@ -147,7 +153,10 @@ class TrainState:
         return buffer.getvalue()
 
     def load_bytes(self, data: bytes) -> None:
-        """Take over what `to_bytes` gave. Raises CheckpointDamaged, with nothing taken over."""
+        """Take over what `to_bytes` gave, without unpickling code.
+
+        Raises CheckpointDamaged, and the state is then as it was.
+        """
         state = _verified(data)
         for name, network in self.networks.items():
             network.load_state_dict(state["networks"][name])
@@ -158,7 +167,7 @@ class TrainState:
 
 
 def _verified(data: bytes) -> dict[str, Any]:
-    # torch.save notes a CRC-32 of each tensor, and torch.load does not look at it.
+    # torch.save writes a CRC-32 of each tensor, and torch.load does not check it.
     try:
         with zipfile.ZipFile(io.BytesIO(data)) as archive:
             damaged = archive.testzip()
@@ -171,5 +180,5 @@ def _verified(data: bytes) -> dict[str, Any]:
         reason = str(error).partition("\n")[0]
         raise CheckpointDamaged(f"it is no checkpoint: {reason}") from None
     if not isinstance(state, dict) or not {"step", "networks", "ema", "rng"} <= state.keys():
-        raise CheckpointDamaged("it is another kind of file")
+        raise CheckpointDamaged("it is a file of another kind")
     return state

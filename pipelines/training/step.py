@@ -1,4 +1,7 @@
-"""One optimizer step: learning rate, accumulation, clipping, the non-finite guard."""
+"""One optimizer step: learning rate, accumulation, clipping and the check for finite numbers.
+
+The loop calls `train_step`; benchmarks/train.py measures it.
+"""
 
 from __future__ import annotations
 
@@ -26,7 +29,7 @@ class NonFiniteError(UserError, RuntimeError):
 
 
 def learning_rate(step: int, training: TrainingSection) -> float:
-    """The rate of optimizer step `step` (from 0): linear warm-up, then cosine to the final rate, or constant."""
+    """The rate of optimizer step `step` (from 0): linear warm-up, then constant or a cosine."""
     if step < training.warmup_steps:
         return training.learning_rate * (step + 1) / training.warmup_steps
     if training.schedule == "constant":
@@ -48,11 +51,13 @@ def train_step(
     wrapped_adversary: nn.Module | None = None,
     adversary_loss: AdversaryLoss | None = None,
 ) -> dict[str, Tensor]:
-    """One optimizer step over `batches`, the micro-batches of this worker; its mean loss terms and gradient norm.
+    """One optimizer step over `batches`, this worker's micro-batches; 0-dim means by name.
 
-    Each mean loss is scaled by its images over the planned ones, so the gradient is the sum over all images divided
-    by the planned batch size, however the batch is split. `wrapped` is the model, or DDP around it; model and
-    adversary both step from where they were before. Raises NonFiniteError before any parameter changes.
+    These are the loss terms and `gradient_norm`. Each mean loss is scaled by the images of its
+    micro-batch over the planned ones, so the gradient is the sum over all images divided by the
+    planned batch size, however the batch is split. `wrapped` is the model, or DDP around it. Model
+    and adversary both step from their weights before the step. Raises NonFiniteError before any
+    parameter changes.
     """
     relative_rate = learning_rate(state.step, training) / training.learning_rate
     for network in state.networks.values():
@@ -89,16 +94,17 @@ def train_step(
         if name != "adversary" or adversary_steps
     ]
     norms = [network.clip_gradients() for network in stepping]
-    # The step's one wait for the device: until here nothing has been asked of a result.
+    # The step waits for the device here alone: until now no value was read.
     sound = torch.stack([*finite, *(norm.isfinite() for norm in norms)]).tolist()
     if not all(sound):
         suspects = [batch for batch, good in zip(batches, sound, strict=False) if not good]
         keys = [key for batch in suspects or batches for key in batch.keys]
         more = f" and {len(keys) - MAX_KEYS_IN_ERROR} more" if len(keys) > MAX_KEYS_IN_ERROR else ""
         raise NonFiniteError(
-            f"Step {state.step}: loss {float(totals['loss'])}, gradient norm {float(norms[0])}. The images of this "
-            f"batch: {', '.join(keys[:MAX_KEYS_IN_ERROR])}{more}. The last checkpoint is from before this step; look "
-            "at these images, lower the learning rate or set the precision to fp32."
+            f"Step {state.step}: loss {float(totals['loss'])}, gradient norm {float(norms[0])}. "
+            f"The images of this batch: {', '.join(keys[:MAX_KEYS_IN_ERROR])}{more}. The last "
+            "checkpoint is from before this step; look at these images, lower the learning rate or "
+            "set the precision to fp32."
         )
     for network in stepping:
         network.optimizer.step()
@@ -108,7 +114,7 @@ def train_step(
 
 
 def _synchronized(module: nn.Module, last: bool) -> contextlib.AbstractContextManager[Any]:
-    """Gradients are averaged over workers with the last micro-batch alone."""
+    """Inside it, a backward pass averages gradients over the workers if it is the `last`."""
     if isinstance(module, FSDPModule):
         module.set_requires_gradient_sync(last)
         return contextlib.nullcontext()

@@ -1,8 +1,9 @@
-"""MLflow as an onlooker: parameters, metrics and figures of a run, which never stop it.
+"""MLflow tracking: parameters, metrics and figures of a run. A failing server never stops the run.
 
-The default store is sqlite:///mlflow.db; MLFLOW_TRACKING_URI or the recipe name a server. While the tracker fails, metrics
-are kept and sent later with their own times; it is asked again after a minute, two, four and so on, so that a dead server
-costs training next to nothing. What is lost in the end is said.
+The default store is sqlite:///mlflow.db; MLFLOW_TRACKING_URI or the recipe names a server. While
+requests fail, metrics are kept and sent later with their own times. The server is tried again
+after a minute, two, four and so on up to an hour, so a dead one costs training next to nothing.
+A warning at the end counts what was lost. Trainers, the chain and the sweeps log here.
 """
 
 from __future__ import annotations
@@ -28,10 +29,11 @@ DEFAULT_URI = "sqlite:///mlflow.db"
 MAX_PARAM_LENGTH = 500
 FIRST_PAUSE, LONGEST_PAUSE = 60.0, 3600.0
 MAX_KEPT = 100_000
-# Its telemetry reports to its makers, and in MLflow 3.17 two of its threads can stumble over each other (a KeyError in
-# log_params). Whoever wants it sets the variable.
-os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
 METRICS_A_CALL, PARAMS_A_CALL = 1000, 100  # what MLflow takes in one request
+
+# MLflow's telemetry reports to its makers, and in MLflow 3.17 two of its threads can conflict (a
+# KeyError in log_params). A user who wants it sets the variable.
+os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
 
 
 def resolve_uri(tracking: TrackingSection) -> str:
@@ -45,7 +47,7 @@ def resolve_uri(tracking: TrackingSection) -> str:
 
 @functools.cache
 def source_tags() -> dict[str, str]:
-    """Tags that say which code made a run: the git commit, where this is a checkout, and package versions."""
+    """Tags that name the code of a run: package versions, and the git commit of a checkout."""
     tags = {f"version.{name}": version for name, version in versions().items()}
     with contextlib.suppress(OSError, subprocess.SubprocessError):
         root = Path(__file__).parents[1]
@@ -56,7 +58,10 @@ def source_tags() -> dict[str, str]:
 
 
 class Tracker:
-    """Logs to one MLflow run, which the same `run` address finds again when training resumes."""
+    """Logs to one MLflow run, which the same `run` address finds again when training resumes.
+
+    Nothing here raises for what a server does; a tracker that is off in `tracking` does nothing.
+    """
 
     def __init__(
         self,
@@ -68,7 +73,10 @@ class Tracker:
         parent: str | None = None,
         tags: Mapping[str, str] | None = None,
     ) -> None:
-        """`name` is shown instead of the address's last part; `parent` is the address of the run that this one is nested in."""
+        """`name` is shown instead of the last part of the address `run`.
+
+        `parent` is the address of the run that this one is nested in.
+        """
         shown = name or run.rstrip("/").rpartition("/")[2]
 
         def open_run() -> None:
@@ -86,7 +94,7 @@ class Tracker:
         self._attempt()
 
     def log_metrics(self, metrics: Mapping[str, float], step: int) -> None:
-        """Log the finite values of `metrics` at `step`, now or when the server is there again."""
+        """Log the finite values of `metrics` at `step`, now or when the server answers again."""
         if not self._enabled:
             return
         from mlflow.entities import Metric
@@ -131,7 +139,7 @@ class Tracker:
         self._attempt(lambda: self._client.update_run(self._run_id, name=name))
 
     def finish(self) -> None:
-        """Send what was kept and mark the run as finished; says what never arrived."""
+        """Send what was kept and mark the run as finished; warns of what never arrived."""
         self._next_attempt = 0.0
         self._attempt(lambda: self._client.set_terminated(self._run_id))
         if lost := self._lost + len(self._kept):
@@ -159,7 +167,7 @@ class Tracker:
                 )
                 return
             except MlflowException:
-                # Another run may have created it meanwhile; without it the attempt has failed.
+                # Another run may have created it meanwhile.
                 found = self._client.get_experiment_by_name(experiment)
                 if not found:
                     raise
@@ -202,7 +210,7 @@ class Tracker:
         return str(runs[0].info.run_id) if runs else None
 
     def _attempt(self, action: Callable[[], None] | None = None) -> bool:
-        """Open the run if it is not, send what was kept, then `action`; whether all of it was done."""
+        """Open the run if it is not, send what was kept, then `action`; whether all succeeded."""
         if not self._enabled:
             return True
         if time.monotonic() < self._next_attempt:
@@ -216,12 +224,12 @@ class Tracker:
                 del self._kept[:METRICS_A_CALL]
             if action:
                 action()
-        except Exception as error:  # whatever a tracker raises, the training goes on
+        except Exception as error:  # whatever a tracker raises, the training continues
             if not self._pause:
                 warnings.warn(
-                    f"Tracking failed, training goes on: {type(error).__name__}: {redact(str(error))[:300]}. Metrics "
-                    f"are kept and sent when the server answers again. Check MLFLOW_TRACKING_URI, or set "
-                    "tracking.enabled=false.",
+                    f"Tracking failed, training goes on: {type(error).__name__}: "
+                    f"{redact(str(error))[:300]}. Metrics are kept and sent when the server "
+                    "answers again. Check MLFLOW_TRACKING_URI, or set tracking.enabled=false.",
                     stacklevel=3,
                 )
             self._pause = min(max(FIRST_PAUSE, 2 * self._pause), LONGEST_PAUSE)

@@ -5,12 +5,12 @@ import torch
 from fae.pipelines.config.recipe import load_recipe
 from fae.pipelines.doctor.memory import (
     TASK,
-    Results,
     precompute_memory,
     text,
     total,
     training_memory,
 )
+from fae.pipelines.doctor.peak import Results
 from fae.pipelines.training.memory_plan import MEBI
 from tests.tiny import SHARD_SIZE, TINY
 

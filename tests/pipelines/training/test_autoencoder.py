@@ -181,7 +181,7 @@ def test_a_killed_worker_is_replaced_by_the_same_command_and_changes_no_bit(
     output, _ = process.communicate(timeout=300)
     assert process.returncode == 0, output
     assert (
-        "go on from the newest checkpoint (1 of 3 times)" in output and "resumed at step" in output
+        "resume from the newest checkpoint (1 of 3 times)" in output and "resumed at step" in output
     )
     for name, value in weights(uninterrupted).items():
         assert np.array_equal(value, weights(tmp_path)[name]), name

@@ -1,12 +1,35 @@
-"""The memory plan against sums done by hand."""
+"""The memory plan against sums done by hand, and against what a real step keeps."""
 
+from dataclasses import replace
+
+import pytest
 import torch
 from torch import nn
 
+from fae.pipelines.config.recipe import load_recipe
+from fae.pipelines.networks.untrained import tensors_of
 from fae.pipelines.training.batches import Batch
-from fae.pipelines.training.memory_plan import MEBI, kept_for_backward, plan_memory
+from fae.pipelines.training.memory_plan import (
+    MEBI,
+    kept_for_backward,
+    memory_plan_of,
+    plan_memory,
+)
+from fae.pipelines.training.requirements import UNTRAINED_JOBS, memory_of, training_of
+from tests.tiny import SMALLEST_BACKBONE, TINY
 
 WIDTH = 64
+SMALL = [
+    *TINY,
+    *SMALLEST_BACKBONE,
+    "pixel_decoder.width=32",
+    "pixel_decoder.depth=1",
+    "pixel_decoder.num_heads=2",
+    "pixel_decoder.losses.perceptual=backbone",
+    "generator.width=64",
+    "generator.num_classes=5",
+    "generator.size=S",
+]
 
 
 def batch_of(num: int) -> Batch:
@@ -45,3 +68,54 @@ def test_a_plan_counts_weights_gradients_moments_average_and_images():
     assert plan.num_images == 6 and plan.per_image == 3 * 4 * WIDTH
     assert plan.total == sum(plan.parts.values()) + plan.fixed + 6 * plan.per_image
     assert f"{plan.total / MEBI:,.0f}" in plan.text(torch.device("cpu"))
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize(
+    ("network", "settings"),
+    [
+        ("autoencoder", []),
+        ("pixel_decoder", ["pixel_decoder.losses.discriminator=patch"]),
+        (
+            "pixel_decoder",
+            [
+                "pixel_decoder.losses.discriminator=backbone",
+                "pixel_decoder.losses.adaptive=true",
+                "pixel_decoder.stage=finetune",
+                "pixel_decoder.latent_noise=0.3",
+            ],
+        ),
+        ("generator", ["generator.depth=2", "generator.num_heads=1"]),
+        (
+            "generator",
+            [
+                "generator.depth=2",
+                "generator.num_heads=1",
+                "generator.checkpoint_activations=true",
+            ],
+        ),
+        ("generator", ["generator.kind=starflow", "generator.layers=[1,2]"]),
+    ],
+)
+def test_a_plan_on_fake_tensors_is_what_a_real_step_keeps(network, settings, precision):
+    common = [f"{network}.training.precision={precision}", f"{network}.training.batch_size=6"]
+    recipe = load_recipe("photos-dinov2s", [*SMALL, *common, *settings])
+    training = training_of(recipe, network)
+    job, blank_batch = UNTRAINED_JOBS[network](recipe)
+    before = [tensor.clone() for module in job.networks for tensor in tensors_of(module)]
+    plan = memory_plan_of(job, training, blank_batch(6))
+    known = [tensor for module in job.networks for tensor in tensors_of(module)]
+    assert all(map(torch.equal, before, known))
+
+    def step(num_images: int):
+        batch = replace(blank_batch(num_images), step=training.steps - 1)
+        with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16"):
+            terms = job.loss(job.model, batch)
+            return terms, job.adversary and job.adversary.loss(job.adversary.module, batch)
+
+    for num_images in (1, 2):
+        kept = kept_for_backward(lambda num=num_images: step(num), known)
+        assert plan.fixed + num_images * plan.per_image == kept
+    # The same of networks that never were.
+    unallocated = memory_of(recipe, network).step
+    assert unallocated == {**plan.parts, "kept for the backward pass": plan.kept}

@@ -1,13 +1,13 @@
 """Encoding, training steps and samplers on a GPU that is faked: nothing stays behind, nothing waits but where it must."""
 
 from collections.abc import Callable
-from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
 from fae.pipelines.config.recipe import Recipe, load_recipe
+from fae.pipelines.config.sections import TrainingSection
 from fae.pipelines.latents.encoder import LatentEncoder
 from fae.pipelines.networks.loading import backbone_of
 from fae.pipelines.networks.untrained import (
@@ -17,11 +17,16 @@ from fae.pipelines.networks.untrained import (
 )
 from fae.pipelines.sampling.latent_decoder import LatentDecoder
 from fae.pipelines.sampling.latent_sampler import LatentSampler, image_noise
-from fae.pipelines.training.autoencoder import autoencoder_loss
+from fae.pipelines.training.autoencoder import autoencoder_job
 from fae.pipelines.training.batches import Batch
-from fae.pipelines.training.generator import generator_loss
-from fae.pipelines.training.job import Adversary
-from fae.pipelines.training.pixel_decoder import Objective, make_adversary
+from fae.pipelines.training.generator import generator_job
+from fae.pipelines.training.job import Job
+from fae.pipelines.training.memory_plan import memory_plan_of
+from fae.pipelines.training.pixel_objective import (
+    Objective,
+    make_adversary,
+    pixel_decoder_job,
+)
 from fae.pipelines.training.state import TrainState
 from fae.pipelines.training.step import train_step
 from fae_core import samplers
@@ -59,6 +64,8 @@ FLOW = [
     "generator.depth=null",
     "generator.num_heads=null",
 ]
+
+Case = tuple[Job, TrainingSection, Batch]
 
 
 @pytest.fixture
@@ -99,16 +106,16 @@ def test_a_forgotten_tensor_and_a_wait_are_found(inference: bool) -> None:
             layer(torch.zeros(3, 2))
 
 
-def autoencoder(gpu: FakeGPU) -> tuple[Any, ...]:
+def autoencoder(gpu: FakeGPU) -> Case:
     recipe = recipe_with("autoencoder.flip=true")
     backbone = gpu.place(backbone_of(recipe))
     model = gpu.place(build_autoencoder(recipe.autoencoder, backbone.spec))
-    loss = lambda wrapped, batch: autoencoder_loss(recipe, backbone, wrapped, batch)  # noqa: E731
-    return model, recipe.autoencoder.training, loss, images(gpu)
+    job = autoencoder_job(recipe.autoencoder, recipe.seed, backbone, model)
+    return job, recipe.autoencoder.training, images(gpu)
 
 
-def pixel_decoder(*settings: str) -> Callable[[FakeGPU], tuple[Any, ...]]:
-    def made(gpu: FakeGPU) -> tuple[Any, ...]:
+def pixel_decoder(*settings: str) -> Callable[[FakeGPU], Case]:
+    def made(gpu: FakeGPU) -> Case:
         recipe = recipe_with("pixel_decoder.flip=true", *settings)
         section = recipe.pixel_decoder
         backbone = gpu.place(backbone_of(recipe))
@@ -118,18 +125,19 @@ def pixel_decoder(*settings: str) -> Callable[[FakeGPU], tuple[Any, ...]]:
         autoencoder = None
         if section.stage == "finetune":
             autoencoder = gpu.place(build_autoencoder(recipe.autoencoder, backbone.spec))
-        judge = make_adversary(recipe, backbone)
+        judge = make_adversary(section.losses, backbone)
         assert judge is not None
         gpu.place(judge)
-        objective = Objective(recipe, backbone, autoencoder, judge, section.noise_sigma)
-        adversary = Adversary(judge, objective.adversary_loss, 1e-4)
-        return model, section.training, objective.model_loss, images(gpu), adversary
+        objective = Objective(
+            section, recipe.seed, backbone, autoencoder, judge, section.noise_sigma
+        )
+        return pixel_decoder_job(model, objective), section.training, images(gpu)
 
     return made
 
 
-def generator(*settings: str) -> Callable[[FakeGPU], tuple[Any, ...]]:
-    def made(gpu: FakeGPU) -> tuple[Any, ...]:
+def generator(*settings: str) -> Callable[[FakeGPU], Case]:
+    def made(gpu: FakeGPU) -> Case:
         section = recipe_with(*settings).generator
         model = gpu.place(build_generator(section, LATENT_SHAPE))
         latents = torch.zeros(2, *LATENT_SHAPE)
@@ -140,13 +148,12 @@ def generator(*settings: str) -> Callable[[FakeGPU], tuple[Any, ...]]:
             time=torch.zeros(2),
             labels=torch.zeros(2, dtype=torch.int64),
         )
-        loss = lambda wrapped, batch: generator_loss(section, wrapped, batch)  # noqa: E731
-        return model, section.training, loss, batch
+        return generator_job(section, model), section.training, batch
 
     return made
 
 
-@pytest.mark.parametrize(
+every_case = pytest.mark.parametrize(
     "case",
     [
         pytest.param(autoencoder, id="autoencoder"),
@@ -168,21 +175,35 @@ def generator(*settings: str) -> Callable[[FakeGPU], tuple[Any, ...]]:
         pytest.param(generator(*FLOW), id="starflow"),
     ],
 )
+
+
+@every_case
 def test_a_training_step_waits_for_the_device_once(
-    gpu: FakeGPU, case: Callable[[FakeGPU], tuple[Any, ...]]
+    gpu: FakeGPU, case: Callable[[FakeGPU], Case]
 ) -> None:
     """Once, to ask of each micro-batch and each norm whether it is finite."""
-    model, training, loss, batch, *adversaries = case(gpu)
-    adversary = adversaries[0] if adversaries else None
+    job, training, batch = case(gpu)
+    model, adversary = job.model, job.adversary
     state = TrainState(model.train(), training, adversary)
     judge = (adversary.module, adversary.loss) if adversary else ()
     with gpu.running() as waits:
-        terms = train_step(state, model, loss, [batch, batch], training, *judge)
+        terms = train_step(state, model, job.loss, [batch, batch], training, *judge)
     assert {value.device for value in terms.values()} == {GPU}
     norms = 2 if adversary else 1
     assert waits.operations == ["read"] * (2 + norms)
     moved = [p for p in model.parameters() if p.requires_grad]
     assert {p.grad.device for p in moved if p.grad is not None} == {GPU}
+
+
+@every_case
+def test_a_steps_memory_is_planned_without_waiting_for_the_device(
+    gpu: FakeGPU, case: Callable[[FakeGPU], Case]
+) -> None:
+    job, training, batch = case(gpu)
+    with gpu.running() as waits:
+        plan = memory_plan_of(job, training, batch)
+    assert waits.operations == []
+    assert plan.num_images == 2 and plan.per_image > 0
 
 
 @pytest.mark.parametrize(

@@ -6,7 +6,6 @@ import pytest
 import torch
 from torch import nn
 
-from fae.pipelines.config.recipe import load_recipe
 from fae.pipelines.config.sections import TrainingSection
 from fae.pipelines.data.order import EpochOrder
 from fae.pipelines.runtime import ray_private
@@ -232,9 +231,8 @@ def test_an_error_of_the_training_function_ends_the_run_at_once(tmp_path):
 
     start_ray(num_cpus=2)
     try:
-        recipe = load_recipe("photos-dinov2s", [f"storage={tmp_path}", "run=bug"])
         with pytest.raises(ValueError, match="a bug in the training function"):
-            fit(worker, {"log": str(tmp_path / "log")}, recipe, section(max_failures=3))
+            fit(worker, {"log": str(tmp_path / "log")}, section(max_failures=3), f"{tmp_path}/bug")
     finally:
         ray.shutdown()
     assert (tmp_path / "log").read_text() == "ran\n"

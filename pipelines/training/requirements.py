@@ -1,0 +1,93 @@
+"""What a training asks of the cluster: CPUs and GPUs, and the memory of its largest step.
+
+`fae run` and `fae tune` ask whether trainings fit side by side; `fae train … --dry-run` prints the
+memory (doctor/memory.py). The networks are built with shapes alone, so asking needs neither their
+weights nor their memory.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import torch
+
+from ..config import Recipe
+from ..config.sections import TrainingSection
+from ..data.decoding import DECODE_CPUS, WINDOW_BATCHES
+from ..networks.untrained import fake_networks
+from . import autoencoder, generator, pixel_decoder, pixel_objective
+from .batches import PREFETCH_BATCHES
+from .launch import cluster_resources
+from .memory_plan import memory_plan_of
+
+UNTRAINED_JOBS = {
+    "autoencoder": autoencoder.untrained_job,
+    "pixel_decoder": pixel_objective.untrained_job,
+    "generator": generator.untrained_job,
+}
+HELD_OUT_IMAGES = {
+    "autoencoder": autoencoder.MAX_VALIDATION_IMAGES,
+    "pixel_decoder": pixel_decoder.MAX_VALIDATION_IMAGES,
+}
+
+
+@dataclass(frozen=True)
+class TrainingMemory:
+    """Bytes that a training holds; the decoding of images is 0 for a training on latents."""
+
+    step: dict[str, int]
+    """A worker's largest step by name, on its device."""
+    host: dict[str, int]
+    """What a worker holds besides by name, on its host."""
+    micro_batch: int
+    """Crops of a micro-batch, which one task decodes."""
+    decoded_ahead: int
+    """Crops of all workers that wait in the object store at most."""
+
+
+def resources(trainings: Iterable[TrainingSection]) -> dict[str, float]:
+    """CPUs and GPUs that the trainings take at the same time, by Ray's names."""
+    total: dict[str, float] = {"CPU": 0.0}
+    for training in trainings:
+        for name, value in cluster_resources(training).items():
+            total[name] = total.get(name, 0.0) + value
+    return total
+
+
+def num_decode_tasks(training: TrainingSection, num_cpus: float) -> int:
+    """How many tasks decode images at once where the workers share `num_cpus` with them."""
+    free = num_cpus - training.num_workers * training.cpus_per_worker
+    return max(1, int(free / DECODE_CPUS))
+
+
+def training_of(recipe: Recipe, network: str) -> TrainingSection:
+    """How the recipe trains `network`: autoencoder, pixel_decoder or generator."""
+    training: TrainingSection = getattr(recipe, network).training
+    return training
+
+
+def memory_of(recipe: Recipe, network: str) -> TrainingMemory:
+    """What the training of `network` holds in its largest step, with every loss on.
+
+    Raises StoreError for a generator's store, UserError where LPIPS has no weights here.
+    """
+    training = training_of(recipe, network)
+    size = max(1, training.batch_size // (training.num_workers * training.accumulation))
+    with torch.device("meta"):
+        job, blank_batch = UNTRAINED_JOBS[network](recipe)
+    with fake_networks(*job.networks):
+        batch = blank_batch(size)
+        plan = memory_plan_of(job, training, batch)
+    batch_bytes = sum(tensor.nbytes for tensor in batch.tensors.values())
+    host = {
+        # As bytes, and once more while they are taken out of the buffer; rank 0 alone.
+        "checkpoint, while it is written, twice": 2 * plan.checkpoint,
+        "batches made ahead": (PREFETCH_BATCHES + 2) * batch_bytes,
+    }
+    step = {**plan.parts, "kept for the backward pass": plan.kept}
+    if network not in HELD_OUT_IMAGES:
+        return TrainingMemory(step, host, 0, 0)
+    host["held-out images"] = HELD_OUT_IMAGES[network] * 3 * recipe.image_size**2
+    waiting = WINDOW_BATCHES * training.num_workers * batch_bytes
+    return TrainingMemory(step, host, batch_bytes, waiting)
