@@ -132,7 +132,8 @@ def fake_networks(*networks: nn.Module) -> FakeTensorMode:
     Networks that were built on torch's meta device never had any.
     """
     mode = FakeTensorMode(allow_non_fake_inputs=True)
-    with mode:
-        for network in networks:
-            network.to("meta").to_empty(device="cpu")
+    for network in networks:
+        network.to("meta")
+        with mode:
+            network.to_empty(device="cpu")
     return mode

@@ -1,5 +1,6 @@
 """The estimate against sums done by hand; test_precompute.py holds it against a run."""
 
+import pytest
 import torch
 
 from fae.pipelines.config.recipe import load_recipe
@@ -10,7 +11,9 @@ from fae.pipelines.doctor.memory import (
     total,
     training_memory,
 )
-from fae.pipelines.doctor.peak import Results
+from fae.pipelines.doctor.peak import Results, peak_of
+from fae.pipelines.latents.encoder import LatentEncoder
+from fae.pipelines.networks.untrained import build_autoencoder, build_backbone, fake_networks
 from fae.pipelines.training.memory_plan import MEBI
 from tests.tiny import SHARD_SIZE, TINY
 
@@ -28,6 +31,23 @@ def test_the_peak_is_what_was_alive_at_once():
         z = view.clone()
     assert (results.peak, z.shape) == (2 * 4000, (10,))
     assert results.now == 4000 + 40
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_the_peak_of_fake_networks_is_that_of_real_ones(precision):
+    recipe = load_recipe("photos-dinov2s", TINY)
+    backbone = build_backbone(recipe.backbone)
+    autoencoder = build_autoencoder(recipe.autoencoder, backbone.spec)
+    columns = ["mean", "logvar", "mean_flip"]
+    encoder = LatentEncoder(backbone, autoencoder, "", columns, precision, torch.device("cpu"))
+
+    def peak() -> int:
+        crops = [torch.zeros(n, 32, 32, 3, dtype=torch.uint8) for n in (1, 2)]
+        return peak_of(lambda n: encoder.encode_batch(crops[n - 1]), 7)
+
+    real = peak()
+    with fake_networks(backbone, autoencoder):
+        assert peak() == real > 7 * 4 * CROP
 
 
 def test_precompute_holds_shards_in_tasks_networks_in_actors_and_the_plan_in_the_driver(
