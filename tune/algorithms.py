@@ -11,7 +11,7 @@ from fae.pipelines.config import Recipe, RecipeError
 
 from . import study
 from .spaces import tune_space
-from .trials import STEP, UNFINISHED, recorded
+from .trials import FAILED, STEP, UNFINISHED, recorded
 
 
 def make_scheduler(recipe: Recipe) -> Any:
@@ -57,7 +57,7 @@ def make_searcher(recipe: Recipe, folder: str) -> tuple[Any, int]:
     known = study.make_study(
         objectives, space, {key: (r["settings"], r["metrics"]) for key, r in records}, memory
     )
-    unfinished = [r["settings"] for _, r in records if r["state"] == UNFINISHED]
+    unfinished = [r["settings"] for _, r in records if r["state"] in (UNFINISHED, FAILED)]
     for settings in unfinished:
         known.enqueue_trial(settings)
     num_ended = len(records) - len(unfinished)

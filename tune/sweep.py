@@ -22,7 +22,7 @@ from ray.tune.integration.ray_train import TuneReportCallback
 from fae.pipelines.chain import run_stage
 from fae.pipelines.chain.stages import check_images, needed_stages, plan_stages
 from fae.pipelines.config import Recipe, with_absolute_paths
-from fae.pipelines.runtime.session import quiet_logs, start_ray
+from fae.pipelines.runtime.session import plain_error, quiet_logs, start_ray
 from fae.pipelines.storage import paths
 from fae.pipelines.training.tracking import Tracker, resolve_uri
 from fae_core.errors import UserError
@@ -34,6 +34,7 @@ from .stage_lock import stage_lock
 from .sweep_report import write_sweep_report
 from .sweep_tracking import log_stage, star_trials, sweep_tracker, trial_tracker
 from .trials import (
+    FAILED,
     FINISHED,
     STEP,
     STOPPED,
@@ -132,6 +133,24 @@ def run_trial(config: dict[str, Any], values: dict[str, Any], cores: int) -> Non
         return
     tracker = trial_tracker(recipe, trial)
     tracker.log_file(trial.record_start(), "recipe.yaml")
+    try:
+        ran = _run_stages(recipe, trial, cores, tracker)
+    except Exception as error:
+        trial.record_failure(_cause(error))
+        tracker.set_tags({"fae.state": FAILED})
+        tracker.finish("FAILED")
+        raise
+    metrics = trial.metrics()
+    trial.record_result(FINISHED, metrics, ran)
+    tracker.set_tags({"fae.state": FINISHED})
+    tracker.finish()
+    tune.report(metrics)
+
+
+def _run_stages(recipe: Recipe, trial: Trial, cores: int, tracker: Tracker) -> dict[str, float]:
+    """Run the missing stages; seconds of those that this trial itself ran, by stage."""
+    from ray import tune
+
     ran: dict[str, float] = {}
     for stage in plan_trial(with_shared_cores(recipe, cores), trial.settings).stages:
         if stage.result() is None:
@@ -143,11 +162,7 @@ def run_trial(config: dict[str, Any], values: dict[str, Any], cores: int) -> Non
             for validation in trial.validations():
                 tune.report(validation)
         log_stage(tracker, stage)
-    metrics = trial.metrics()
-    trial.record_result(FINISHED, metrics, ran)
-    tracker.set_tags({"fae.state": FINISHED})
-    tracker.finish()
-    tune.report(metrics)
+    return ran
 
 
 def settings_of(config: Mapping[str, Any]) -> Settings:
@@ -204,7 +219,9 @@ class _Recorder(Callback):
         _say(f"trial {label(settings_of(trial.config))}: {state}")
 
     def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
-        self.errors.append(f"{label(settings_of(trial.config))}: {_failure_of(trial)}")
+        planned = plan_trial(self.recipe, settings_of(trial.config))
+        cause = planned.failure() or _failure_of(trial)
+        self.errors.append(f"{label(settings_of(trial.config))}: {cause}")
         _say(f"trial {self.errors[-1]}")
 
 
@@ -255,11 +272,22 @@ def _run(recipe: Recipe, space: Mapping[str, Any], options: Mapping[str, Any]) -
 
 
 def _failure_of(trial: Any) -> str:
-    """Kind and last line of the error that ended a trial of Ray Tune."""
+    """The error with which Ray Tune ended a trial that recorded none itself."""
     error = trial.get_pickled_error() or trial.get_error()
-    cause = getattr(error, "cause", None) or error
-    last = str(cause).strip().splitlines()[-1:] or [""]
-    return f"{type(cause).__name__}: {last[0]}"
+    if error is None:
+        return (
+            "its process ended without an error. It may have been killed, for example for memory."
+        )
+    return _cause(getattr(error, "cause", None) or error)
+
+
+def _cause(error: BaseException) -> str:
+    """A user's error in its own words, of another one its kind and last line."""
+    error = plain_error(error) if isinstance(error, Exception) else error
+    if isinstance(error, UserError):
+        return str(error)
+    last = str(error).strip().splitlines()[-1:] or [""]
+    return f"{type(error).__name__}: {last[0]}"
 
 
 def _quiet_tune() -> None:

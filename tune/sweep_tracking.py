@@ -17,7 +17,7 @@ from fae.pipelines.training.metrics_log import read_metrics_log
 from fae.pipelines.training.tracking import Tracker, resolve_uri
 
 from .spaces import label
-from .trials import UNFINISHED, Trial, sweep_folder
+from .trials import FAILED, UNFINISHED, Trial, sweep_folder
 
 
 def sweep_tracker(recipe: Recipe) -> Tracker:
@@ -75,11 +75,11 @@ def star_trials(
 ) -> None:
     """Put a star before the names of the trials with the keys `best`, and before no others.
 
-    `records` holds the records of the sweep's trials by key; unfinished ones are left alone.
+    `records` holds the records of the sweep's trials by key; unfinished and failed ones are left alone.
     """
     uri, folder = resolve_uri(recipe.tracking), sweep_folder(recipe)
     for key, record in records.items():
-        if record["state"] == UNFINISHED:
+        if record["state"] in (UNFINISHED, FAILED):
             continue
         address = paths.join(folder, "trials", key)
         tracker = Tracker(recipe.tracking, uri, address, {}, parent=folder)

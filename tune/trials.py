@@ -27,8 +27,10 @@ from .spaces import Settings, apply
 STEP = "autoencoder/step"
 LATENT_DIM, SEED = "autoencoder.latent_dim", "seed"
 """Settings that the report tells from the others."""
-FINISHED, STOPPED, UNFINISHED = "finished", "stopped early", "unfinished"
-"""States of a trial: all stages ran, the scheduler stopped it, or it is running or interrupted."""
+FINISHED, STOPPED = "finished", "stopped early"
+"""States of a trial that has ended: all stages ran, or the scheduler stopped it."""
+UNFINISHED, FAILED = "unfinished", "failed"
+"""States of a trial that the same command continues: it runs or was interrupted, or a stage failed."""
 
 
 @dataclass(frozen=True)
@@ -66,8 +68,19 @@ class Trial:
                     by_step.setdefault(step, {})[named] = value
         return [{STEP: step, **by_step[step]} for step in sorted(by_step)]
 
+    def record_failure(self, cause: str) -> None:
+        """Write failure.json with the error that ended the trial; its next start deletes it."""
+        failure = {"state": FAILED, "settings": self.settings, "metrics": self.metrics()}
+        _write(self.uri, "failure.json", json.dumps({**failure, "cause": cause}, indent=1))
+
+    def failure(self) -> str | None:
+        """The error that ended the trial, None where none did."""
+        uri = paths.join(self.uri, "failure.json")
+        return str(json.loads(paths.read_bytes(uri))["cause"]) if paths.exists(uri) else None
+
     def record_start(self) -> bytes:
         """Write settings.json and recipe.yaml; returns the recipe as YAML."""
+        paths.delete(paths.join(self.uri, "failure.json"))
         _write(self.uri, "settings.json", json.dumps(self.settings, indent=1))
         recipe = self.recipe.model_copy(deep=True)
         recipe.tracking.experiment = recipe.tracking.experiment.removesuffix("-stages")
@@ -137,11 +150,12 @@ def plan_trial(recipe: Recipe, settings: Settings) -> Trial:
 
 
 def recorded(folder: str) -> dict[str, dict[str, Any]]:
-    """Every trial of the sweep by key: its result, or its settings and the state `UNFINISHED`."""
+    """Every trial of the sweep by key: its result, its failure, or its settings, `UNFINISHED`."""
     found: dict[str, dict[str, Any]] = {}
+    ended = ("result.json", "failure.json")
     for file in paths.list_files(paths.join(folder, "trials")):
         *_, key, name = file.uri.split("/")
-        if name == "result.json":
+        if name in ended and found.get(key, {}).get("state") not in (FINISHED, STOPPED):
             found[key] = json.loads(paths.read_bytes(file.uri))
         elif name == "settings.json" and key not in found:
             settings = json.loads(paths.read_bytes(file.uri))

@@ -138,10 +138,10 @@ class Tracker:
         """Show the run under another name."""
         self._attempt(lambda: self._client.update_run(self._run_id, name=name))
 
-    def finish(self) -> None:
-        """Send what was kept and mark the run as finished; warns of what never arrived."""
+    def finish(self, status: str = "FINISHED") -> None:
+        """Send what was kept and end the run as FINISHED or FAILED; warns of what never arrived."""
         self._next_attempt = 0.0
-        self._attempt(lambda: self._client.set_terminated(self._run_id))
+        self._attempt(lambda: self._client.set_terminated(self._run_id, status))
         if lost := self._lost + len(self._kept):
             warnings.warn(
                 f"{lost} metrics or figures of this run never reached the tracking server.",

@@ -3,6 +3,7 @@
 It is killed and resumed, trials share stages, and ASHA stops one trial early.
 """
 
+import contextlib
 import json
 import math
 import os
@@ -253,3 +254,34 @@ def test_optuna_draws_on_from_the_recorded_trials(local_ray, photographs, tmp_pa
     second = run(2)
     assert len(first) == 1 and len(second) == 2 and set(first) < set(second)
     assert all(1e-6 <= weight <= 1e-3 for weight in second)
+
+
+def test_a_failed_trial_names_its_cause_in_its_record_and_in_mlflow(
+    photographs, tmp_path, monkeypatch
+):
+    from mlflow.tracking import MlflowClient
+
+    from fae.tune.sweep import run_trial
+    from fae.tune.trials import FAILED, recorded
+    from fae_core.errors import UserError
+
+    def no_room(*_):
+        raise UserError("The disk is full. Free some space.")
+
+    monkeypatch.setattr("fae.tune.sweep.run_stage", no_room)
+    monkeypatch.setattr("fae.tune.sweep._ReportValidation", lambda: None)
+    monkeypatch.setattr("fae.tune.sweep.stage_lock", contextlib.nullcontext)
+    uri = f"sqlite:///{tmp_path}/mlflow.db"
+    recipe = load_recipe(RECIPE, values(photographs, tmp_path, f"tracking.uri={uri}"))
+    config = {"settings": json.dumps({DIM: 8})}
+    with pytest.raises(UserError, match="disk is full"):
+        run_trial(config, recipe.model_dump(mode="json"), 1)
+    trial = plan_trial(recipe, {DIM: 8})
+    assert trial.failure() == "The disk is full. Free some space."
+    (record,) = recorded(str(tmp_path / "tune" / "s")).values()
+    assert (record["state"], record["settings"]) == (FAILED, {DIM: 8})
+    client = MlflowClient(tracking_uri=uri)
+    (run,) = client.search_runs([client.get_experiment_by_name("fae").experiment_id])
+    assert (run.info.status, run.data.tags["fae.state"]) == ("FAILED", FAILED)
+    trial.record_start()  # what the next attempt does first
+    assert trial.failure() is None
