@@ -3,6 +3,7 @@
 A function is imported by the command that calls it, so help and mistakes take no second.
 """
 
+import json
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -211,6 +212,31 @@ def train_generator_command(recipe: "Recipe") -> None:
     from fae.pipelines.training import train_generator
 
     typer.echo(f"generator: {train_generator(recipe).checkpoint}")
+
+
+@recipe_command(app, "plan")
+def plan(
+    recipe: "Recipe",
+    as_json: Annotated[
+        bool, typer.Option("--json", help="Print everything that is known as JSON.")
+    ] = False,
+) -> None:
+    """Say what a source holds, and what of it will be read.
+
+    It lists data.path and reads no pixels: files read and skipped, by reason; how many images have
+    labels and captions, and where these come from; what is there and not used.
+
+    
+      fae plan photos-dinov2s data.path=photos
+    """
+    from fae.pipelines.data import plan_source
+
+    account = plan_source(recipe.data).account
+    if as_json:
+        typer.echo(json.dumps(account.to_dict(), indent=1, ensure_ascii=False))
+        return
+    for line in account.lines():
+        typer.echo(line)
 
 
 @recipe_command(app, "precompute", memory="precompute")

@@ -1,5 +1,6 @@
 """The front door: help that teaches, recipes that are printed, mistakes that are explained."""
 
+import json
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -176,3 +177,17 @@ def test_a_mistake_has_no_traceback():
     )
     assert result.returncode == 2 and "Did you mean" in result.stderr
     assert "Traceback" not in result.stderr
+
+
+def test_plan_prints_the_account_of_a_source(tmp_path):
+    for name in ("cat/1.jpg", "dog/2.jpg", "dog/.hidden.jpg", "notes.md"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_bytes(b"x")
+    words = ["plan", "photos-dinov2s", f"data.path={tmp_path}"]
+    lines = CliRunner().invoke(app, words).output.splitlines()
+    assert lines[1] == "files     4 listed = 2 read + 2 skipped"
+    assert "labels    2 of 2 images, 2 classes (cat … dog) from class folders" in lines
+    found = json.loads(CliRunner().invoke(app, [*words, "--json"]).output)
+    assert (found["num_images"], found["class_names"]) == (2, ["cat", "dog"])
+    missing = CliRunner().invoke(app, ["plan", "photos-dinov2s", "data.path=/nowhere/at/all"])
+    assert "does not exist" in str(missing.exception)
