@@ -32,6 +32,7 @@ from fae_core.generators.dit import DiT, DiTConfig
 from fae_core.generators.starflow import StarFlow, StarFlowConfig
 from fae_core.pixel_decoder import PixelDecoder, PixelDecoderConfig
 from fae_core.weights import WeightsError
+from tests.fake_gpu import GPU, FakeGPU
 from tests.tiny import ROOT, SMALLEST_BACKBONE, TINY
 
 HEAVY = ("torch", "ray", "boto3", "botocore", "mlflow", "timm", "PIL", "pyarrow", "omegaconf")
@@ -200,6 +201,23 @@ def test_latents_are_decoded_from_tensors_and_from_what_a_store_holds(model, pic
     assert np.array_equal(model.decode_images(stored), model.decode_images(latents.half().float()))
     with pytest.raises(ValueError, match=r"Expected latents \[N, 8, 2, 2\], not \[7, 4, 2, 2\]"):
         model.decode_images(latents[:, :4])
+
+
+def test_results_of_a_gpu_are_on_the_cpu(runs):
+    gpu = FakeGPU()
+    model = fae.FeatureAutoencoder.from_pretrained(
+        runs / "fae", pixel_decoder=runs / "decoder", precision="bf16"
+    )
+    for network in (model.backbone, model.autoencoder, model.pixel_decoder):
+        gpu.place(network)
+    model.device = GPU
+    with gpu.running():
+        latents = model.encode_images(np.zeros((5, 40, 50, 3), np.uint8), batch_size=2)
+        features = model.decode_features(latents)
+        images = model.decoder(latents.to(GPU))  # a fake has no values for decode_images' array
+    assert (latents.device, features.device) == (torch.device("cpu"),) * 2
+    assert latents.shape == (5, *model.latent_shape) and latents.dtype == torch.float32
+    assert images.device == GPU and images.shape == (5, 32, 32, 3)
 
 
 def test_without_a_pixel_decoder_images_cannot_be_decoded(runs):
