@@ -1,4 +1,7 @@
-"""Checkpoints of a run: one file each, written whole; a run resumes from the newest undamaged one."""
+"""Checkpoints of a run: files written whole, of which the newest undamaged one is resumed from.
+
+The loop calls them; state.py says what a checkpoint holds.
+"""
 
 from __future__ import annotations
 

@@ -65,7 +65,10 @@ def fit_statistics(
 
 
 def read_statistics(run_uri: str) -> tuple[Tensor, Tensor]:
-    """Mean and standard deviation [D] float32 that `fit_statistics` wrote; no deviation is under 1e-6."""
+    """Mean and standard deviation [D] float32 that `fit_statistics` wrote.
+
+    No deviation is below 1e-6.
+    """
     stats = ChannelStats.from_dict(json.loads(paths.read_bytes(_stats_uri(run_uri))))
     mean, std = stats.mean, np.maximum(stats.std, SMALLEST_STD)
     return torch.from_numpy(mean).float(), torch.from_numpy(std).float()

@@ -43,7 +43,8 @@ PREVIEW_STEPS = 50
 def train_generator(recipe: Recipe, callbacks: Sequence[Any] = ()) -> run_folder.TrainResult:
     """Train, resume or, where the run is finished, return at once; `callbacks` are Ray Train's.
 
-    Raises RecipeError, StoreError for a store that is not finished or lacks columns, NonFiniteError.
+    Raises RecipeError, StoreError for a store that is not finished or lacks columns,
+    NonFiniteError.
     """
     run_uri = run_folder.run_folder(recipe)
     (latents,) = recipe.require("train generator", "latents=STORE")
@@ -131,6 +132,7 @@ class _Preview:
             self.decoder = LatentDecoder.of(recipe, device, autoencoder)
 
     def __call__(self, model: nn.Module, step: int) -> tuple[dict[str, float], bytes | None]:
+        """The standard deviation of the normalized samples, and their grid, classes in rows."""
         assert isinstance(model, DiT | StarFlow)
         num_classes = min(GRID_CLASSES, self.recipe.generator.num_classes)
         labels = torch.arange(num_classes).repeat_interleave(GRID_COLUMNS)
@@ -151,6 +153,7 @@ class _Preview:
 
 
 def _maps(latents: np.ndarray) -> list[np.ndarray]:
+    """Principal components of normalized latents [n, C, H, W] as colours: uint8 pictures."""
     n, channels, height, width = latents.shape
     tokens = latents.reshape(n, channels, -1).transpose(0, 2, 1)
     basis = principal_basis(tokens)

@@ -23,7 +23,10 @@ HELD_OUT_BATCH = 32
 
 @dataclass(frozen=True)
 class PlannedBatch:
-    """One planned micro-batch: item numbers of the training images and their places in the global batch."""
+    """One micro-batch before it is decoded.
+
+    `items` are numbers of training images, `samples` their places in the global batch.
+    """
 
     step: int
     items: list[int]

@@ -17,7 +17,7 @@ from fae_core.errors import UserError
 from .batches import Batch
 
 Feed = Callable[[int, int, int, torch.device], Iterator[Batch]]
-"""(first step, rank, number of workers, device) -> this worker's micro-batches from that step on."""
+"""(first step, rank, number of workers, device) -> the worker's micro-batches from that step on."""
 LossFunction = Callable[[nn.Module, Batch], dict[str, Tensor]]
 """(model, micro-batch) -> 0-dim means by name; the one called `loss` is minimized."""
 AdversaryLoss = Callable[[nn.Module, Batch], dict[str, Tensor] | None]

@@ -44,6 +44,44 @@ def launch(
     fit(worker, config, training, run_folder(recipe), callbacks)
 
 
+@dataclass(frozen=True)
+class Worker:
+    """What a worker of a training knows of itself; `is_first` is rank 0, which writes results."""
+
+    recipe: Recipe
+    run_uri: str
+    tracking_uri: str
+    device: torch.device
+    is_first: bool
+
+    def tracker(self) -> Tracker | None:
+        """The run's tracker, opened; the first worker alone has one."""
+        if not self.is_first:
+            return None
+        params = flatten(self.recipe.model_dump(mode="json"))
+        return Tracker(self.recipe.tracking, self.tracking_uri, self.run_uri, params)
+
+
+def enter_worker(config: dict[str, Any], network: str) -> Worker:
+    """The worker of the training of recipe section `network` that this process is.
+
+    Quiets its log and, on a CPU, gives it its share of the node's cores: Ray's default is one.
+    """
+    import ray.data
+    import ray.train
+    import ray.train.torch
+
+    quiet_logs()
+    recipe = Recipe.model_validate(config["recipe"])
+    training: TrainingSection = getattr(recipe, network).training
+    context, device = ray.train.get_context(), ray.train.torch.get_device()
+    if device.type == "cpu":
+        share = max(1, (os.cpu_count() or 1) // context.get_local_world_size())
+        torch.set_num_threads(training.threads_per_worker or share)
+    is_first = context.get_world_rank() == 0
+    return Worker(recipe, run_folder(recipe), config["tracking_uri"], device, is_first)
+
+
 def fit(
     worker: Callable[[dict[str, Any]], None],
     config: dict[str, Any],
@@ -145,41 +183,3 @@ def _is_echo(failure: Exception) -> bool:
     return isinstance(failure, RuntimeError) and any(
         word in str(failure) for word in ("gloo", "NCCL")
     )
-
-
-@dataclass(frozen=True)
-class Worker:
-    """What a worker of a training knows of itself; `is_first` is rank 0, which writes results."""
-
-    recipe: Recipe
-    run_uri: str
-    tracking_uri: str
-    device: torch.device
-    is_first: bool
-
-    def tracker(self) -> Tracker | None:
-        """The run's tracker, opened; the first worker alone has one."""
-        if not self.is_first:
-            return None
-        params = flatten(self.recipe.model_dump(mode="json"))
-        return Tracker(self.recipe.tracking, self.tracking_uri, self.run_uri, params)
-
-
-def enter_worker(config: dict[str, Any], network: str) -> Worker:
-    """The worker of the training of recipe section `network` that this process is.
-
-    Quiets its log and, on a CPU, gives it its share of the node's cores: Ray's default is one.
-    """
-    import ray.data
-    import ray.train
-    import ray.train.torch
-
-    quiet_logs()
-    recipe = Recipe.model_validate(config["recipe"])
-    training: TrainingSection = getattr(recipe, network).training
-    context, device = ray.train.get_context(), ray.train.torch.get_device()
-    if device.type == "cpu":
-        share = max(1, (os.cpu_count() or 1) // context.get_local_world_size())
-        torch.set_num_threads(training.threads_per_worker or share)
-    is_first = context.get_world_rank() == 0
-    return Worker(recipe, run_folder(recipe), config["tracking_uri"], device, is_first)

@@ -1,4 +1,4 @@
-"""What the loop measures while it trains: loss terms, speed, waiting time and undecodable images."""
+"""What the loop measures while it trains: losses, speed, waiting time, undecodable images."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """What the pixel decoder is trained on: reconstruction, perceptual and adversarial losses.
 
 The kinds of losses are those of arXiv 2512.07829, eq. 4.2; fae_core/losses.py and discriminator.py
-say where their terms and constants come from. The trainer, pixel_decoder.py, hands them to the loop.
+say where their terms and constants come from. The trainer is pixel_decoder.py.
 """
 
 from __future__ import annotations

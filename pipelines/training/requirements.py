@@ -1,8 +1,8 @@
 """What a training asks of the cluster: CPUs and GPUs, and the memory of its largest step.
 
-`fae run` and `fae tune` ask whether trainings fit side by side; `fae train … --dry-run` prints the
-memory (doctor/memory.py). The networks are built with shapes alone, so asking needs neither their
-weights nor their memory.
+`fae run` and `fae tune` ask whether trainings fit side by side; `fae train … --dry-run` prints
+the memory (doctor/memory.py). The networks are built with shapes alone, so asking needs neither
+their weights nor their memory.
 """
 
 from __future__ import annotations

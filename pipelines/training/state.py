@@ -26,72 +26,6 @@ class CheckpointDamaged(TrainingError):
     """Bytes that are not those of a checkpoint as it was written."""
 
 
-def ema_decay(step: int, decay: float) -> float:
-    """The average's decay at optimizer step `step` (from 0): min(decay, (1 + step) / (10 + step)).
-
-    This is TensorFlow's ExponentialMovingAverage with `num_updates`. A constant 0.9999 would leave
-    the untrained weights a third of the average after ten thousand steps.
-    """
-    return min(decay, (1 + step) / (10 + step))
-
-
-class TrainedNetwork:
-    """A module with its AdamW; norm gains and biases are not decayed. `learning_rate` is its peak."""
-
-    def __init__(self, module: nn.Module, training: TrainingSection, learning_rate: float) -> None:
-        self.module = module
-        self.learning_rate = learning_rate
-        self.clip = training.gradient_clip or math.inf
-        self.parameters = [p for p in module.parameters() if p.requires_grad]
-        groups = [
-            {
-                "params": [p for p in self.parameters if p.ndim > 1],
-                "weight_decay": training.weight_decay,
-            },
-            {"params": [p for p in self.parameters if p.ndim <= 1], "weight_decay": 0.0},
-        ]
-        self.optimizer = torch.optim.AdamW(
-            [group for group in groups if group["params"]],
-            lr=learning_rate,
-            betas=training.betas,
-            fused=self.parameters[0].is_cuda or None,  # None: torch's own choice
-        )
-
-    def prepare(self, relative_rate: float) -> None:
-        """Drop the last step's gradients and set the rate of this one."""
-        self.optimizer.zero_grad(set_to_none=True)
-        for group in self.optimizer.param_groups:
-            group["lr"] = self.learning_rate * relative_rate
-
-    def clip_gradients(self) -> Tensor:
-        """The global gradient norm (0-dim) before clipping."""
-        norm: Tensor = gathered(torch.nn.utils.clip_grad_norm_(self.parameters, self.clip))
-        return norm
-
-    def state_dict(self) -> dict[str, Any]:
-        """Weights and optimizer as gathered tensors; all workers of a sharded module call it."""
-        return {
-            "weights": gathered(self.module.state_dict()),
-            "optimizer": gathered(self.optimizer.state_dict()),
-        }
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take over what `state_dict` gave, distributed as the module is."""
-        own = self.module.state_dict()
-        weights = {
-            name: distributed_like(value, own[name]) for name, value in state["weights"].items()
-        }
-        self.module.load_state_dict(weights)
-        ordered = [p for group in self.optimizer.param_groups for p in group["params"]]
-        moments = {
-            index: {name: distributed_like(value, ordered[index]) for name, value in values.items()}
-            for index, values in state["optimizer"]["state"].items()
-        }
-        # Learning rates and decays are the recipe's: a resumed run may have others than before.
-        groups = self.optimizer.state_dict()["param_groups"]
-        self.optimizer.load_state_dict({"param_groups": groups, "state": moments})
-
-
 class TrainState:
     """Model and adversary with their optimizers, the model's moving average, and the step."""
 
@@ -164,6 +98,75 @@ class TrainState:
             average.copy_(distributed_like(saved, average))
         torch.set_rng_state(state["rng"])
         self.step = state["step"]
+
+
+class TrainedNetwork:
+    """A module with its AdamW, which does not decay norm gains and biases.
+
+    `learning_rate` is the peak of its schedule.
+    """
+
+    def __init__(self, module: nn.Module, training: TrainingSection, learning_rate: float) -> None:
+        self.module = module
+        self.learning_rate = learning_rate
+        self.clip = training.gradient_clip or math.inf
+        self.parameters = [p for p in module.parameters() if p.requires_grad]
+        groups = [
+            {
+                "params": [p for p in self.parameters if p.ndim > 1],
+                "weight_decay": training.weight_decay,
+            },
+            {"params": [p for p in self.parameters if p.ndim <= 1], "weight_decay": 0.0},
+        ]
+        self.optimizer = torch.optim.AdamW(
+            [group for group in groups if group["params"]],
+            lr=learning_rate,
+            betas=training.betas,
+            fused=self.parameters[0].is_cuda or None,  # None: torch's own choice
+        )
+
+    def prepare(self, relative_rate: float) -> None:
+        """Drop the last step's gradients and set the rate of this one."""
+        self.optimizer.zero_grad(set_to_none=True)
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.learning_rate * relative_rate
+
+    def clip_gradients(self) -> Tensor:
+        """The global gradient norm (0-dim) before clipping."""
+        norm: Tensor = gathered(torch.nn.utils.clip_grad_norm_(self.parameters, self.clip))
+        return norm
+
+    def state_dict(self) -> dict[str, Any]:
+        """Weights and optimizer as gathered tensors; all workers of a sharded module call it."""
+        return {
+            "weights": gathered(self.module.state_dict()),
+            "optimizer": gathered(self.optimizer.state_dict()),
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take over what `state_dict` gave, distributed as the module is."""
+        own = self.module.state_dict()
+        weights = {
+            name: distributed_like(value, own[name]) for name, value in state["weights"].items()
+        }
+        self.module.load_state_dict(weights)
+        ordered = [p for group in self.optimizer.param_groups for p in group["params"]]
+        moments = {
+            index: {name: distributed_like(value, ordered[index]) for name, value in values.items()}
+            for index, values in state["optimizer"]["state"].items()
+        }
+        # Learning rates and decays are the recipe's: a resumed run may have others than before.
+        groups = self.optimizer.state_dict()["param_groups"]
+        self.optimizer.load_state_dict({"param_groups": groups, "state": moments})
+
+
+def ema_decay(step: int, decay: float) -> float:
+    """The average's decay at optimizer step `step` (from 0): min(decay, (1 + step) / (10 + step)).
+
+    This is TensorFlow's ExponentialMovingAverage with `num_updates`. A constant 0.9999 would leave
+    the untrained weights a third of the average after ten thousand steps.
+    """
+    return min(decay, (1 + step) / (10 + step))
 
 
 def _verified(data: bytes) -> dict[str, Any]:

@@ -98,19 +98,23 @@ def train_step(
     sound = torch.stack([*finite, *(norm.isfinite() for norm in norms)]).tolist()
     if not all(sound):
         suspects = [batch for batch, good in zip(batches, sound, strict=False) if not good]
-        keys = [key for batch in suspects or batches for key in batch.keys]
-        more = f" and {len(keys) - MAX_KEYS_IN_ERROR} more" if len(keys) > MAX_KEYS_IN_ERROR else ""
-        raise NonFiniteError(
-            f"Step {state.step}: loss {float(totals['loss'])}, gradient norm {float(norms[0])}. "
-            f"The images of this batch: {', '.join(keys[:MAX_KEYS_IN_ERROR])}{more}. The last "
-            "checkpoint is from before this step; look at these images, lower the learning rate or "
-            "set the precision to fp32."
-        )
+        what = f"loss {float(totals['loss'])}, gradient norm {float(norms[0])}"
+        raise _non_finite(f"Step {state.step}: {what}.", suspects or batches)
     for network in stepping:
         network.optimizer.step()
     state.update_ema()
     state.step += 1
     return {**totals, "gradient_norm": norms[0].detach()}
+
+
+def _non_finite(what: str, suspects: Sequence[Batch]) -> NonFiniteError:
+    keys = [key for batch in suspects for key in batch.keys]
+    more = f" and {len(keys) - MAX_KEYS_IN_ERROR} more" if len(keys) > MAX_KEYS_IN_ERROR else ""
+    return NonFiniteError(
+        f"{what} The images of this batch: {', '.join(keys[:MAX_KEYS_IN_ERROR])}{more}. "
+        "The last checkpoint is from before this step; look at these images, lower the learning "
+        "rate or set the precision to fp32."
+    )
 
 
 def _synchronized(module: nn.Module, last: bool) -> contextlib.AbstractContextManager[Any]:

@@ -37,7 +37,7 @@ os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
 
 
 def resolve_uri(tracking: TrackingSection) -> str:
-    """The tracking URI; a relative SQLite path becomes absolute, since workers run in other folders."""
+    """The tracking URI, with an absolute path for SQLite: workers run in other folders."""
     uri = tracking.uri or os.environ.get("MLFLOW_TRACKING_URI") or DEFAULT_URI
     path = uri.removeprefix("sqlite:///")
     if path != uri and not path.startswith("/"):

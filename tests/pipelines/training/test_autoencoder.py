@@ -84,13 +84,17 @@ def photographs(tmp_path_factory) -> Path:
 
 def settings(photographs: Path, storage_folder: Path, *overrides: str) -> list[str]:
     return [
-        "run=test", f"storage={storage_folder}", f"data.path={photographs}", "data.validation_fraction=0.2",
-        "backbone.name=vit_tiny_patch16_224", "backbone.weights=random", "backbone.image_size=112", "image_size=112",
-        "autoencoder.latent_dim=8", "autoencoder.encoder.num_heads=3", "autoencoder.encoder.head_dim=32",
-        "autoencoder.decoder.num_heads=3", "autoencoder.decoder.depth=1", "autoencoder.training.steps=8",
-        "autoencoder.training.batch_size=8", "autoencoder.training.accumulation=2", "autoencoder.training.warmup_steps=2",
-        "autoencoder.statistics_images=8", "autoencoder.training.log_every=1", "autoencoder.training.checkpoint_every=2",
-        "autoencoder.training.validate_every=4", "autoencoder.training.ema_decay=0.9", "autoencoder.training.precision=fp32", "tracking.enabled=false", *overrides,
+        "run=test", f"storage={storage_folder}", f"data.path={photographs}",
+        "data.validation_fraction=0.2", "image_size=112", "tracking.enabled=false",
+        "backbone.name=vit_tiny_patch16_224", "backbone.weights=random", "backbone.image_size=112",
+        "autoencoder.latent_dim=8", "autoencoder.encoder.num_heads=3",
+        "autoencoder.encoder.head_dim=32", "autoencoder.decoder.num_heads=3",
+        "autoencoder.decoder.depth=1", "autoencoder.statistics_images=8",
+        "autoencoder.training.steps=8", "autoencoder.training.batch_size=8",
+        "autoencoder.training.accumulation=2", "autoencoder.training.warmup_steps=2",
+        "autoencoder.training.log_every=1", "autoencoder.training.checkpoint_every=2",
+        "autoencoder.training.validate_every=4", "autoencoder.training.ema_decay=0.9",
+        "autoencoder.training.precision=fp32", *overrides,
     ]  # fmt: skip
 
 

@@ -1,4 +1,7 @@
-"""Checkpoints that are damaged, hostile or cut off in mid-upload, and a clock that moved: resuming takes the newest whole one."""
+"""Damaged, hostile or half-uploaded checkpoints, and a clock that moved.
+
+Resuming takes the newest undamaged one.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""From a latent store to pictures with real Ray: training survives a SIGKILL, samples are the same however they are drawn."""
+"""From a latent store to pictures with real Ray.
+
+Training survives a SIGKILL, and samples are the same however they are drawn.
+"""
 
 import functools
 import io
@@ -323,8 +326,9 @@ def test_a_size_that_there_is_not_is_refused_before_anything_starts(store, tmp_p
 def pixel_overrides(photographs: Path, folder: Path, *more: str) -> list[str]:
     return [
         "run=test", f"storage={folder}", f"data.path={photographs}", "data.validation_fraction=0.1",
-        "data.limit=40", "backbone.name=vit_tiny_patch16_224", "backbone.weights=random", "backbone.image_size=64",
-        "image_size=64", "pixel_decoder.width=32", "pixel_decoder.depth=2", "pixel_decoder.num_heads=2",
+        "data.limit=40", "backbone.name=vit_tiny_patch16_224", "backbone.weights=random",
+        "backbone.image_size=64", "image_size=64",
+        "pixel_decoder.width=32", "pixel_decoder.depth=2", "pixel_decoder.num_heads=2",
         "pixel_decoder.statistics_images=8", "pixel_decoder.losses.perceptual=backbone",
         "pixel_decoder.losses.discriminator_start=1", "pixel_decoder.losses.adversarial_start=2",
         "pixel_decoder.losses.discriminator=backbone", "pixel_decoder.losses.adaptive=true",

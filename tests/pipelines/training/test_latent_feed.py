@@ -1,4 +1,4 @@
-"""What a generator trains on: every row once an epoch, the same for any number of workers, and honest refusals."""
+"""What a generator trains on: every row once an epoch, on any number of workers; refusals."""
 
 from __future__ import annotations
 

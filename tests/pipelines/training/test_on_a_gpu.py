@@ -1,4 +1,7 @@
-"""Encoding, training steps and samplers on a GPU that is faked: nothing stays behind, nothing waits but where it must."""
+"""Encoding, training steps and samplers on a fake GPU.
+
+Every tensor is on the device, and the processor waits for it only where it must.
+"""
 
 from collections.abc import Callable
 

@@ -1,6 +1,7 @@
-"""A real MLflow server that is not there, goes away and is killed: training goes on, metrics arrive or their loss is said.
+"""A real MLflow server that is absent, goes away and is killed.
 
-The proxy before it lets it go and come back without another start, which takes MLflow long.
+Training continues, and metrics arrive or their loss is reported. The proxy before the server lets
+it go and come back without another start, which takes MLflow long.
 """
 
 from __future__ import annotations
@@ -35,8 +36,10 @@ class Server:
 
     def start(self) -> None:
         command = [
-            sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", str(self.port), "--workers", "1",
-            "--backend-store-uri", f"sqlite:///{self.folder}/mlflow.db", "--artifacts-destination", f"{self.folder}/artifacts",
+            sys.executable, "-m", "mlflow", "server",
+            "--host", "127.0.0.1", "--port", str(self.port), "--workers", "1",
+            "--backend-store-uri", f"sqlite:///{self.folder}/mlflow.db",
+            "--artifacts-destination", f"{self.folder}/artifacts",
         ]  # fmt: skip
         self.process = subprocess.Popen(
             command, cwd=self.folder, start_new_session=True,

@@ -1,4 +1,4 @@
-"""The training harness without Ray: accumulation, schedule, randomness, resume, split of the data."""
+"""Training without Ray: accumulation, schedule, randomness, resume, split of the data."""
 
 import math
 
