@@ -243,8 +243,8 @@ def _ask_to_stop(client: Any, job_id: str, say: Callable[[str], None]) -> None:
     if answer.strip().lower() in ("y", "yes"):
         client.stop_job(job_id)
         say(
-            f"{job_id} was told to stop. What it has finished stays; the same command resumes "
-            "there."
+            f"{job_id} was told to stop. Its finished work remains, and the same command resumes "
+            "from it."
         )
     else:
         say(f"\n{job_id} runs on.\n{how_to_see(client, job_id)}")

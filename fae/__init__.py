@@ -1,4 +1,6 @@
-"""Feature Auto-Encoders on Ray, as a library: `import fae` imports nothing heavy until it is used."""
+"""Feature Auto-Encoders on Ray, as a library: `import fae` imports nothing heavy until it is
+used.
+"""
 
 import lazy_loader
 

@@ -1,4 +1,6 @@
-"""Feature Auto-Encoders on Ray, as a library: `import fae` imports nothing heavy until it is used."""
+"""Feature Auto-Encoders on Ray, as a library: `import fae` imports nothing heavy until it is
+used.
+"""
 
 from .library import FeatureAutoencoder as FeatureAutoencoder
 from .library import load as load

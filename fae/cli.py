@@ -322,7 +322,7 @@ def evaluate(recipe: "Recipe") -> None:
 
 @recipe_command(app, "probe")
 def probe(recipe: "Recipe") -> None:
-    """Measure what latents and rebuilt features still know.
+    """Measure what latents and rebuilt features keep of the features.
 
     The probes are k-NN and linear classification, similarity of patches, and matching of patches
     between images. They need labelled images:
@@ -380,7 +380,8 @@ def tune(
         str,
         typer.Argument(
             metavar="[report] RECIPE",
-            help="A recipe with a section `tune`; after the word report only the report is written.",
+            help="A recipe with a section `tune`. After the word report, only the report is "
+            "written.",
             autocompletion=complete_recipe,
         ),
     ],

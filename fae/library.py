@@ -199,11 +199,12 @@ def sample(
 ) -> np.ndarray:
     """Images uint8 [n, S, S, 3] with `labels` [n]: those that `fae sample` draws.
 
-    A network is a path, what `load` returned, or for the autoencoder and its pixel decoder
-    together a FeatureAutoencoder, whose device is then used. An image depends on its label, on `seed` and on its index alone;
-    `indices` [n] are 0 to n - 1 by default. `guidance` is one scale for all timesteps, `paper`, or
-    intervals {start, end, scale}; STARFlow takes one scale, and has no `num_steps`. `settings` are
-    more keys of the recipe's section `sample`, such as sampler, shift, denoise or precision.
+    A network is a path, what `load` returned, or for the autoencoder and its pixel decoder together
+    a FeatureAutoencoder, whose device is then used. An image depends on its label, on `seed` and on
+    its index alone; `indices` [n] are 0 to n - 1 by default. `guidance` is one scale for all
+    timesteps, `paper`, or intervals {start, end, scale}; STARFlow takes one scale, and has no
+    `num_steps`. `settings` are more keys of the recipe's section `sample`, such as sampler, shift,
+    denoise or precision.
 
     Raises CheckpointError if the networks do not belong together, RecipeError for a wrong setting,
     and ValueError for a label that is none of the generator's classes.

@@ -1,4 +1,6 @@
-"""What the commands with a recipe share: their arguments, and how the recipe is merged from them."""
+"""What the commands with a recipe share: their arguments, and how the recipe is merged from
+them.
+"""
 
 import inspect
 from collections.abc import Callable

@@ -62,7 +62,7 @@ def lpips_distance() -> nn.Module:
     except ImportError:
         raise UserError(
             "LPIPS needs the package lpips: pip install 'fae-ray[lpips]'. As a loss, "
-            "losses.perceptual=backbone needs nothing."
+            "losses.perceptual=backbone needs no other package."
         ) from None
     try:
         network: Any = lpips.LPIPS(net="vgg", verbose=False)
@@ -70,7 +70,7 @@ def lpips_distance() -> nn.Module:
         raise UserError(
             f"lpips could not load VGG-16's weights, which torchvision downloads ({error}). Put "
             "vgg16-397923af.pth into torch's hub folder; as a loss, losses.perceptual=backbone "
-            "needs nothing."
+            "needs no download."
         ) from None
     return network.eval().requires_grad_(False)
 

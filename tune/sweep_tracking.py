@@ -75,7 +75,8 @@ def star_trials(
 ) -> None:
     """Put a star before the names of the trials with the keys `best`, and before no others.
 
-    `records` holds the records of the sweep's trials by key; unfinished and failed ones are left alone.
+    `records` holds the records of the sweep's trials by key; unfinished and failed ones are left
+    alone.
     """
     uri, folder = resolve_uri(recipe.tracking), sweep_folder(recipe)
     for key, record in records.items():

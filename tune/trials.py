@@ -30,7 +30,9 @@ LATENT_DIM, SEED = "autoencoder.latent_dim", "seed"
 FINISHED, STOPPED = "finished", "stopped early"
 """States of a trial that has ended: all stages ran, or the scheduler stopped it."""
 UNFINISHED, FAILED = "unfinished", "failed"
-"""States of a trial that the same command continues: it runs or was interrupted, or a stage failed."""
+"""States of a trial that the same command continues: it runs or was interrupted, or a stage
+failed.
+"""
 
 
 @dataclass(frozen=True)

@@ -60,7 +60,7 @@ def load_inception(weights: Path | None = None) -> Inception:
     except ImportError:
         raise WeightsError(
             "Inception scores need the package torch-fidelity: pip install 'fae-ray[evaluate]'. "
-            "evaluate.scores=[frechet_backbone] needs nothing."
+            "evaluate.scores=[frechet_backbone] needs no other package."
         ) from None
     if weights is None:
         state = _download(fidelity.URL_INCEPTION_V3)
@@ -94,7 +94,7 @@ def _download(url: str) -> dict[str, Tensor]:
         raise WeightsError(
             f"Inception's weights could not be downloaded ({error}). Fetch {url} elsewhere and "
             "give the file as evaluate.inception_weights=… or FAE_INCEPTION_WEIGHTS; "
-            "evaluate.scores=[frechet_backbone] needs none."
+            "evaluate.scores=[frechet_backbone] needs no download."
         ) from None
 
 

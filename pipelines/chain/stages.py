@@ -206,7 +206,7 @@ def check_images(stages: Sequence[Stage]) -> None:
 
 
 def label_problem(images: Sequence[ImageRecord], num_classes: int) -> str | None:
-    """Why a generator of `num_classes` cannot train on the labels of `images`, None where it can."""
+    """Why a generator of `num_classes` cannot train on the labels, None where it can."""
     unlabelled = [image.key for image in images if image.label is None]
     highest = max(images, key=lambda image: -1 if image.label is None else image.label)
     lowest = min(images, key=lambda image: 0 if image.label is None else image.label)

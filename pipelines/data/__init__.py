@@ -1,4 +1,5 @@
-"""Sources to planned records to uint8 crops, and the order in which training reads them. Imports no torch."""
+"""Sources to planned records to uint8 crops, and the order in which training reads them. Imports no
+torch."""
 
 import lazy_loader
 

@@ -1,8 +1,8 @@
 """The account of a source: what was listed, what is planned of it, and what is not, by reason.
 
-The promise "planned = stored + errors" begins after planning; this is what comes before: files listed
-= files read + skipped, each skip with its reason, how many images have labels and captions, from
-where, and which labels, captions and images were lost while planning.
+The promise "planned = stored + errors" begins after planning; this is what comes before: files
+listed = files read + skipped, each skip with its reason, how many images have labels and captions,
+from where, and which labels, captions and images were lost while planning.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
 """The names and types by which people give labels and captions, and what is made of them.
 
-Captions: the column `caption`, or the one of CAPTION_NAMES that is there (Hugging Face writes `text`,
-generators `prompt`); a list of texts is several captions of one image. Labels: integers, integers that
-pandas or CSV turned into floats, or class names, which are numbered in the order of their names as
-torchvision's ImageFolder numbers its folders.
+Captions: the column `caption`, or the one of CAPTION_NAMES that is there (Hugging Face writes
+`text`, generators `prompt`); a list of texts is several captions of one image. Labels: integers,
+integers that pandas or CSV turned into floats, or class names, which are numbered in the order of
+their names as torchvision's ImageFolder numbers its folders.
 """
 
 from __future__ import annotations
@@ -87,8 +87,8 @@ def number_labels(labels: pa.ChunkedArray, where: str) -> tuple[pa.ChunkedArray,
         number = present.filter(numeric)[0].as_py()
         name = present.filter(pc.invert(numeric))[0].as_py()
         raise SourceError(
-            f"{where}: some labels are numbers ({number}) and some are names ({name!r}). Number all "
-            "classes or name all, or set data.label_column=null."
+            f"{where}: some labels are numbers ({number}) and some are names ({name!r}). Number "
+            "all classes or name all, or set data.label_column=null."
         )
     names = sorted(present.to_pylist())
     places = pc.index_in(labels, value_set=pa.array(names, labels.type))

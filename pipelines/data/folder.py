@@ -1,8 +1,9 @@
-"""A folder of images: its files by name, labels from class folders, captions and labels from sidecars.
+"""A folder of images: its files by name, labels from class folders, captions and labels from
+sidecars.
 
-As torchvision's ImageFolder and Hugging Face's imagefolder read it: the first folder of a path is the
-class; `metadata.jsonl`, `.csv` or `.parquet` with a column `file_name` gives captions and labels to
-the files beside and below it; `a.txt` captions `a.jpg`.
+As torchvision's ImageFolder and Hugging Face's imagefolder read it: the first folder of a path is
+the class; `metadata.jsonl`, `.csv` or `.parquet` with a column `file_name` gives captions and
+labels to the files beside and below it; `a.txt` captions `a.jpg`.
 """
 
 from __future__ import annotations

@@ -97,7 +97,9 @@ def _on_disk(path: str, follow: bool | None, account: Account) -> Iterator[str]:
 def _walk(
     folder: str, above: tuple[str, ...], follow: bool | None, links: list[str], account: Account
 ) -> Iterator[str]:
-    """Files below `folder`; `above` are the real folders on the way to it, so no cycle is entered."""
+    """Files below `folder`; `above` are the real folders on the way to it, so no cycle is
+    entered.
+    """
     try:
         with os.scandir(folder) as found:
             entries = list(found)

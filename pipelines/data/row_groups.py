@@ -1,8 +1,8 @@
 """Rows of large Parquet row groups, streamed: read once in order, in memory that does not grow.
 
-pandas and pyarrow write a million rows into one row group unless they are told otherwise, and Parquet
-has no way to one row in its middle. A small group is read whole (reading.py); of a large one only
-some pages are in memory, and whoever asks for its rows in order reads it once.
+pandas and pyarrow write a million rows into one row group unless they are told otherwise, and
+Parquet has no way to one row in its middle. A small group is read whole (reading.py); of a large
+one only some pages are in memory, and whoever asks for its rows in order reads it once.
 """
 
 from __future__ import annotations

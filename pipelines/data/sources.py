@@ -1,8 +1,8 @@
 """Sources to planned records: folders, Parquet, WebDataset shards and lists, local or on S3.
 
 `plan_source` lists a source as an Arrow table, the plan of every job on images, with an account of
-everything that was listed. It reads no pixels; reading.py and crops.py read and decode what it names.
-Plain functions without Ray.
+everything that was listed. It reads no pixels; reading.py and crops.py read and decode what it
+names. Plain functions without Ray.
 """
 
 from __future__ import annotations

@@ -1,4 +1,5 @@
-"""Parquet files of images, and lists of addresses (CSV, TSV, JSON lines, Parquet), to image records."""
+"""Parquet files of images, and lists of addresses (CSV, TSV, JSON lines, Parquet), to image
+records."""
 
 from __future__ import annotations
 

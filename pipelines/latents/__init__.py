@@ -1,4 +1,5 @@
-"""The latent store: plan, shards, manifest, verification, reader; the job that fills it, and its exports."""
+"""The latent store: plan, shards, manifest, verification, reader; the job that fills it, and its
+exports."""
 
 import lazy_loader
 

@@ -1,4 +1,5 @@
-"""The latent store: plan, shards, manifest, verification, reader; the job that fills it, and its exports."""
+"""The latent store: plan, shards, manifest, verification, reader; the job that fills it, and its
+exports."""
 
 from .encoder import LatentEncoder as LatentEncoder
 from .export_layouts import export as export

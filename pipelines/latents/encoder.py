@@ -63,8 +63,8 @@ class LatentEncoder:
         found = (made.backbone.weights_sha256, made.autoencoder_sha256)
         if found != (weights["backbone weights"], weights["autoencoder weights"]):
             raise CheckpointError(
-                "The weights on this node are not the ones that the job was planned with; "
-                "they changed, or the path means another file here."
+                "The weights on this node are not the ones that the job was planned with. Either "
+                "they changed, or this node has another file at the same path."
             )
         return made
 

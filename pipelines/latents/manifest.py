@@ -117,8 +117,8 @@ def commit(uri: str, plan: Plan, run: Mapping[str, Any], each: Each = map) -> di
         differing = [key for key in manifest if manifest[key] != existing.get(key)]
         if differing:
             raise StoreMismatch(
-                f"{uri}/manifest.json is there and says otherwise in: {', '.join(differing)}. "
-                "The store changed after it was finished; `fae inspect --verify` says where."
+                f"{uri}/manifest.json exists and differs in: {', '.join(differing)}. The store "
+                "changed after it was finished; `fae inspect --verify` finds what changed."
             ) from None
         return existing
 

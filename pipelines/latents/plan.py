@@ -101,9 +101,9 @@ def ensure_plan(
     if plan.source != source:
         differing += _source_differences(plan, records)
     refuse_other_work(
-        f"{uri} holds a store that was planned otherwise",
+        f"{uri} holds a store with another plan",
         differing,
-        "Nothing was changed. Choose another output=, or give what it was planned with.",
+        "Nothing was changed. Choose another output=, or give the values of its plan.",
     )
     return plan
 

@@ -172,9 +172,10 @@ def _check_losses(account: Account, allowed: float) -> None:
         f"  {loss['address']} [plan] {loss['message']}" for loss in account.losses[:10]
     )
     raise TooManyErrors(
-        f"{account.num_losses} files, members or sidecars of data.path={account.path} cannot be read, "
-        f"beside {account.num_images} planned images: more than precompute.max_error_rate="
-        f"{allowed:g} allows. Nothing was written. Mend them or raise the rate. The first:\n{first}"
+        f"{account.num_losses} files, members or sidecars of data.path={account.path} cannot be "
+        f"read, beside {account.num_images} planned images: more than precompute.max_error_rate="
+        f"{allowed:g} allows. Nothing was written. Repair them or raise the rate. "
+        f"The first:\n{first}"
     )
 
 
@@ -187,8 +188,7 @@ def _check_error_rate(
     raise TooManyErrors(
         f"{num_errors} of {plan.num_images} images could not be encoded, more than "
         f"precompute.max_error_rate={allowed:g} allows. Nothing was committed. Finished shards "
-        "stay, "
-        "and the same command resumes from them. Mend the source or raise the rate. "
+        "remain, and the same command resumes from them. Repair the source or raise the rate. "
         f"The first:\n{first}"
     )
 

@@ -116,11 +116,9 @@ def _refuse_silence(address: str) -> None:
     except (OSError, OverflowError) as error:
         raise UserError(
             f"No Ray at {address}: tried port {port} of {host} for at most {CONNECT_SECONDS:g} s "
-            f"({error}). "
-            "Check the address (--address or RAY_ADDRESS) and that the head runs: its own port is "
-            "6379 unless `ray start "
-            "--port` said another, and ray:// has 10001. From outside a cluster use fae submit, "
-            "which speaks to port 8265."
+            f"({error}). Check the address (--address or RAY_ADDRESS) and that the head runs. The "
+            "head's port is 6379, or what `ray start --port` set; ray:// addresses use 10001. From "
+            "outside a cluster use fae submit, which connects to port 8265."
         ) from None
 
 

@@ -1,4 +1,5 @@
-"""Images from a trained generator: samplers and decoders on a device, the job, the store of samples."""
+"""Images from a trained generator: samplers and decoders on a device, the job, the store of
+samples."""
 
 import lazy_loader
 

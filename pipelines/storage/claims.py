@@ -1,4 +1,5 @@
-"""A place belongs to the work that was first written there; other work is refused with what differs."""
+"""A place belongs to the work that was first written there; other work is refused with what
+differs."""
 
 from __future__ import annotations
 
@@ -19,7 +20,8 @@ class StoreMismatch(StoreError):
 def differences(
     there: Mapping[str, Any], now: Mapping[str, Any], show: Callable[[Any], str] = repr
 ) -> list[str]:
-    """`name: VALUE there, VALUE now` for each name whose values differ; `show` makes text of a value.
+    """`name: VALUE there, VALUE now` for each name whose values differ; `show` makes text of a
+    value.
 
     A name that one side lacks is shown as nothing, and equals None on the other side.
     """

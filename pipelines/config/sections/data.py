@@ -16,13 +16,13 @@ class DataSection(Section):
     """Folder, file or s3:// prefix of the images."""
     format: Literal["auto", "folder", "parquet", "webdataset", "list"] = "auto"
     """How `path` is read: a folder of image files, Parquet files with the bytes, WebDataset's tar
-    files, or a table that lists addresses. auto decides by what is there."""
+    files, or a table that lists addresses. auto chooses by the names of the files."""
     follow_links: bool | None = None
-    """Folders: true reads what links lead to outside of `path`, false leaves them out and counts
-    them; without it such links are an error, because either could be meant."""
+    """Folders: links that lead out of `path`. true reads what they lead to, false skips and counts
+    them. Without a value they are an error that asks for one."""
     suffixes: list[str] | None = None
-    """Folders: names that end so are images, '' for names without a suffix; every format that is
-    decoded without it."""
+    """Folders: suffixes of the files that are images, like [.jpg, .png]; '' stands for names
+    without a suffix. Without a value, the suffixes of every format that can be decoded."""
     members: str | None = None
     """WebDataset: the part of a sample that is the image where there are several, like jpg of
     000.jpg and 000.mask.png."""
@@ -34,11 +34,11 @@ class DataSection(Section):
     uri_column: str = "uri"
     """Lists: column with the image's path or s3:// address."""
     label_column: str | None = "label"
-    """Column of the class, an integer or a name, if it is there; null takes no labels, from class
-    folders neither."""
+    """Column of the class, an integer or a name, if it is there. null reads no labels, also not
+    from class folders."""
     caption_column: str | None = "caption"
     """Column of the caption, one text or a list of them; `text` or `prompt` where only one of them
-    is there. null takes no captions."""
+    is there. null reads no captions."""
     max_pixels: int = Field(100_000_000, gt=0)
     """Pixels that an image may declare. A larger one is an error of that image and is not decoded,
     because small files can decode to gigabytes."""

@@ -138,8 +138,9 @@ class EvaluateSection(DecodingPoolSection):
 
 
 class ProbeSection(DecodingPoolSection):
-    """`fae probe`: what latents and reconstructed features still know. The paper probes with
-    DINOv2's ready-made head and gives only the 16 pairs; the other settings are this project's."""
+    """`fae probe`: how much of the features' information latents and rebuilt features keep. The
+    paper probes with DINOv2's ready-made head and gives only the 16 pairs; the other settings are
+    this project's."""
 
     output: OutputPath[str | None] = None
     """Folder or s3:// prefix for probe.json and the figures; without it the numbers are only
@@ -213,7 +214,7 @@ class ChainSection(Section):
 
 
 class TrackingSection(Section):
-    """Where runs are logged with MLflow, which never stops them."""
+    """Where runs are logged with MLflow. A tracking server that fails never stops a run."""
 
     experiment: Execution[str] = "fae"
     """MLflow's experiment."""
