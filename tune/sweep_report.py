@@ -26,7 +26,8 @@ IMPORTANCE_NOTE = (
     "The numbers are fANOVA's importance of a setting for an objective, computed by Optuna from "
     "the finished trials: the share of the objective's variance that the setting explains by "
     "itself. A column is scaled to add up to 1, so effects of settings together do not show. "
-    "Where `seed` is varied, its importance shows how much is chance. With few trials every "
+    "Where `seed` is varied at all other settings, its importance shows how much is chance; where "
+    "it is varied at some of them only, it also takes a part of theirs. With few trials every "
     "number is uncertain."
 )
 
@@ -109,7 +110,7 @@ def _markdown(
     importances: Mapping[str, Mapping[str, float]],
 ) -> str:
     objectives = recipe.tune.objectives
-    wanted = " and ".join(f"{o.metric} ({o.mode})" for o in objectives)
+    wanted = ", ".join(f"{o.metric} ({o.mode})" for o in objectives)
     states = [trial.state for trial in trials]
     counts = ", ".join(f"{states.count(state)} {state}" for state in sorted(set(states)))
     lines = [
