@@ -45,22 +45,21 @@ def make_searcher(recipe: Recipe, folder: str) -> tuple[Any, int]:
     """(searcher, number of trials that it has yet to run) for tune.algorithm=optuna.
 
     Its study is made from the sweep's recorded trials, so nothing is unpickled. The settings of
-    unfinished trials come first.
+    unfinished and failed trials come first.
     """
     from optuna.storages import InMemoryStorage
     from ray.tune.search.optuna import OptunaSearch
 
     space = OptunaSearch.convert_search_space(tune_space(recipe.tune.space))
     objectives = recipe.tune.objectives
-    records = [r for r in recorded(folder).items() if study.holds(space, r[1]["settings"])]
+    records = {k: r for k, r in recorded(folder).items() if study.holds(space, r["settings"])}
+    ended = {k: r for k, r in records.items() if r["state"] not in (UNFINISHED, FAILED)}
+    known = {k: (r["settings"], r["metrics"]) for k, r in ended.items()}
     memory = InMemoryStorage()
-    known = study.make_study(
-        objectives, space, {key: (r["settings"], r["metrics"]) for key, r in records}, memory
-    )
-    unfinished = [r["settings"] for _, r in records if r["state"] in (UNFINISHED, FAILED)]
-    for settings in unfinished:
-        known.enqueue_trial(settings)
-    num_ended = len(records) - len(unfinished)
+    started = study.make_study(objectives, space, known, memory)
+    to_resume = [r["settings"] for k, r in records.items() if k not in ended]
+    for settings in to_resume:
+        started.enqueue_trial(settings)
     searcher = OptunaSearch(
         space,
         metric=[objective.metric for objective in objectives],
@@ -68,6 +67,6 @@ def make_searcher(recipe: Recipe, folder: str) -> tuple[Any, int]:
         storage=memory,
         study_name=study.NAME,
         # A restart continues the suggestions instead of repeating the first ones.
-        seed=recipe.seed + num_ended,
+        seed=recipe.seed + len(ended),
     )
-    return searcher, max(recipe.tune.num_samples - num_ended, len(unfinished))
+    return searcher, max(recipe.tune.num_samples - len(ended), len(to_resume))

@@ -1,9 +1,9 @@
 """One trial of a sweep: its settings, the chain's stages that they lead to, and its record.
 
 STORAGE/tune/NAME/trials/KEY/ holds settings.json and recipe.yaml, written when the trial starts,
-and at the end result.json. These files are the sweep's only state. They are plain JSON and YAML,
-which anyone can read. Ray Tune's own experiment state is pickled, knows nothing of stages that
-another sweep has run, and does not allow a change of the space.
+and at the end result.json, or failure.json after an error. These files are the sweep's only state.
+They are plain JSON and YAML, which anyone can read. Ray Tune's own experiment state is pickled,
+knows nothing of stages that another sweep has run, and does not allow a change of the space.
 """
 
 from __future__ import annotations
@@ -152,7 +152,7 @@ def plan_trial(recipe: Recipe, settings: Settings) -> Trial:
 
 
 def recorded(folder: str) -> dict[str, dict[str, Any]]:
-    """Every trial of the sweep by key: its result, its failure, or its settings, `UNFINISHED`."""
+    """Every trial of the sweep by key: its result, its failure, or its settings as `UNFINISHED`."""
     found: dict[str, dict[str, Any]] = {}
     ended = ("result.json", "failure.json")
     for file in paths.list_files(paths.join(folder, "trials")):
