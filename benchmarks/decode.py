@@ -1,12 +1,14 @@
-"""Images per second one core decodes and crops, by decoder; and how far each crop is from the exact one.
+"""Images per second one core decodes and crops, by decoder; and how far each crop is from the exact
+one.
 
     python -m benchmarks.decode [--images 24] [--rounds 10]
 
-Photographs as JPEGs of ImageNet's usual size, in three samplings of colour and progressive, cropped to 256 px; and, where a
-decoder can halve while it decodes, to 128 px, from a size that halves evenly and from one that does not. One thread, in
-processor time, so that other work disturbs little; a method's time is the sum over images of each one's best round, and
-the rounds of all methods alternate. The effect on features is DINOv2-S's, on the crops whose pixels differ. simplejpeg is
-measured where it is installed, nvJPEG where there is a GPU.
+Photographs as JPEGs of ImageNet's usual size, in three samplings of colour and progressive, cropped
+to 256 px; and, where a decoder can halve while it decodes, to 128 px, from a size that halves
+evenly and from one that does not. One thread, in processor time, so that other work disturbs
+little; a method's time is the sum over images of each one's best round, and the rounds of all
+methods alternate. The effect on features is DINOv2-S's, on the crops whose pixels differ.
+simplejpeg is measured where it is installed, nvJPEG where there is a GPU.
 """
 
 from __future__ import annotations
@@ -64,7 +66,9 @@ class Row:
 
 
 def pillow(data: bytes, halve_to: int = 0) -> Image.Image:
-    """RGB; with `halve_to` libjpeg halves while it decodes, as often as both sides stay that long."""
+    """RGB; with `halve_to` libjpeg halves while it decodes, as often as both sides stay that
+    long.
+    """
     image = Image.open(io.BytesIO(data))
     if halve_to:
         image.draft("RGB", (halve_to, halve_to))
@@ -84,7 +88,8 @@ def turbo(data: bytes, fast: bool = False) -> Image.Image:
 
 
 def turbo_scaled(data: bytes, size: int) -> Image.Image:
-    """RGB by simplejpeg in the smallest of libjpeg-turbo's eighths of which no side is under `size`."""
+    """RGB by simplejpeg in the smallest of libjpeg-turbo's eighths of which no side is under
+    `size`."""
     return Image.fromarray(simplejpeg.decode_jpeg(data, min_height=size, min_width=size))
 
 
@@ -174,12 +179,14 @@ def main() -> None:
         rows = measure(size, min(shape) >= 2 * size, images, arguments.rounds, backbone)
         print(f"\n{title}\n")
         print(
-            "| decoder, crop | decode/s | decode and crop/s | times exact | largest error | mean error "
+            "| decoder, crop | decode/s | decode and crop/s | times exact | largest error | mean "
+            "error "
             "| features: relative error | cosine |\n|---|---|---|---|---|---|---|---|"
         )
         for row in rows:
             print(
-                f"| {row.name} | {row.decode_rate:.0f} | {row.rate:.0f} | {row.rate / rows[0].rate:.2f} | {row.maximum} "
+                f"| {row.name} | {row.decode_rate:.0f} | {row.rate:.0f} | "
+                f"{row.rate / rows[0].rate:.2f} | {row.maximum} "
                 f"| {row.mean:.4f} | {row.feature_error:.1e} | {row.cosine:.6f} |"
             )
 

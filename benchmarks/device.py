@@ -1,13 +1,16 @@
-"""Is what an accelerator computes right, and how near to its matrix rate is it? Without Ray, in one call.
+"""Is what an accelerator computes right, and how near to its matrix rate is it? Without Ray, in one
+call.
 
-    python -m benchmarks.device [KEY=VALUE ...] [--backbones dinov2_vitl14 dinov2_vitg14] [--batches 64 128 256]
+    python -m benchmarks.device [KEY=VALUE ...] [--backbones dinov2_vitl14 dinov2_vitg14]
+        [--batches 64 128 256]
                                 [--only check encode train sample] [--device cuda]
 
-check: networks, gradients and samplers with equal weights and inputs on the CPU in float32 and on the device; the relative
-error of each, and exit status 1 where one is above its bound. encode: uint8 crops in memory to latents in memory, at each
-batch size, plain and compiled, beside the same network on a batch that is already there: what the loop adds is the time
-in which the device waits. train and sample: benchmarks.train and benchmarks.sample at the paper's sizes, plain and
-compiled, in processes of their own. Weights are random.
+check: networks, gradients and samplers with equal weights and inputs on the CPU in float32 and on
+the device; the relative error of each, and exit status 1 where one is above its bound. encode:
+uint8 crops in memory to latents in memory, at each batch size, plain and compiled, beside the same
+network on a batch that is already there: what the loop adds is the time in which the device waits.
+train and sample: benchmarks.train and benchmarks.sample at the paper's sizes, plain and compiled,
+in processes of their own. Weights are random.
 """
 
 from __future__ import annotations
@@ -37,18 +40,30 @@ from fae_core.pixel_decoder import PixelDecoder, PixelDecoderConfig
 from fae_core.samplers import PAPER_GUIDANCE, sample_ode
 
 BOUNDS = {"fp32": 1e-3, "bf16": 5e-2}
-"""Largest relative error: sums in another order, and eight bits of mantissa through a few dozen layers."""
+"""Largest relative error: sums in another order, and eight bits of mantissa through a few dozen
+layers."""
 PARTS = ("check", "encode", "train", "sample")
 PAPER_TRAIN = (
-    "backbone.name=dinov2_vitg14", "backbone.weights=random", "autoencoder.training.batch_size=64",
-    "autoencoder.encoder.num_heads=24", "autoencoder.encoder.head_dim=256", "autoencoder.decoder.num_heads=24",
-    "pixel_decoder.size=L", "pixel_decoder.training.batch_size=16", "generator.size=XL",
+    "backbone.name=dinov2_vitg14",
+    "backbone.weights=random",
+    "autoencoder.training.batch_size=64",
+    "autoencoder.encoder.num_heads=24",
+    "autoencoder.encoder.head_dim=256",
+    "autoencoder.decoder.num_heads=24",
+    "pixel_decoder.size=L",
+    "pixel_decoder.training.batch_size=16",
+    "generator.size=XL",
     "generator.training.batch_size=128",
-)  # fmt: skip
+)
 PAPER_SAMPLE = (
-    "backbone.name=dinov2_vitg14", "pixel_decoder.size=L", "generator.size=XL", "sample.precision=bf16",
-    "autoencoder.encoder.num_heads=24", "autoencoder.encoder.head_dim=256", "autoencoder.decoder.num_heads=24",
-)  # fmt: skip
+    "backbone.name=dinov2_vitg14",
+    "pixel_decoder.size=L",
+    "generator.size=XL",
+    "sample.precision=bf16",
+    "autoencoder.encoder.num_heads=24",
+    "autoencoder.encoder.head_dim=256",
+    "autoencoder.decoder.num_heads=24",
+)
 
 BF16 = tuple(
     f"{name}.training.precision=bf16" for name in ("autoencoder", "pixel_decoder", "generator")
@@ -149,7 +164,8 @@ def check(recipe: Recipe, device: torch.device) -> bool:
 
 
 def drawn(network: DiT | StarFlow, inputs: Sequence[Tensor], device: torch.device) -> Tensor:
-    """Samples of the first input as noise: 20 steps with the paper's guidance, or the flow's guided inverse."""
+    """Samples of the first input as noise: 20 steps with the paper's guidance, or the flow's guided
+    inverse."""
     network.to(device).eval()
     noise, labels = inputs[0].to(device), inputs[-1].to(device)
     with torch.inference_mode():
@@ -170,7 +186,8 @@ def encoder_of(
 
 
 def measure_encoder(encoder: LatentEncoder, side: int, size: int, rate: float) -> list[str]:
-    """Images/s from memory to memory and of the network alone, share of the matrix rate, and of the time in which the device waits."""
+    """Images/s from memory to memory and of the network alone, share of the matrix rate, and of the
+    time in which the device waits."""
     device = encoder.device
     images = np.random.default_rng(0).integers(0, 256, (4 * size, side, side, 3), np.uint8)
     with torch.inference_mode():  # as in the loop: another kind of tensor would be compiled anew
@@ -230,7 +247,8 @@ def main() -> int:
             recipe = load_recipe(arguments.recipe, [*settings, f"backbone.name={name}"])
             rows += encode(recipe, arguments.batches, device)
         print(
-            "\n| backbone | batch | compiled | images/s | network alone | of the matrix rate | device waits |"
+            "\n| backbone | batch | compiled | images/s | network alone | of the matrix rate | "
+            "device waits |"
         )
         print("|---|---|---|---|---|---|---|")
         for row in rows:

@@ -1,4 +1,5 @@
-"""What every benchmark states with its figures: machine, versions, and the photographs that it measures on."""
+"""What every benchmark states with its figures: machine, versions, and the photographs that it
+measures on."""
 
 from __future__ import annotations
 
@@ -40,7 +41,8 @@ def _processor() -> str:
 def write_photographs(
     folder: Path, count: int, size: tuple[int, int] = (500, 375), **options: int | str
 ) -> None:
-    """`count` JPEGs cropped from scikit-image's photographs, the same each time; `options` go to Pillow's writer.
+    """`count` JPEGs cropped from scikit-image's photographs, the same each time; `options` go to
+    Pillow's writer.
 
     The default size is ImageNet's usual one; others are 4 : 3 too.
     """

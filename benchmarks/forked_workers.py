@@ -1,7 +1,9 @@
-"""Ray workers that are forked from one process which has imported everything, so that hundreds fit on a small machine.
+"""Ray workers that are forked from one process which has imported everything, so that hundreds fit
+on a small machine.
 
-A worker of Ray's own starts a Python, imports for two seconds and holds 108 MiB to itself; a fork shares both. Only how a
-worker begins differs: it runs Ray's own `default_worker.py`, and Ray talks with it as with any other.
+A worker of Ray's own starts a Python, imports for two seconds and holds 108 MiB to itself; a fork
+shares both. Only how a worker begins differs: it runs Ray's own `default_worker.py`, and Ray talks
+with it as with any other.
 """
 
 from __future__ import annotations
@@ -26,8 +28,9 @@ IMPORTED = (
     "benchmarks.sleeping",
     "fae.pipelines.latents.tasks",
 )
-# What Ray starts in place of Python: a worker's command line goes to the server, everything else to the real one. The
-# first worker starts the server with its own environment, because Ray's core reads the job and the raylet when imported.
+# What Ray starts in place of Python: a worker's command line goes to the server, everything else to
+# the real one. The first worker starts the server with its own environment, because Ray's core
+# reads the job and the raylet when imported.
 _STAND_IN = """#!{python} -IS
 import json, os, socket, subprocess, sys, time
 arguments = sys.argv[1:]
@@ -117,7 +120,8 @@ def _become_worker(
     for target, descriptor in zip((1, 2), descriptors, strict=True):
         os.dup2(descriptor, target)
         os.close(descriptor)
-    # Before Ray's own script stands its setup_worker.py where there is an environment to set up, which is done here.
+    # Before Ray's own script stands its setup_worker.py where there is an environment to set up,
+    # which is done here.
     options, command = parser.parse_known_args(arguments)
     while not command[0].endswith("default_worker.py"):
         del command[0]
@@ -125,7 +129,8 @@ def _become_worker(
     os.environ.clear()
     os.environ.update({**environment, **context.env_vars})
     sys.argv = command
-    # Not by runpy, which takes the script's names away at its end, while threads of Ray's core still use what they held.
+    # Not by runpy, which takes the script's names away at its end, while threads of Ray's core
+    # still use what they held.
     names = {"__name__": "__main__", "__file__": command[0]}
     exec(compile(Path(command[0]).read_text(), command[0], "exec"), names)
     os._exit(0)

@@ -1,7 +1,9 @@
-"""How much memory and time planning takes: `python -m benchmarks.listing SOURCE`, or a number of made-up records.
+"""How much memory and time planning takes: `python -m benchmarks.listing SOURCE`, or a number of
+made-up records.
 
-SOURCE is any data.path. A number writes a Parquet list of so many S3 addresses first, in another process and not in key
-order, so that sorting is measured too. Prints records, seconds, the peak of resident memory, and the plan's size.
+SOURCE is any data.path. A number writes a Parquet list of so many S3 addresses first, in another
+process and not in key order, so that sorting is measured too. Prints records, seconds, the peak of
+resident memory, and the plan's size.
 """
 
 from __future__ import annotations

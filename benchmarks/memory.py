@@ -1,12 +1,14 @@
-"""Does precompute's memory grow with the number of images, and does `--dry-run` say what a job needs? Peaks, and the estimates.
+"""Does precompute's memory grow with the number of images, and does `--dry-run` say what a job
+needs? Peaks, and the estimates.
 
     python -m benchmarks.memory [--images 1000 4000] [--train autoencoder pixel_decoder generator]
                                 [--sample dit starflow] [KEY=VALUE ...]
 
-Each job runs in a process of its own with a Ray of its own; those that train, for a few steps of the recipe's batch size.
-Memory is unique memory (USS), the highest of four samples a second: of the driver, of the largest other process (a
-training's worker, a sampling's actor), and summed over all of them; the object store is Ray's own figure. The backbone is a small random ViT, so
-that minutes suffice: the images take the same way.
+Each job runs in a process of its own with a Ray of its own; those that train, for a few steps of
+the recipe's batch size. Memory is unique memory (USS), the highest of four samples a second: of the
+driver, of the largest other process (a training's worker, a sampling's actor), and summed over all
+of them; the object store is Ray's own figure. The backbone is a small random ViT, so that minutes
+suffice: the images take the same way.
 """
 
 from __future__ import annotations

@@ -1,16 +1,20 @@
-"""Precompute beside two ways that people write it, over the same images with the same model, in one run.
+"""Precompute beside two ways that people write it, over the same images with the same model, in one
+run.
 
     python -m benchmarks.peers [--images 640] [KEY=VALUE ...]
 
-1. A plain loop in the manner of LightningDiT's extract_features.py: a DataLoader whose workers decode and crop, the model in
+1. A plain loop in the manner of LightningDiT's extract_features.py: a DataLoader whose workers
+   decode and crop, the model in
    the main process, a safetensors file every so many images.
-2. Ray Data's documented batch inference: read_images -> map -> map_batches(class, ActorPoolStrategy) -> write_parquet.
+2. Ray Data's documented batch inference: read_images -> map -> map_batches(class,
+   ActorPoolStrategy) -> write_parquet.
 3. Ours, `fae precompute`.
 
-All three are ours in code, and run with one crop (ADM's, by Pillow), one LatentEncoder, one precision and one batch size, each in a
-process of its own; the model has the threads of all cores in each, and decoding what the others leave. Neither peer
-verifies, resumes or counts what it wrote. The steady rate is that of the middle half of the batches or shards.
-Ratios are to the bare model loop over crops in memory, before and after the three.
+All three are ours in code, and run with one crop (ADM's, by Pillow), one LatentEncoder, one
+precision and one batch size, each in a process of its own; the model has the threads of all cores
+in each, and decoding what the others leave. Neither peer verifies, resumes or counts what it wrote.
+The steady rate is that of the middle half of the batches or shards. Ratios are to the bare model
+loop over crops in memory, before and after the three.
 """
 
 from __future__ import annotations
@@ -57,7 +61,8 @@ class Photographs(Dataset[tuple[str, np.ndarray]]):
 
 
 def loop(recipe: Recipe) -> tuple[int, float]:
-    """The DataLoader's loop: images written, and images per second in the middle half of the batches."""
+    """The DataLoader's loop: images written, and images per second in the middle half of the
+    batches."""
     assert recipe.data.path and recipe.output
     torch.set_num_threads(os.cpu_count() or 1)
     options, output = recipe.precompute, Path(recipe.output)
@@ -95,7 +100,9 @@ class EncodeBatch:
 
 
 def ray_data(recipe: Recipe) -> tuple[int, float]:
-    """Ray Data's pattern: images written, and images per second in the middle half of the batches."""
+    """Ray Data's pattern: images written, and images per second in the middle half of the
+    batches.
+    """
     assert recipe.data.path and recipe.output
     start_ray()
     import pyarrow.parquet as pq
@@ -103,8 +110,8 @@ def ray_data(recipe: Recipe) -> tuple[int, float]:
 
     options = recipe.precompute
     ray.data.DataContext.get_current().enable_progress_bars = False
-    # Tasks ask for half a core and writing for less: with the default of one, reading and writing would
-    # take turns beside an actor on two cores.
+    # Tasks ask for half a core and writing for less: with the default of one, reading and writing
+    # would take turns beside an actor on two cores.
     images = ray.data.read_images(recipe.data.path, mode="RGB", include_paths=True, num_cpus=0.5)
     images.map(crop_row, fn_kwargs={"size": recipe.image_size}, num_cpus=0.5).map_batches(
         EncodeBatch,
@@ -180,13 +187,22 @@ def main() -> None:
     bare = max(before, after)
     options = recipe.precompute
     print(f"\n{describe()}")
-    print(f"{arguments.images} images, {recipe.backbone.name}, {options.precision}, batches of {options.batch_size}, "
-          f"files of {options.shard_size}\n")  # fmt: skip
-    print("| what | steady images/s | of the bare model loop | with start-up | of the bare model loop |")  # fmt: skip
+    print(
+        f"{arguments.images} images, {recipe.backbone.name}, {options.precision}, batches of "
+        f"{options.batch_size}, "
+        f"files of {options.shard_size}\n"
+    )
+    print(
+        "| what | steady images/s | of the bare model loop | with start-up | of the bare model "
+        "loop |"
+    )
     print("|---|---|---|---|---|")
     print(f"| bare model loop (before, after: {before:.2f}, {after:.2f}) | {bare:.2f} | 1 | | |")
     bound = 1 / (1 / decode_rate + 1 / bare)
-    print(f"| bound: decode ({decode_rate:.0f}/s), then model | {bound:.2f} | {bound / bare:.3f} | | |")  # fmt: skip
+    print(
+        f"| bound: decode ({decode_rate:.0f}/s), then model | {bound:.2f} | {bound / bare:.3f} | | "
+        "|"
+    )
     for name, steady, whole in rows:
         print(f"| {name} | {steady:.2f} | {steady / bare:.3f} | {whole:.2f} | {whole / bare:.3f} |")
 

@@ -1,9 +1,11 @@
-"""Images per second of decoding alone, the model alone, and the whole pipeline, on the same images in one run.
+"""Images per second of decoding alone, the model alone, and the whole pipeline, on the same images
+in one run.
 
     python -m benchmarks.precompute [--images 1280] [KEY=VALUE ...]
 
-The bound on one machine's cores is 1 / (1/decode + 1/model), each measured with all cores; the pipeline's steady rate
-is that of its middle half of shards (so neither start-up nor what was decoded ahead counts), and its start-up is stated apart. Overrides are the recipe's, for example
+The bound on one machine's cores is 1 / (1/decode + 1/model), each measured with all cores; the
+pipeline's steady rate is that of its middle half of shards (so neither start-up nor what was
+decoded ahead counts), and its start-up is stated apart. Overrides are the recipe's, for example
 precompute.shard_size=128.
 """
 
@@ -48,7 +50,8 @@ def decode_only(recipe: Recipe) -> tuple[float, np.ndarray]:
     with ProcessPoolExecutor(os.cpu_count()) as pool:
         list(pool.map(decode, parts[: os.cpu_count()]))  # processes start and import here
         started = time.perf_counter()
-        # Only counts come back: sending pixels between processes is the pipeline's cost, not decoding's.
+        # Only counts come back: sending pixels between processes is the pipeline's cost, not
+        # decoding's.
         count = sum(pool.map(count_decoded, parts))
         seconds = time.perf_counter() - started
     return count / seconds, decode((records[:MODEL_IMAGES], recipe))
@@ -110,16 +113,22 @@ def main() -> None:
     steady = manifest["run"]["steady_images_per_second"]
     startup = seconds - arguments.images / steady
     print(f"\n{describe()}")
-    print(f"{arguments.images} images, {recipe.backbone.name}, {recipe.precompute.precision}, "
-          f"shards of {recipe.precompute.shard_size}, batches of {recipe.precompute.batch_size}\n")  # fmt: skip
+    print(
+        f"{arguments.images} images, {recipe.backbone.name}, {recipe.precompute.precision}, "
+        f"shards of {recipe.precompute.shard_size}, batches of {recipe.precompute.batch_size}\n"
+    )
     print("| what | images/s | of the bound |\n|---|---|---|")
     print(f"| decode and crop alone, all cores | {decode_rate:.1f} | |")
     print(
-        f"| model alone, all cores (before, after: {before:.2f}, {after:.2f}) | {model_rate:.2f} | |"
+        f"| model alone, all cores (before, after: {before:.2f}, {after:.2f}) | {model_rate:.2f} | "
+        "|"
     )
     print(f"| bound: both, one after the other | {bound:.2f} | 1 |")
     print(f"| pipeline, steady | {steady:.2f} | {steady / bound:.3f} |")
-    print(f"| pipeline, with {startup:.1f} s of start-up | {arguments.images / seconds:.2f} | {arguments.images / seconds / bound:.3f} |")  # fmt: skip
+    print(
+        f"| pipeline, with {startup:.1f} s of start-up | {arguments.images / seconds:.2f} | "
+        f"{arguments.images / seconds / bound:.3f} |"
+    )
 
 
 if __name__ == "__main__":

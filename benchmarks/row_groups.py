@@ -3,8 +3,8 @@
     python -m benchmarks.row_groups [--images 8192] [--bytes 48000] [--shard 256] [--large-gb 6]
 
 What precompute's reading tasks do, without decoding: each layout in a process of its own, with its
-processor seconds, the bytes that it read from the file and its peak memory. `--large-gb` reads one group of
-that size as well, to see that memory does not grow with it.
+processor seconds, the bytes that it read from the file and its peak memory. `--large-gb` reads one
+group of that size as well, to see that memory does not grow with it.
 """
 
 from __future__ import annotations

@@ -1,11 +1,13 @@
 """Images a second of sampling, decoders included, and how much of the time is the network itself.
 
-    python -m benchmarks.sample [--networks dit starflow] [--images 8] [--steps 250] [--device cuda] [KEY=VALUE ...]
+    python -m benchmarks.sample [--networks dit starflow] [--images 8] [--steps 250]
+        [--device cuda] [KEY=VALUE ...]
 
-The diffusion transformer walks the ODE with the paper's three-part guidance (batch doubled only where the scale is not
-1); the flow inverts itself with cached keys and values, guided in its deep block. "Network alone" is the diffusion transformer
-called as often, at the same batch sizes, on tensors that are already there, and the flow's forward pass (which sees all
-tokens at once: its inverse cannot). Weights are random: the time is the same. Overrides are the recipe's.
+The diffusion transformer walks the ODE with the paper's three-part guidance (batch doubled only
+where the scale is not 1); the flow inverts itself with cached keys and values, guided in its deep
+block. "Network alone" is the diffusion transformer called as often, at the same batch sizes, on
+tensors that are already there, and the flow's forward pass (which sees all tokens at once: its
+inverse cannot). Weights are random: the time is the same. Overrides are the recipe's.
 """
 
 from __future__ import annotations
@@ -76,7 +78,13 @@ def measure(name: str, recipe: Recipe, images: int, device: torch.device) -> lis
         painting = seconds(lambda: decoder(latents), device, 3)
     alone = seconds(lambda: network_alone(model, recipe, *there), device, 1)
     total = drawing + painting
-    return [name, str(images), f"{images / total:.3f}", f"{painting / total:.3f}", f"{alone / drawing:.3f}"]  # fmt: skip
+    return [
+        name,
+        str(images),
+        f"{images / total:.3f}",
+        f"{painting / total:.3f}",
+        f"{alone / drawing:.3f}",
+    ]
 
 
 def main() -> None:

@@ -1,12 +1,14 @@
 """How good are generated pictures of a labelled set? Numbers and one figure, without a download.
 
-    python -m benchmarks.samples fashion-dinov2s --train fashion/train.parquet --test fashion/test.parquet \\
+    python -m benchmarks.samples fashion-dinov2s --train fashion/train.parquet \\
+        --test fashion/test.parquet \\
         --samples dit=samples-dit starflow=samples-starflow --output report
 
-Class accuracy: a logistic regression on real training images' class tokens, asked about the samples and, beside them, about
-real test images. Fréchet distance on the same tokens, beside the floor: real test images against real training images,
-as many as there are samples. The figure shows a few samples with their nearest training images. A row "rebuilt" passes
-the test images through autoencoder and pixel decoder: what a perfect generator would reach with these decoders.
+Class accuracy: a logistic regression on real training images' class tokens, asked about the samples
+and, beside them, about real test images. Fréchet distance on the same tokens, beside the floor:
+real test images against real training images, as many as there are samples. The figure shows a few
+samples with their nearest training images. A row "rebuilt" passes the test images through
+autoencoder and pixel decoder: what a perfect generator would reach with these decoders.
 """
 
 from __future__ import annotations
@@ -87,7 +89,8 @@ def rebuilt_images(recipe: Recipe, backbone: Backbone, images: np.ndarray) -> np
 def neighbours_figure(
     sets: dict[str, tuple[np.ndarray, np.ndarray]], train: tuple[np.ndarray, np.ndarray]
 ) -> bytes:
-    """Four samples of each set, and the training images nearest to them by cosine of the class token."""
+    """Four samples of each set, and the training images nearest to them by cosine of the class
+    token."""
     rows: list[list[np.ndarray | None]] = []
     train_images, train_tokens = train
     unit = train_tokens / np.linalg.norm(train_tokens, axis=1, keepdims=True)

@@ -1,20 +1,23 @@
-"""Where would precompute's driver be full? Encoders that sleep, hundreds of them in one Ray, and a store of a million shards.
+"""Where would precompute's driver be full? Encoders that sleep, hundreds of them in one Ray, and a
+store of a million shards.
 
     python -m benchmarks.scale [--runs 8x1 16x1 64x10 256x10] [--shards 1000000]
 
 A run `64x10` has 64 actors and shards of ten seconds.
 
-Real: plan, Ray Data and its driver, the tasks that read, decode and write (PNGs of 8 x 8 pixels in one Parquet file, so
-that they cost next to nothing), the actors' processes, the commit. Simulated: the encoder sleeps for a shard's service
-time instead of computing, its latents are a few numbers, workers are forked (forked_workers.py), and all nodes are this
-machine: nothing here is said of a network. For the million shards Ray does not run: the files are empty ones, and what
-workers read of their footers is made up; reading footers is measured apart, on real shards.
+Real: plan, Ray Data and its driver, the tasks that read, decode and write (PNGs of 8 x 8 pixels in
+one Parquet file, so that they cost next to nothing), the actors' processes, the commit. Simulated:
+the encoder sleeps for a shard's service time instead of computing, its latents are a few numbers,
+workers are forked (forked_workers.py), and all nodes are this machine: nothing here is said of a
+network. For the million shards Ray does not run: the files are empty ones, and what workers read of
+their footers is made up; reading footers is measured apart, on real shards.
 
-Efficiency: shards per second in the middle half of the shards, times the service time, over the number of actors. A process
-is busy for its processor time there over the time that passed. The driver looks for news many times a second whether or
-not there is any, so what a shard costs it is told apart by runs of different rates: busy = idle + (a + b x actors) x rate,
-fitted with none below zero (three runs or more, or it is not printed). `lane` is the process that drives a Ray data set (this one, unless there are several),
-`directory` is Ray's gcs_server.
+Efficiency: shards per second in the middle half of the shards, times the service time, over the
+number of actors. A process is busy for its processor time there over the time that passed. The
+driver looks for news many times a second whether or not there is any, so what a shard costs it is
+told apart by runs of different rates: busy = idle + (a + b x actors) x rate, fitted with none below
+zero (three runs or more, or it is not printed). `lane` is the process that drives a Ray data set
+(this one, unless there are several), `directory` is Ray's gcs_server.
 """
 
 from __future__ import annotations
@@ -66,7 +69,8 @@ def simulate(
     """Precompute `rounds` shards an actor with encoders that sleep; needs a Ray,
     and the file with the process id of its workers' parent.
 
-    Shards per second and, by PROCESSES, processor seconds a second; all in the middle half of the shards.
+    Shards per second and, by PROCESSES, processor seconds a second; all in the middle half of the
+    shards.
     """
     num_shards = max(rounds * num_actors, 12)
     recipe = sleeping_recipe(folder, num_actors, num_shards, gpus)
@@ -143,14 +147,16 @@ def processor_seconds(workers: Path) -> dict[str, float]:
 
 
 def fit(actors: list[float], rates: list[float], busy: list[float]) -> tuple[float, float, float]:
-    """(idle, a, b) of busy = idle + (a + b x actors) x rate, none below zero; rates in shards a second."""
+    """(idle, a, b) of busy = idle + (a + b x actors) x rate, none below zero; rates in shards a
+    second."""
     return _explain(busy, np.ones(len(rates)), rates, np.multiply(actors, rates))
 
 
 def fit_directory(
     actors: list[float], rates: list[float], busy: list[float]
 ) -> tuple[float, float, float]:
-    """(idle, a, b) of busy = idle + a x rate + b x actors: every process of Ray reports to it, at work or not."""
+    """(idle, a, b) of busy = idle + a x rate + b x actors: every process of Ray reports to it, at
+    work or not."""
     return _explain(busy, np.ones(len(rates)), rates, actors)
 
 
@@ -163,7 +169,8 @@ def _explain(busy: Sequence[float], *terms: Any) -> tuple[float, float, float]:
 
 
 def full_at(idle: float, constant: float, growth: float, service: float) -> float:
-    """Number of actors whose shards of `service` seconds keep the process busy all the time, by `fit`."""
+    """Number of actors whose shards of `service` seconds keep the process busy all the time, by
+    `fit`."""
     # 1 = idle + (constant + growth n) n / service
     if not growth:
         return (1 - idle) * service / constant if constant else float("inf")
@@ -172,7 +179,8 @@ def full_at(idle: float, constant: float, growth: float, service: float) -> floa
 
 
 def million(num_shards: int, results: Any) -> None:
-    """Seconds and peak memory [MiB] of the driver's steps around Ray Data, into the queue `results`."""
+    """Seconds and peak memory [MiB] of the driver's steps around Ray Data, into the queue
+    `results`."""
     with tempfile.TemporaryDirectory() as folder:
         figures = [("nothing yet", 0.0, peak_rss())]
         for name, step in steps_of(folder, num_shards):
@@ -249,14 +257,18 @@ def print_simulation(rows: list[dict[str, float]], gpu_rate: float, size: int) -
     print(f"\nOne lane has {actor_pool.ACTORS_PER_LANE} actors at most.\n")
     names = " | ".join(f"{name} busy" for name in PROCESSES)
     print(
-        f"| actors | a shard [s] | lanes | shards/s | efficiency | {names} (of its cores) | all [s] |"
+        f"| actors | a shard [s] | lanes | shards/s | efficiency | {names} (of its cores) | all "
+        "[s] |"
     )
     print("|---|---|---|---|---|---|---|---|---|---|")
     for row in rows:
         shown = {**row, "machine": row["machine"] / (psutil.cpu_count() or 1)}
         busy = " | ".join(f"{shown[name]:.3f}" for name in PROCESSES)
         efficiency = row["rate"] * row["seconds"] / row["actors"]
-        print(f"| {row['actors']} | {row['seconds']:g} | {lanes_of(row)} | {row['rate']:.2f} | {efficiency:.3f} | {busy} | {row['wall']:.0f} |")  # fmt: skip
+        print(
+            f"| {row['actors']} | {row['seconds']:g} | {lanes_of(row)} | {row['rate']:.2f} | "
+            f"{efficiency:.3f} | {busy} | {row['wall']:.0f} |"
+        )
     service = size / gpu_rate
     print(f"\nA GPU of {gpu_rate:g} images/s and shards of {size}: {service:.2f} s a shard.\n")
     print("| process | busy | full at so many GPUs |\n|---|---|---|")

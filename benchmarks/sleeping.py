@@ -1,4 +1,5 @@
-"""The encoder of benchmarks/scale.py: it sleeps for the service time of a shard instead of computing.
+"""The encoder of benchmarks/scale.py: it sleeps for the service time of a shard instead of
+computing.
 
 Apart from scale.py because every actor imports this module, and 256 of them have no room for torch.
 """
@@ -15,7 +16,8 @@ LATENT_SHAPE = (4, 2, 2)
 
 
 class SleepingEncoder:
-    """Takes and gives what `EncodeShards` of precompute_job.py does; the plan's parts say how long a shard takes."""
+    """Takes and gives what `EncodeShards` of precompute_job.py does; the plan's parts say how long
+    a shard takes."""
 
     def __init__(self, recipe: Any, output: str, parts: dict[str, str]) -> None:
         self.columns = list(recipe.precompute.columns)

@@ -1,11 +1,13 @@
-"""How fast is the latent store: written, read in the order of its files, read in training's order, and opened when large?
+"""How fast is the latent store: written, read in the order of its files, read in training's order,
+and opened when large?
 
     python -m benchmarks.store [--rows 65536] [--shape 32 16 16] [--large 1280000 100000000]
 
-A synthetic store of random latents in shards of 512, in a folder on the disk that is to be measured (`--folder`). Each way of
-reading is measured twice: with the files in memory, and after they were dropped from it (`posix_fadvise`), which reaches
-what this machine caches and not what a virtual disk's host does. Ratios are to the plain read of the same files in the
-same state, by one process. For the large stores only the manifest exists: opening it and building an epoch's order.
+A synthetic store of random latents in shards of 512, in a folder on the disk that is to be measured
+(`--folder`). Each way of reading is measured twice: with the files in memory, and after they were
+dropped from it (`posix_fadvise`), which reaches what this machine caches and not what a virtual
+disk's host does. Ratios are to the plain read of the same files in the same state, by one process.
+For the large stores only the manifest exists: opening it and building an epoch's order.
 """
 
 from __future__ import annotations
@@ -40,7 +42,8 @@ MEBI = 1 << 20
 
 
 def write_store(folder: str, num_rows: int, shape: tuple[int, ...]) -> tuple[float, float]:
-    """Plan, write and commit `num_rows` random latents: seconds of all shards, and of the same bytes by `write_bytes` alone."""
+    """Plan, write and commit `num_rows` random latents: seconds of all shards, and of the same
+    bytes by `write_bytes` alone."""
     records = [ImageRecord(f"{i:08d}", f"/none/{i}", label=i % 1000) for i in range(num_rows)]
     plan = ensure_plan(folder, records, SHARD, {"autoencoder weights": "none"})
     values = np.random.default_rng(0).normal(size=(SHARD, *shape)).astype(np.float16)
@@ -116,7 +119,8 @@ def timed(read: Callable[[str], None], folder: str, cached: bool) -> float:
 
 
 def start_up(num_rows: int, results: Any) -> None:
-    """Open a store of `num_rows` rows of which only the manifest exists, and order an epoch; seconds, memory [MiB]."""
+    """Open a store of `num_rows` rows of which only the manifest exists, and order an epoch;
+    seconds, memory [MiB]."""
     with tempfile.TemporaryDirectory() as folder:
         size = write_manifest(folder, num_rows)
         before, started = peak_rss(), time.perf_counter()
@@ -137,9 +141,14 @@ def write_manifest(folder: str, num_rows: int) -> int:
     """The manifest of a store whose shards do not exist; its bytes."""
     entry = {"errors": 0, "bytes": 8394000, "offsets": {"mean": 4096}}
     shards = [
-        {"name": f"{i:08d}.parquet", "rows": min(SHARD, num_rows - i * SHARD), "etag": f"{i:032x}", **entry}
+        {
+            "name": f"{i:08d}.parquet",
+            "rows": min(SHARD, num_rows - i * SHARD),
+            "etag": f"{i:032x}",
+            **entry,
+        }
         for i in range(-(-num_rows // SHARD))
-    ]  # fmt: skip
+    ]
     counted = {"count": num_rows, "sums": ["1"] * 32, "squares": ["1"] * 32}
     manifest = {
         "format": FORMAT,
@@ -161,7 +170,8 @@ def peak_rss() -> float:
 def print_large(sizes: list[int]) -> None:
     """The table of `start_up`, a process each."""
     print(
-        "\n| rows | manifest [MB] | open [s] | order [s] | memory before [MiB] | peak, open | peak, two orders |"
+        "\n| rows | manifest [MB] | open [s] | order [s] | memory before [MiB] | peak, open | "
+        "peak, two orders |"
     )
     print("|---|---|---|---|---|---|---|")
     context = multiprocessing.get_context("spawn")
@@ -183,7 +193,10 @@ def print_rates(folder: str, num_rows: int, shape: tuple[int, ...], feed: bool) 
 
     def row(what: str, seconds: float, base: float | None, to: str) -> None:
         ratio = "" if base is None else f"{base / seconds:.3f}"
-        print(f"| {what} | {megabytes / seconds:.0f} | {num_rows / seconds:.0f} | {ratio} | {to} |", flush=True)  # fmt: skip
+        print(
+            f"| {what} | {megabytes / seconds:.0f} | {num_rows / seconds:.0f} | {ratio} | {to} |",
+            flush=True,
+        )
 
     row("write the latents' bytes whole, with fsync", plain, None, "")
     row("write shards", ours, plain, "the bytes alone")

@@ -1,13 +1,17 @@
-"""Training steps per network: images a second, share of the machine's matrix rate, what the frozen parts and the data cost.
+"""Training steps per network: images a second, share of the machine's matrix rate, what the frozen
+parts and the data cost.
 
-    python -m benchmarks.train [--networks autoencoder pixel_decoder dit starflow] [--steps 8] [--device cuda] [KEY=VALUE ...]
+    python -m benchmarks.train [--networks autoencoder pixel_decoder dit starflow] [--steps 8]
+        [--device cuda] [KEY=VALUE ...]
 
-Each network is trained by the trainers' own `train_step` on random tensors in memory. The matrix rate is that of one large
-product of the same precision, measured before and after in the same run; floating-point operations are counted by torch
-(matrix products, convolutions and attention; what activation checkpointing computes again is not counted twice). The
-frozen share is the time of the frozen networks' forward passes alone. Generators are then fed from a latent store on
-disk by the trainer's own feed: "from the store" is their rate over that from memory, and "waiting" the share of time
-spent waiting for data. Overrides are the recipe's, for example generator.size=XL generator.training.batch_size=64.
+Each network is trained by the trainers' own `train_step` on random tensors in memory. The matrix
+rate is that of one large product of the same precision, measured before and after in the same run;
+floating-point operations are counted by torch (matrix products, convolutions and attention; what
+activation checkpointing computes again is not counted twice). The frozen share is the time of the
+frozen networks' forward passes alone. Generators are then fed from a latent store on disk by the
+trainer's own feed: "from the store" is their rate over that from memory, and "waiting" the share of
+time spent waiting for data. Overrides are the recipe's, for example generator.size=XL
+generator.training.batch_size=64.
 """
 
 from __future__ import annotations
@@ -207,9 +211,17 @@ def measure(name: str, case: Case, steps: int, rate: float, device: torch.device
     if device.type == "cuda":
         memory = f"{torch.cuda.max_memory_allocated() / 2**30:.1f}"
     return [
-        name, f"{num_parameters(case.model) / 1e6:.1f}", str(size), f"{size / duration:.2f}",
-        f"{flops / size / 1e9:.1f}", f"{flops / duration / rate:.2f}", frozen, ratio, waiting, memory,
-    ]  # fmt: skip
+        name,
+        f"{num_parameters(case.model) / 1e6:.1f}",
+        str(size),
+        f"{size / duration:.2f}",
+        f"{flops / size / 1e9:.1f}",
+        f"{flops / duration / rate:.2f}",
+        frozen,
+        ratio,
+        waiting,
+        memory,
+    ]
 
 
 def main() -> None:
@@ -241,10 +253,14 @@ def main() -> None:
             del case
     after = matrix_rate(device, dtype)
     print(f"\n{describe()}")
-    print(f"{dtype} product of {MATRIX_SIDE[device.type]}²: {rate / 1e12:.3f} TFLOP/s before, {after / 1e12:.3f} after; "
-          f"{arguments.recipe} {' '.join([*SMALL, *overrides])}\n")  # fmt: skip
     print(
-        "| network | M parameters | batch | images/s | GFLOP an image | of the matrix rate | frozen share | from the store | waiting | peak GiB |"
+        f"{dtype} product of {MATRIX_SIDE[device.type]}²: {rate / 1e12:.3f} TFLOP/s before, "
+        f"{after / 1e12:.3f} after; "
+        f"{arguments.recipe} {' '.join([*SMALL, *overrides])}\n"
+    )
+    print(
+        "| network | M parameters | batch | images/s | GFLOP an image | of the matrix rate | "
+        "frozen share | from the store | waiting | peak GiB |"
     )
     print("|---|---|---|---|---|---|---|---|---|---|")
     for row in rows:

@@ -1,4 +1,5 @@
-"""What several test modules share: an S3 server on loopback, photographs, and one local Ray a module."""
+"""What several test modules share: an S3 server on loopback, photographs, and one local Ray a
+module."""
 
 from __future__ import annotations
 
@@ -60,7 +61,8 @@ def photographs(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def write_store():
-    """Writes a store of 20 rows in shards of 8, latents [2, 3, 3], labels 0 … 4; row i's mean is near i, mirrored i + 100."""
+    """Writes a store of 20 rows in shards of 8, latents [2, 3, 3], labels 0 … 4; row i's mean is
+    near i, mirrored i + 100."""
     from fae.pipelines.data.records import ImageRecord
     from fae.pipelines.latents.manifest import commit
     from fae.pipelines.latents.plan import ensure_plan
@@ -100,7 +102,8 @@ def write_store():
 
 @pytest.fixture(scope="session")
 def inception_weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Random weights in the layout of torch-fidelity's file: its own network's, saved before it loads any."""
+    """Random weights in the layout of torch-fidelity's file: its own network's, saved before it
+    loads any."""
     import torch
     from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
 

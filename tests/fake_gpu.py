@@ -1,8 +1,10 @@
-"""A GPU of which only devices, shapes and types exist: what would fail or wait on a real one shows on any machine.
+"""A GPU of which only devices, shapes and types exist: what would fail or wait on a real one shows
+on any machine.
 
-torch's fake tensors carry a device without having one, and refuse operations between devices. `Waits` sits before them
-and counts what makes the processor wait for the device: reading a value, and a copy that is not asked to be asynchronous.
-Backward passes need a driver; they are torch's own, and are left out: gradients are zeros where there would be some.
+torch's fake tensors carry a device without having one, and refuse operations between devices.
+`Waits` sits before them and counts what makes the processor wait for the device: reading a value,
+and a copy that is not asked to be asynchronous. Backward passes need a driver; they are torch's
+own, and are left out: gradients are zeros where there would be some.
 """
 
 from __future__ import annotations
@@ -21,7 +23,8 @@ GPU = torch.device("cuda:0")
 
 
 class Waits(TorchDispatchMode):
-    """Where the processor waited: the names of the operations, in order. Every value that is read is 1."""
+    """Where the processor waited: the names of the operations, in order. Every value that is read
+    is 1."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -65,7 +68,8 @@ class FakeGPU:
             return self.mode.from_tensor(real).to(GPU)
 
     def place(self, module: nn.Module) -> nn.Module:
-        """The module with its parameters and buffers on the GPU; a tensor that is neither stays behind and is found."""
+        """The module with its parameters and buffers on the GPU; a tensor that is neither stays
+        behind and is found."""
         for part in module.modules():
             for name, parameter in part._parameters.items():
                 if parameter is not None:

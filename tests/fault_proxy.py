@@ -1,7 +1,9 @@
-"""An HTTP proxy on loopback that misbehaves on request: what stands between a test and its S3 server.
+"""An HTTP proxy on loopback that misbehaves on request: what stands between a test and its S3
+server.
 
-Faults are real ones: 503 answers, latency, a frozen endpoint, one that is not there for a while, and connections that are
-cut before a request's body or the answer's is through. It counts requests and bytes, which shows what was read.
+Faults are real ones: 503 answers, latency, a frozen endpoint, one that is not there for a while,
+and connections that are cut before a request's body or the answer's is through. It counts requests
+and bytes, which shows what was read.
 """
 
 from __future__ import annotations
@@ -77,7 +79,8 @@ class FaultProxy:
             self._server = None
 
     def freeze(self) -> None:
-        """Stop passing bytes; connections stay open and new ones are accepted, as by a stopped process."""
+        """Stop passing bytes; connections stay open and new ones are accepted, as by a stopped
+        process."""
         self._flowing.clear()
 
     def thaw(self) -> None:
@@ -93,8 +96,9 @@ class FaultProxy:
     ) -> None:
         """Let the next `times` requests whose (method, path) match meet a fault.
 
-        503: the server says SlowDown. cut upload: reset in the middle of the request's body. cut answer: reset in the
-        middle of the answer's body. answer lost: the server has done it, and the client never hears of it.
+        503: the server says SlowDown. cut upload: reset in the middle of the request's body. cut
+        answer: reset in the middle of the answer's body. answer lost: the server has done it, and
+        the client never hears of it.
         """
         with self._lock:
             self._faults.append(_Fault(kind, times, matches))

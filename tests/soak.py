@@ -1,9 +1,11 @@
-"""The soak: precompute from S3 to S3 while something goes wrong every few seconds, then a manifest that must be exact.
+"""The soak: precompute from S3 to S3 while something goes wrong every few seconds, then a manifest
+that must be exact.
 
     eval "$(ceph-s3 env DIR)"; python -m tests.soak --images 20000 --minutes 10
 
-AWS_* name a real S3 server and --bucket one of its buckets. Faults come from the proxy before it and from SIGKILL; a driver
-that died is started again, a store that is finished early is followed by another. Not part of the tests.
+AWS_* name a real S3 server and --bucket one of its buckets. Faults come from the proxy before it
+and from SIGKILL; a driver that died is started again, a store that is finished early is followed by
+another. Not part of the tests.
 """
 
 from __future__ import annotations
@@ -85,8 +87,11 @@ def upload(images: str, count: int) -> None:
 
 def disturb(proxy: FaultProxy, driver: Driver) -> str:
     """Do one thing of the list; its name."""
-    title = {"decode task killed": "ray::Map(decode_shard)", "writer killed": "ray::Map(write_shard)",
-             "actor killed": "MapBatches(EncodeShards)"}  # fmt: skip
+    title = {
+        "decode task killed": "ray::Map(decode_shard)",
+        "writer killed": "ray::Map(store_shard)",
+        "actor killed": "MapBatches(EncodeShards)",
+    }
     kinds = [*title, "503", "cut upload", "cut answer", "answer lost", "slow", "restart", "freeze"]
     kind = random.choice([*kinds, *kinds, "driver killed"])
     if kind in title:
@@ -135,8 +140,11 @@ def main() -> None:
         os.environ["AWS_ENDPOINT_URL"] = proxy.url
         autoencoder = save_autoencoder(Path(work) / "autoencoder.safetensors")
         values = [
-            *TINY, f"data.path={base}/images", f"autoencoder.checkpoint={autoencoder}", "precompute.shard_size=50",
-        ]  # fmt: skip
+            *TINY,
+            f"data.path={base}/images",
+            f"autoencoder.checkpoint={autoencoder}",
+            "precompute.shard_size=50",
+        ]
         started = time.monotonic()
         while time.monotonic() - started < 60 * options.minutes:
             output, finished = f"{base}/store-{name}-{stores}", False
@@ -145,7 +153,10 @@ def main() -> None:
                 starts += 1
                 while driver.process.poll() is None:
                     time.sleep(random.uniform(*PAUSE))
-                    if driver.process.poll() is None and time.monotonic() - started < 60 * options.minutes:  # fmt: skip
+                    if (
+                        driver.process.poll() is None
+                        and time.monotonic() - started < 60 * options.minutes
+                    ):
                         faults[disturb(proxy, driver)] += 1
                         print(f"{time.monotonic() - started:6.0f} s  {dict(faults)}", flush=True)
                 finished = driver.process.returncode == 0
@@ -160,9 +171,13 @@ def main() -> None:
             assert problems == [] and counts["planned"] == counts["stored"] == options.images
         seconds = time.monotonic() - started
     figures = {
-        "seconds": round(seconds), "stores": stores, "images": options.images, "driver starts": starts,
-        "faults": dict(faults), "requests met by a fault": dict(proxy.injected),
-    }  # fmt: skip
+        "seconds": round(seconds),
+        "stores": stores,
+        "images": options.images,
+        "driver starts": starts,
+        "faults": dict(faults),
+        "requests met by a fault": dict(proxy.injected),
+    }
     print(json.dumps(figures, indent=1))
 
 

@@ -1,4 +1,5 @@
-"""The house as docs/architecture.md describes it: every module is listed, and rooms keep to their doors."""
+"""The house as docs/architecture.md describes it: every module is listed, and rooms keep to their
+doors."""
 
 import ast
 import functools

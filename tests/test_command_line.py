@@ -153,15 +153,27 @@ def test_what_is_printed_is_the_recipe_again(name, tmp_path):
         (["explain", "data.path", "data.path=x"], "name the recipe first"),
         (["tune", "report", "seed=1"], "fae tune report RECIPE"),
         (["precompute", "photos-dinov2s", "data.pth=x"], "Did you mean 'data.path'?"),
-        (["precompute", "photos-dinov2s", "autoencoder.latent_dim=none"], "autoencoder.latent_dim: given 'none'"),
-        (["precompute", "photos-dinov2s", "data.path=/nowhere", "output=x", "autoencoder.checkpoint=y"], "/nowhere"),
+        (
+            ["precompute", "photos-dinov2s", "autoencoder.latent_dim=none"],
+            "autoencoder.latent_dim: given 'none'",
+        ),
+        (
+            [
+                "precompute",
+                "photos-dinov2s",
+                "data.path=/nowhere",
+                "output=x",
+                "autoencoder.checkpoint=y",
+            ],
+            "/nowhere",
+        ),
         (["train", "autoencoder", "photos-dinov2s"], "run=NAME"),
         (["probe", "photos-dinov2s", "data.path=x"], "labelled images"),
         (["run", "photos-dinov2s", "--until", "sampels"], "chain.until: given 'sampels'"),
         (["tune", "sweep-fashion", "tune.space.sed.grid=[1]"], "Did you mean 'seed'?"),
         (["inspect", "/nowhere"], "holds no latent store"),
     ],
-)  # fmt: skip
+)
 def test_a_mistake_is_explained(arguments, message, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["fae", *arguments])
     with pytest.raises(SystemExit) as ended:

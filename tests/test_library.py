@@ -1,4 +1,5 @@
-"""`import fae` in a notebook: the images, latents and samples of the jobs, without Ray, boto3 or MLflow."""
+"""`import fae` in a notebook: the images, latents and samples of the jobs, without Ray, boto3 or
+MLflow."""
 
 import io
 import re
@@ -44,7 +45,8 @@ def run_recipe(*more: str) -> Recipe:
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory) -> Path:
-    """Run folders of untrained networks: autoencoder, decoder, dit and flow; `foreign` is a decoder of another backbone."""
+    """Run folders of untrained networks: autoencoder, decoder, dit and flow; `foreign` is a decoder
+    of another backbone."""
     folder = tmp_path_factory.mktemp("runs")
     recipe = run_recipe()
     backbone = backbone_of(recipe)
@@ -63,9 +65,15 @@ def runs(tmp_path_factory) -> Path:
     made_with = {"autoencoder": sha256, "latents": "0"}
     latents = (recipe.autoencoder.latent_dim, backbone.grid)
     for name, model in (
-        ("dit", DiT(DiTConfig.preset("S", *latents, num_classes=3, width=32, depth=1, num_heads=2))),
-        ("flow", StarFlow(StarFlowConfig.preset("S", *latents, num_classes=3, width=64, layers=(1, 1)))),
-    ):  # fmt: skip
+        (
+            "dit",
+            DiT(DiTConfig.preset("S", *latents, num_classes=3, width=32, depth=1, num_heads=2)),
+        ),
+        (
+            "flow",
+            StarFlow(StarFlowConfig.preset("S", *latents, num_classes=3, width=64, layers=(1, 1))),
+        ),
+    ):
         for parameter in model.parameters():  # zeroed outputs would draw the noise itself
             torch.nn.init.normal_(parameter, std=0.1)
         checkpoint.save(folder / name / "generator.safetensors", model, made_with)
@@ -125,7 +133,8 @@ def test_local_networks_are_used_without_ray_boto3_or_mlflow(runs, write_store, 
 import sys
 import numpy as np
 import fae
-model = fae.FeatureAutoencoder.from_pretrained({str(runs / "fae")!r}, pixel_decoder={str(runs / "decoder")!r})
+decoder = {str(runs / "decoder")!r}
+model = fae.FeatureAutoencoder.from_pretrained({str(runs / "fae")!r}, pixel_decoder=decoder)
 latents = model.encode_images(np.zeros((2, 40, 50, 3), np.uint8))
 model.decode_images(latents)
 fae.sample({str(runs / "dit")!r}, model, labels=[0], num_steps=1)
@@ -233,7 +242,9 @@ def test_a_pixel_decoder_of_another_backbone_is_refused(runs):
 
 def test_other_weights_of_the_backbone_are_refused_with_both_hashes(runs, tmp_path):
     torch.manual_seed(1)
-    save_file(timm.create_model("test_vit", num_classes=0).state_dict(), tmp_path / "other.safetensors")  # fmt: skip
+    save_file(
+        timm.create_model("test_vit", num_classes=0).state_dict(), tmp_path / "other.safetensors"
+    )
     trained_on = fae.load(runs / "fae").fingerprints["backbone"].rpartition(":")[2]
     with pytest.raises(CheckpointError, match=trained_on) as raised:
         fae.FeatureAutoencoder.from_pretrained(
@@ -274,10 +285,18 @@ def test_an_autoencoder_on_s3_is_used_as_a_local_one(runs, root, model):
     [
         ("dit", {}, []),
         ("dit", {"guidance": 2.0}, ["sample.guidance=[{start: 1.0, end: 0.0, scale: 2.0}]"]),
-        ("dit", {"guidance": "paper", "sampler": "sde"}, ["sample.guidance=paper", "sample.sampler=sde"]),
-        ("flow", {"guidance": 1.5, "denoise": True}, ["sample.flow_guidance=1.5", "sample.denoise=true"]),
+        (
+            "dit",
+            {"guidance": "paper", "sampler": "sde"},
+            ["sample.guidance=paper", "sample.sampler=sde"],
+        ),
+        (
+            "flow",
+            {"guidance": 1.5, "denoise": True},
+            ["sample.flow_guidance=1.5", "sample.denoise=true"],
+        ),
     ],
-)  # fmt: skip
+)
 def test_samples_are_those_of_fae_sample(runs, model, generator, arguments, settings):
     recipe = run_recipe(
         "seed=5", "sample.num_steps=3", "sample.batch_size=4", *settings,
@@ -329,7 +348,8 @@ def test_a_latent_store_is_opened_through_the_door(write_store, tmp_path):
 
 @pytest.fixture
 def trained_folder(tmp_path) -> Path:
-    """A folder with what docs/python.md uses: untrained networks for DINOv2-S, and a store of four latents."""
+    """A folder with what docs/python.md uses: untrained networks for DINOv2-S, and a store of four
+    latents."""
     recipe = load_recipe("photos-dinov2s", ["autoencoder.decoder.depth=1"])
     backbone = backbone_of(recipe)
     marks = backbone_fingerprints(recipe, backbone)
@@ -354,7 +374,9 @@ def trained_folder(tmp_path) -> Path:
 
 def test_the_page_about_python_runs(trained_folder, monkeypatch):
     monkeypatch.chdir(trained_folder)
-    blocks = re.findall(r"^```python\n(.*?)^```$", (ROOT / "docs/python.md").read_text(), re.M | re.S)  # fmt: skip
+    blocks = re.findall(
+        r"^```python\n(.*?)^```$", (ROOT / "docs/python.md").read_text(), re.M | re.S
+    )
     assert len(blocks) >= 6
     namespace: dict[str, object] = {}
     for block in blocks:

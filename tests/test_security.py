@@ -1,5 +1,6 @@
-"""Nothing from a store, checkpoint, tar, Parquet file or recipe is executed, no plan reaches outside its source, and no
-secret is written anywhere: a marker stands in every variable, the chain runs, and everything that it wrote is searched."""
+"""Nothing from a store, checkpoint, tar, Parquet file or recipe is executed, no plan reaches
+outside its source, and no secret is written anywhere: a marker stands in every variable, the chain
+runs, and everything that it wrote is searched."""
 
 from __future__ import annotations
 
@@ -66,14 +67,15 @@ def bomb(exploded: Path) -> bytes:
 
 
 def pickled_objects(bomb: bytes) -> pa.Array:
-    """A column of the type that Ray Data has for Python objects, which unpickles a value that is looked at."""
+    """A column of the type that Ray Data has for Python objects, which unpickles a value that is
+    looked at."""
     from ray.data.extensions import ArrowPythonObjectType
 
     values = pa.array([bomb, bomb], pa.large_binary())
     return pa.ExtensionArray.from_storage(ArrowPythonObjectType(), values)
 
 
-# Bombs ----------------------------------------------------------------------------------------------------------------
+# Bombs
 
 
 @pytest.mark.parametrize("name", ["model.safetensors", "model.pt"])
@@ -190,7 +192,7 @@ def test_a_recipe_does_not_read_the_environment(
     assert "marker-secret" not in load_recipe(str(path)).to_yaml()
 
 
-# Paths ----------------------------------------------------------------------------------------------------------------
+# Paths
 
 
 @pytest.fixture
@@ -241,7 +243,7 @@ def test_a_plan_that_was_tampered_with_reads_nothing_outside_its_source(
     assert blobs[1] == b"inside"
 
 
-# Secrets --------------------------------------------------------------------------------------------------------------
+# Secrets
 
 MARKER = "marker-5eCr3t"
 SECRETS = {
@@ -269,7 +271,11 @@ def test_redaction_takes_secrets_and_leaves_words(monkeypatch: pytest.MonkeyPatc
 def test_a_printed_recipe_holds_no_password() -> None:
     uri = f"tracking.uri=https://user:{MARKER}@mlflow.example/x"
     command = [sys.executable, "-m", "fae", "precompute", "photos-dinov2s", uri]
-    for more, status in ((["--print-config"], 0), (["trackin.uri=1"], 2), ([uri.replace(".uri", ".enabled")], 2)):  # fmt: skip
+    for more, status in (
+        (["--print-config"], 0),
+        (["trackin.uri=1"], 2),
+        ([uri.replace(".uri", ".enabled")], 2),
+    ):
         done = subprocess.run(
             [*command, *more], cwd=ROOT, capture_output=True, text=True, check=False
         )
@@ -308,13 +314,25 @@ def test_no_secret_is_in_anything_that_the_chain_writes(tmp_path: Path) -> None:
         Image.fromarray(pixels).save(images / f"{index}.png")
     ray_folder = tempfile.mkdtemp(prefix="fae-", dir="/tmp")  # sockets want a short path
     values = [
-        f"data.path={images}", "run=r", f"storage={tmp_path}/runs", f"output={tmp_path}/latents", "image_size=32",
-        "backbone.name=vit_tiny_patch16_224", "backbone.weights=random", "backbone.image_size=32",
-        "autoencoder.latent_dim=8", "autoencoder.encoder.num_heads=3", "autoencoder.encoder.head_dim=32",
-        "autoencoder.decoder.num_heads=3", "autoencoder.decoder.depth=1", "autoencoder.training.steps=2",
-        "autoencoder.training.batch_size=4", "autoencoder.statistics_images=8", "precompute.shard_size=8",
+        f"data.path={images}",
+        "run=r",
+        f"storage={tmp_path}/runs",
+        f"output={tmp_path}/latents",
+        "image_size=32",
+        "backbone.name=vit_tiny_patch16_224",
+        "backbone.weights=random",
+        "backbone.image_size=32",
+        "autoencoder.latent_dim=8",
+        "autoencoder.encoder.num_heads=3",
+        "autoencoder.encoder.head_dim=32",
+        "autoencoder.decoder.num_heads=3",
+        "autoencoder.decoder.depth=1",
+        "autoencoder.training.steps=2",
+        "autoencoder.training.batch_size=4",
+        "autoencoder.statistics_images=8",
+        "precompute.shard_size=8",
         f"tracking.uri=http://user:{MARKER}-recipe@127.0.0.1:9",
-    ]  # fmt: skip
+    ]
     environment = {
         **{k: v for k, v in os.environ.items() if k != "RAY_ADDRESS"},
         **SECRETS,
@@ -326,8 +344,13 @@ def test_no_secret_is_in_anything_that_the_chain_writes(tmp_path: Path) -> None:
     try:
         done = subprocess.run(
             [sys.executable, "-c", CHAIN, *values],
-            cwd=tmp_path, env=environment, capture_output=True, text=True, check=False, timeout=240,
-        )  # fmt: skip
+            cwd=tmp_path,
+            env=environment,
+            capture_output=True,
+            text=True,
+            check=False,
+            timeout=240,
+        )
         assert done.returncode == 2 and "no connection" in done.stderr, done.stderr
         assert "Tracking failed, training goes on" in done.stdout + done.stderr
         assert json.loads((tmp_path / "latents" / "manifest.json").read_text())["stored"] == 16

@@ -1,4 +1,5 @@
-"""The smallest precompute that is still one: a random ViT on 32-pixel crops, JPEGs of noise, shards of eight."""
+"""The smallest precompute that is still one: a random ViT on 32-pixel crops, JPEGs of noise, shards
+of eight."""
 
 from __future__ import annotations
 

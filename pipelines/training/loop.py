@@ -40,6 +40,22 @@ def run_job(
     The model has the final weights, or their average where `training` keeps one. Rank 0 alone
     passes a `validate`, where there is something to validate on, and a `tracker`.
     """
+    try:
+        return _train(job, feed, validate, training, run_uri, tracker)
+    except Exception:
+        if tracker:
+            tracker.finish("FAILED")
+        raise
+
+
+def _train(
+    job: Job,
+    feed: Feed,
+    validate: Validation | None,
+    training: TrainingSection,
+    run_uri: str,
+    tracker: Tracker | None,
+) -> tuple[nn.Module, dict[str, float]]:
     import ray.train
     import ray.train.torch
 

@@ -1,4 +1,5 @@
-"""One thread: these tensors are small, and threads that wait for each other cost more than they bring."""
+"""One thread: these tensors are small, and threads that wait for each other cost more than they
+bring."""
 
 import torch
 

@@ -22,7 +22,8 @@ def test_lightningdit_xl_at_32_channels_has_the_papers_675_26_million_parameters
 
 @pytest.mark.parametrize(("size", "millions"), [("S", 33), ("B", 130), ("L", 458), ("XL", 675)])
 def test_sit_sizes_are_the_published_ones(size: str, millions: int) -> None:
-    # SiT/2 on SD-VAE's 32 x 32 x 4, table 1 of arXiv 2212.09748 (which predicts twice the channels).
+    # SiT/2 on SD-VAE's 32 x 32 x 4, table 1 of arXiv 2212.09748 (which predicts twice the
+    # channels).
     config = DiTConfig.preset(
         size, 4, (32, 32), patch_size=2, mlp="gelu", norm="layernorm", rope=False
     )

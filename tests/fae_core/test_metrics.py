@@ -164,7 +164,8 @@ def test_inceptions_features_are_torch_fidelitys_and_its_spatial_ones_are_adms(
     pool, logits = network(pixels.permute(0, 3, 1, 2))
     assert torch.equal(ours["inception"], pool) and pool.shape == (2, POOL_DIM)
     assert torch.equal(ours["logits"], logits) and logits.shape == (2, 1008)
-    # By hand, through the same layers: the first branch of mixed_6, NHWC, seven channels, rows flattened.
+    # By hand, through the same layers: the first branch of mixed_6, NHWC, seven channels, rows
+    # flattened.
     conv = network.Mixed_6d.branch1x1(kept[0]).numpy().transpose(0, 2, 3, 1)
     expected = conv[..., :7].reshape(2, -1)
     assert expected.shape == (2, SPATIAL_DIM) and np.array_equal(ours["spatial"], expected)

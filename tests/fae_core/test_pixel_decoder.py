@@ -1,4 +1,5 @@
-"""The pixel decoder's size and geometry, its losses against other libraries, and what the adversary hears."""
+"""The pixel decoder's size and geometry, its losses against other libraries, and what the adversary
+hears."""
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
-"""Samplers on fields known in closed form: a Gaussian and a mixture of two, whose moments must come back."""
+"""Samplers on fields known in closed form: a Gaussian and a mixture of two, whose moments must come
+back."""
 
 from __future__ import annotations
 

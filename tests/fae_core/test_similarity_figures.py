@@ -1,4 +1,5 @@
-"""The probe's pictures: the patch that is framed and the patches that are joined are the ones that were asked for."""
+"""The probe's pictures: the patch that is framed and the patches that are joined are the ones that
+were asked for."""
 
 import io
 
@@ -24,7 +25,9 @@ def test_lines_begin_and_end_on_matched_patches_and_rings_are_around_the_referen
     one = np.array([9])
 
     def picture(**changed) -> np.ndarray:
-        pair = MatchedPair(dark, dark, **{"patches": one, "matches": one, "reference": one, **changed})  # fmt: skip
+        pair = MatchedPair(
+            dark, dark, **{"patches": one, "matches": one, "reference": one, **changed}
+        )
         return np.asarray(Image.open(io.BytesIO(matching_figure([pair], GRID, ""))).convert("RGB"))
 
     def moved(other: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -36,6 +39,10 @@ def test_lines_begin_and_end_on_matched_patches_and_rings_are_around_the_referen
     assert left > width / 2  # a ring is drawn on the second image alone
     (_, left), (_, right) = moved(picture(patches=np.array([22])))
     assert left < width / 4 < width / 2 < right
-    swapped = picture(patches=np.array([9, 22]), matches=np.array([22, 9]), reference=np.array([22, 9]))  # fmt: skip
-    straight = picture(patches=np.array([9, 22]), matches=np.array([9, 22]), reference=np.array([9, 22]))  # fmt: skip
+    swapped = picture(
+        patches=np.array([9, 22]), matches=np.array([22, 9]), reference=np.array([22, 9])
+    )
+    straight = picture(
+        patches=np.array([9, 22]), matches=np.array([9, 22]), reference=np.array([9, 22])
+    )
     assert (swapped != straight).any()

@@ -1,4 +1,5 @@
-"""The flow: an exact inverse, an exact log-determinant, causality, and likelihoods that mean what they say."""
+"""The flow: an exact inverse, an exact log-determinant, causality, and likelihoods that mean what
+they say."""
 
 from __future__ import annotations
 

@@ -113,19 +113,27 @@ def test_trainings_go_side_by_side_where_the_cluster_holds_both(images):
 @pytest.mark.parametrize(
     ("labels", "overrides", "message"),
     [
-        ((0, 1, 2), ["generator.num_classes=1"], "is 2, and generator.num_classes is 1. Set "
-         "generator.num_classes=3, or to train without classes set data.label_column=null"),
+        (
+            (0, 1, 2),
+            ["generator.num_classes=1"],
+            "is 2, and generator.num_classes is 1. Set "
+            "generator.num_classes=3, or to train without classes set data.label_column=null",
+        ),
         ((0, 1, 2), ["generator.num_classes=2"], "Set generator.num_classes=3"),
         ((None,), ["generator.num_classes=4"], "6 of 6 images have no label"),
         ((0, None), ["generator.num_classes=4"], "have no label"),
         ((0, 1), ["chain.until=probe"], "stage probe cannot run"),
-        ((0, 1), ["data.validation_fraction=0.999999"], "stage autoencoder cannot run: All 6 images"),
+        (
+            (0, 1),
+            ["data.validation_fraction=0.999999"],
+            "stage autoencoder cannot run: All 6 images",
+        ),
         ((0, 1, 2), ["generator.num_classes=3"], None),
         ((0, 1, 2), ["generator.num_classes=1", "data.label_column=null"], None),
         ((None,), ["generator.num_classes=1"], None),
         ((0, 1, 2), ["generator.num_classes=1", "chain.until=latents"], None),
     ],
-)  # fmt: skip
+)
 def test_images_that_cannot_serve_a_stage_are_refused_before_the_first_one(
     images, labels, overrides, message
 ):

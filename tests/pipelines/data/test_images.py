@@ -485,12 +485,15 @@ def test_shards_and_lists_read_alike_locally_and_on_s3(root: str, tmp_path: Path
 
 
 def test_images_imports_without_ray() -> None:
-    code = "import sys, fae.pipelines.data.crops, fae.pipelines.data.reading; sys.exit('ray' in sys.modules)"
+    modules = "fae.pipelines.data.crops, fae.pipelines.data.reading"
+    code = f"import sys, {modules}; sys.exit('ray' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 
 def test_tasks_that_decode_and_write_start_without_torch():
     """Each of a node's decoding processes would hold 400 MiB more, and start four seconds later."""
-    code = "import sys, fae.pipelines.latents.tasks, fae.pipelines.evaluation.tasks, fae.pipelines.data.decoding, fae.pipelines.sampling.sample_store; print({'torch', 'timm', 'mlflow'} & set(sys.modules))"
+    rooms = ("latents.tasks", "evaluation.tasks", "data.decoding", "sampling.sample_store")
+    modules = ", ".join(f"fae.pipelines.{name}" for name in rooms)
+    code = f"import sys, {modules}; print({{'torch', 'timm', 'mlflow'}} & set(sys.modules))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "set()"

@@ -47,7 +47,7 @@ def fit(nodes, *overrides, scaled=None):
 EIGHT = ["precompute.num_actors=8", "precompute.gpus_per_actor=1"]
 
 
-# The cluster ----------------------------------------------------------------------------------------------------------
+# The cluster
 
 
 def test_eight_gpu_actors_fit_on_eight_gpu_nodes_and_not_on_five():
@@ -105,8 +105,15 @@ def test_shards_in_flight_are_compared_with_the_object_stores():
 
 @pytest.mark.parametrize(
     ("selector", "fits"),
-    [("cpu", True), ("gpu", False), ("!gpu", True), ("!cpu", False), ("in(gpu, cpu)", True), ("!in(gpu, cpu)", False)],
-)  # fmt: skip
+    [
+        ("cpu", True),
+        ("gpu", False),
+        ("!gpu", True),
+        ("!cpu", False),
+        ("in(gpu, cpu)", True),
+        ("!in(gpu, cpu)", False),
+    ],
+)
 def test_label_selectors_mean_what_ray_means_by_them(selector, fits):
     assert matches(cpu_node(), {"fae-nodes": selector}) == fits
 
@@ -147,7 +154,7 @@ def test_an_address_without_ray_is_an_error_at_once(monkeypatch, kind):
         assert time.monotonic() - started < 20, "importing Ray included"
 
 
-# A bucket -------------------------------------------------------------------------------------------------------------
+# A bucket
 
 
 @pytest.fixture
@@ -181,8 +188,11 @@ def test_a_good_bucket_passes_and_is_left_as_it_was(client):
 
 def test_the_lifecycle_rule_is_offered_then_added_beside_the_others(client):
     other = {
-        "ID": "theirs", "Status": "Enabled", "Filter": {"Prefix": "tmp/"}, "Expiration": {"Days": 3},
-    }  # fmt: skip
+        "ID": "theirs",
+        "Status": "Enabled",
+        "Filter": {"Prefix": "tmp/"},
+        "Expiration": {"Days": 3},
+    }
     client.put_bucket_lifecycle_configuration(
         Bucket="doctor", LifecycleConfiguration={"Rules": [other]}
     )
@@ -240,7 +250,8 @@ def test_the_command_ends_with_one_where_there_is_a_problem(client):
     assert "not-for-messages" not in good.output + bad.output
 
 
-# Tracking, and mistakes -----------------------------------------------------------------------------------------------
+# Tracking, and mistakes
+# -----------------------------------------------------------------------------------------------
 
 
 def test_a_dead_tracking_server_is_a_problem_that_shows_no_password():

@@ -1,4 +1,5 @@
-"""torch.compile in encoding, sampling and training: whole graphs, one for each batch size, and the same numbers."""
+"""torch.compile in encoding, sampling and training: whole graphs, one for each batch size, and the
+same numbers."""
 
 import functools
 from pathlib import Path
@@ -25,7 +26,8 @@ RECIPE = load_recipe("photos-dinov2s", [*TINY, *SMALLEST_BACKBONE])
 
 @pytest.fixture
 def graphs(monkeypatch: pytest.MonkeyPatch) -> CompileCounter:
-    """Counts the graphs that are made; they run as they are, so that no compiler decides about equality."""
+    """Counts the graphs that are made; they run as they are, so that no compiler decides about
+    equality."""
     torch.compiler.reset()
     counter = CompileCounter()
     monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend=counter))
@@ -73,8 +75,11 @@ def test_shards_of_any_size_are_drawn_by_two_graphs(graphs: CompileCounter, tmp_
     checkpoint.save(paths["generator"], generator, {"latents": "none", "autoencoder": owner})
     settings = [
         *(f"{name}.checkpoint={path}" for name, path in paths.items()),
-        "sample.batch_size=4", "sample.shard_size=11", "sample.num_steps=8", "sample.guidance=paper",
-    ]  # fmt: skip
+        "sample.batch_size=4",
+        "sample.shard_size=11",
+        "sample.num_steps=8",
+        "sample.guidance=paper",
+    ]
     plain, compiled = (
         ImageSampler(load_recipe("photos-dinov2s", [*settings, f"sample.compile={value}"]))
         for value in ("false", "true")

@@ -1,7 +1,9 @@
-"""Precompute while S3 falters, workers die, the disk fills and others write the same store: nothing is lost or repeated.
+"""Precompute while S3 falters, workers die, the disk fills and others write the same store: nothing
+is lost or repeated.
 
-Each fault is injected for real, in the middle of a job on real Ray processes; docs/reliability.md lists them. The S3 server
-is moto behind a proxy that misbehaves. `seconds` of each test are printed with `pytest -rP`.
+Each fault is injected for real, in the middle of a job on real Ray processes; docs/reliability.md
+lists them. The S3 server is moto behind a proxy that misbehaves. `seconds` of each test are printed
+with `pytest -rP`.
 """
 
 from __future__ import annotations
@@ -125,7 +127,7 @@ class Job(threading.Thread):
         return self.manifest
 
 
-# S3 -------------------------------------------------------------------------------------------------------------------
+# S3
 
 
 def is_shard_upload(method: str, path: str) -> bool:
@@ -181,7 +183,7 @@ def test_an_s3_that_falters_costs_time_and_nothing_else(
     assert exact(manifest, output) == etags
 
 
-# Workers --------------------------------------------------------------------------------------------------------------
+# Workers
 
 
 def decoders() -> list[psutil.Process]:
@@ -243,7 +245,7 @@ def driver(images: str, autoencoder: Path, output: str) -> subprocess.Popen[str]
     )
 
 
-# The disk -------------------------------------------------------------------------------------------------------------
+# The disk
 
 
 def test_a_full_disk_ends_the_job_with_its_name_and_a_larger_one_goes_on(
@@ -268,7 +270,8 @@ def test_a_full_disk_ends_the_job_with_its_name_and_a_larger_one_goes_on(
         started = time.monotonic()
         assert exact(precompute(recipe, show_progress=False), str(folder / "store")) == etags
         print(
-            f"disk full: {time.monotonic() - started:.1f} s to finish with {len(finished)} shards there"
+            f"disk full: {time.monotonic() - started:.1f} s to finish with {len(finished)} shards "
+            "there"
         )
         now = {p.name: p.stat().st_mtime_ns for p in folder.glob("store/shards/*")}
         assert 0 < len(finished) < len(now) and finished.items() <= now.items()
@@ -276,7 +279,7 @@ def test_a_full_disk_ends_the_job_with_its_name_and_a_larger_one_goes_on(
         subprocess.run(["umount", "-l", str(folder)], check=True)
 
 
-# Others ---------------------------------------------------------------------------------------------------------------
+# Others
 
 
 def test_two_drivers_on_one_store_write_it_once_and_a_third_recipe_is_refused(
@@ -297,7 +300,7 @@ def test_two_drivers_on_one_store_write_it_once_and_a_third_recipe_is_refused(
     assert json.loads(printed)["fingerprint"] == manifest["fingerprint"]
 
 
-# The clock ------------------------------------------------------------------------------------------------------------
+# The clock
 
 
 def test_a_clock_that_moved_changes_no_decision(

@@ -1,4 +1,5 @@
-"""A cluster of several raylets loses a node, gains one, and loses its head: precompute ends with the same bytes.
+"""A cluster of several raylets loses a node, gains one, and loses its head: precompute ends with
+the same bytes.
 
 The raylets are real processes on this machine (ray.cluster_utils) and are really killed.
 """
@@ -41,7 +42,8 @@ def cluster(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
     import ray
     from ray.cluster_utils import Cluster
 
-    # Seconds after which a driver or raylet gives up on a head that is gone; Ray's own are a minute and more.
+    # Seconds after which a driver or raylet gives up on a head that is gone; Ray's own are a minute
+    # and more.
     monkeypatch.setenv("RAY_gcs_rpc_server_reconnect_timeout_s", "5")
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
     cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0})

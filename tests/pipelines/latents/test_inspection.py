@@ -44,8 +44,13 @@ def test_a_finished_store_is_described_verified_and_drawn(tmp_path, photographs)
     commit(str(store), plan, {"seconds": 2.0, "shards_encoded": 3})
     result = run(str(store), "--verify", "--figure", str(tmp_path / "latents.png"))
     assert result.exit_code == 0, result.output
-    for text in ("20 planned = 19 stored + 1 errors", "4 x 8 x 8 float16, 512 bytes an image", "verified",
-                 plan.fingerprint, "[decode] [red]torn[/red]"):  # fmt: skip
+    for text in (
+        "20 planned = 19 stored + 1 errors",
+        "4 x 8 x 8 float16, 512 bytes an image",
+        "verified",
+        plan.fingerprint,
+        "[decode] [red]torn[/red]",
+    ):
         assert text in result.output
     picture = Image.open(io.BytesIO((tmp_path / "latents.png").read_bytes()))
     assert picture.width > 1000

@@ -93,9 +93,12 @@ def test_a_plan_of_many_shards_puts_several_into_a_row_group(tmp_path, monkeypat
         ({"parts": {**PARTS, "crop": "c"}}, "crop: nothing there, c now"),
         ({"size": 4}, "shard size: 8 there, 4 now"),
         ({"records": records(26)}, r"1 images more than planned, the first 'k0025 ü'"),
-        ({"records": [ImageRecord("k0000 ü", "/elsewhere", None, "a cat"), *records(25)[1:]]}, "another address"),
+        (
+            {"records": [ImageRecord("k0000 ü", "/elsewhere", None, "a cat"), *records(25)[1:]]},
+            "another address",
+        ),
     ],
-)  # fmt: skip
+)
 def test_another_plan_on_the_same_output_is_refused_with_the_part(tmp_path, change, message):
     ensure_plan(str(tmp_path), records(25), 8, PARTS)
     before = (tmp_path / "plan.parquet").read_bytes()
@@ -238,12 +241,18 @@ def damage_swap(folder: Path) -> None:
     [
         (damage_truncate, "00000001.parquet has .* bytes, the manifest says"),
         (lambda f: (f / "shards" / "00000003.parquet").unlink(), "00000003.parquet is missing"),
-        (lambda f: (f / "shards" / "00000009.parquet").write_bytes(b"x"), "00000009.parquet is not in the manifest"),
+        (
+            lambda f: (f / "shards" / "00000009.parquet").write_bytes(b"x"),
+            "00000009.parquet is not in the manifest",
+        ),
         (damage_swap, "00000000.parquet has"),
-        (lambda f: (f / "errors" / "00000001.parquet").unlink(), "00000001.parquet has 6 rows and 0 errors"),
+        (
+            lambda f: (f / "errors" / "00000001.parquet").unlink(),
+            "00000001.parquet has 6 rows and 0 errors",
+        ),
         (lambda f: (f / "manifest.json").unlink(), "not finished: 4 of 4 shards"),
     ],
-)  # fmt: skip
+)
 def test_verify_names_the_damage(tmp_path, damage, message):
     store = build(str(tmp_path))
     damage(tmp_path)

@@ -105,7 +105,8 @@ def recipe_for(images: Path | str, autoencoder: Path, output: Path | str, *more:
 
 
 def content(store: Path) -> dict[str, bytes]:
-    """Every file of a store by its name; the manifest without what tells when it ran, the recipe without its paths."""
+    """Every file of a store by its name; the manifest without what tells when it ran, the recipe
+    without its paths."""
     files = {
         str(path.relative_to(store)): path.read_bytes()
         for path in sorted(store.rglob("*"))
@@ -118,7 +119,7 @@ def content(store: Path) -> dict[str, bytes]:
     return files
 
 
-# Without Ray ----------------------------------------------------------------------------------------------------------
+# Without Ray
 
 
 def test_columns_are_the_posterior_of_the_image_and_of_its_mirror_image(autoencoder):
@@ -159,7 +160,7 @@ def test_precompute_says_what_it_needs(photographs, autoencoder, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
-# With Ray -------------------------------------------------------------------------------------------------------------
+# With Ray
 
 
 @pytest.fixture(scope="module")
@@ -297,7 +298,7 @@ def test_actors_in_several_lanes_write_the_same_bytes(
     assert content(tmp_path) == content(uninterrupted)
 
 
-# Bad images -----------------------------------------------------------------------------------------------------------
+# Bad images
 
 
 def bomb_png() -> bytes:
@@ -470,7 +471,7 @@ def test_too_many_errors_commit_nothing_and_lose_nothing(
     assert finished and finished.items() <= again.items()
 
 
-# Killing --------------------------------------------------------------------------------------------------------------
+# Killing
 
 
 def actor_pids() -> list[int]:
@@ -542,7 +543,7 @@ def test_a_killed_driver_resumes_with_missing_shards_only_and_the_same_bytes(
     assert content(output) == content(uninterrupted)
 
 
-# S3 -------------------------------------------------------------------------------------------------------------------
+# S3
 
 
 @pytest.mark.integration

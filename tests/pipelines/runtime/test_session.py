@@ -1,4 +1,5 @@
-"""pipelines/ray_session.py: a local cluster knows its own address, whatever else runs or ran on the machine."""
+"""pipelines/ray_session.py: a local cluster knows its own address, whatever else runs or ran on the
+machine."""
 
 import os
 import subprocess
@@ -35,7 +36,8 @@ print("state", ray.get(state_of.remote(actor._actor_id.hex())))
 
 @pytest.mark.integration
 def test_workers_find_their_own_cluster_beside_the_note_of_a_dead_one():
-    """Ray notes a machine's cluster in a file of its temporary folder, and a killed head leaves it there."""
+    """Ray notes a machine's cluster in a file of its temporary folder, and a killed head leaves it
+    there."""
     with (
         tempfile.TemporaryDirectory() as folder
     ):  # pytest's own is too long a path for Ray's sockets

@@ -1,7 +1,9 @@
-"""What moto cannot show: signatures, atomic conditional PUTs, a gateway process that is stopped, kill and resume on a real S3.
+"""What moto cannot show: signatures, atomic conditional PUTs, a gateway process that is stopped,
+kill and resume on a real S3.
 
-Runs where FAE_TEST_S3=1 says that AWS_ENDPOINT_URL and its credentials name a server for tests, on this machine (Ceph's
-RADOS gateway, for which the two AWS_*_CHECKSUM_* variables must say when_required).
+Runs where FAE_TEST_S3=1 says that AWS_ENDPOINT_URL and its credentials name a server for tests, on
+this machine (Ceph's RADOS gateway, for which the two AWS_*_CHECKSUM_* variables must say
+when_required).
 """
 
 from __future__ import annotations
@@ -70,7 +72,9 @@ def test_a_wrong_secret_is_refused_at_once_and_not_repeated(
 
 def test_a_gateway_that_is_stopped_for_20_seconds_is_waited_for(base: str) -> None:
     port = urlsplit(os.environ["AWS_ENDPOINT_URL"]).port
-    listening = [c for c in psutil.net_connections("tcp") if c.status == "LISTEN" and c.laddr.port == port]  # fmt: skip
+    listening = [
+        c for c in psutil.net_connections("tcp") if c.status == "LISTEN" and c.laddr.port == port
+    ]
     if not listening or not listening[0].pid:
         pytest.skip("the S3 server is no process of this machine that may be stopped")
     gateway = psutil.Process(listening[0].pid)
@@ -105,9 +109,16 @@ def test_a_killed_driver_resumes_on_a_real_s3(base: str, tmp_path: Path) -> None
     etags = []
     for output in (f"{base}/killed", f"{base}/undisturbed"):
         command = [
-            sys.executable, "-m", "fae", "precompute", "photos-dinov2s", *TINY, f"data.path={base}/images",
-            f"autoencoder.checkpoint={autoencoder}", f"output={output}",
-        ]  # fmt: skip
+            sys.executable,
+            "-m",
+            "fae",
+            "precompute",
+            "photos-dinov2s",
+            *TINY,
+            f"data.path={base}/images",
+            f"autoencoder.checkpoint={autoencoder}",
+            f"output={output}",
+        ]
         environment = {k: v for k, v in os.environ.items() if k != "RAY_ADDRESS"}
         if output.endswith("killed"):
             first = subprocess.Popen(command, cwd=ROOT, env=environment, stderr=subprocess.DEVNULL)

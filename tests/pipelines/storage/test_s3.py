@@ -1,4 +1,5 @@
-"""S3 that falters: every fault is a real one, made by the proxy between the client and a real server."""
+"""S3 that falters: every fault is a real one, made by the proxy between the client and a real
+server."""
 
 from __future__ import annotations
 

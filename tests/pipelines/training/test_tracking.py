@@ -17,8 +17,9 @@ from pathlib import Path
 
 import pytest
 
-from fae.pipelines.config.sections import TrackingSection
+from fae.pipelines.config.sections import TrackingSection, TrainingSection
 from fae.pipelines.training import tracking
+from fae.pipelines.training.loop import run_job
 from fae.pipelines.training.tracking import Tracker
 from tests.fault_proxy import FaultProxy
 
@@ -119,3 +120,19 @@ def test_a_dead_server_is_asked_more_and_more_seldom(monkeypatch: pytest.MonkeyP
         if tracker._next_attempt != before:
             asked.append(minute)
     assert asked == [1, 3, 7, 15, 31, 63, 123]
+
+
+def test_a_training_that_fails_is_failed_in_mlflow(tmp_path, monkeypatch):
+    from mlflow.tracking import MlflowClient
+
+    def broken(*_):
+        raise ValueError("a bug")
+
+    monkeypatch.setattr("fae.pipelines.training.loop._train", broken)
+    uri = f"sqlite:///{tmp_path}/mlflow.db"
+    tracker = Tracker(TrackingSection(), uri, "runs/first", {})
+    with pytest.raises(ValueError, match="a bug"):
+        run_job(None, None, None, TrainingSection(), "runs/first", tracker)
+    client = MlflowClient(tracking_uri=uri)
+    (run,) = client.search_runs([client.get_experiment_by_name("fae").experiment_id])
+    assert run.info.status == "FAILED"
