@@ -17,7 +17,13 @@ from ..config import Recipe, RecipeError, with_absolute_paths
 from ..config.facts import deciding_values
 from ..config.sections import ChainSection, StageName, TrainingSection
 from ..data import list_images
-from ..data.records import ImageRecord, SourceError, source_digest, split_records
+from ..data.records import (
+    ImageRecord,
+    SourceError,
+    label_problem,
+    source_digest,
+    split_records,
+)
 from ..evaluation import probe_problem
 from ..networks import load_checkpoint
 from ..storage import fingerprint_of, paths
@@ -112,7 +118,9 @@ def plan_stages(recipe: Recipe, images: Sequence[ImageRecord] | None = None) -> 
             ("seed", "generator"),
             {},
             num_encoded,
-            label_problem(records[:num_encoded], base.generator.num_classes),
+            label_problem(
+                ((r.key, r.label) for r in records[:num_encoded]), base.generator.num_classes
+            ),
         )
 
     final = "pixel-decoder"
@@ -203,28 +211,6 @@ def check_images(stages: Sequence[Stage]) -> None:
     for stage in stages:
         if stage.problem and stage.result() is None:
             raise RecipeError(f"The stage {stage.name} cannot run: {stage.problem}")
-
-
-def label_problem(images: Sequence[ImageRecord], num_classes: int) -> str | None:
-    """Why a generator of `num_classes` cannot train on the labels, None where it can."""
-    unlabelled = [image.key for image in images if image.label is None]
-    highest = max(images, key=lambda image: -1 if image.label is None else image.label)
-    lowest = min(images, key=lambda image: 0 if image.label is None else image.label)
-    without = "to train without classes set data.label_column=null generator.num_classes=1."
-    if lowest.label is not None and lowest.label < 0:
-        return f"the label of {lowest.key!r} is {lowest.label}. Number the classes from 0."
-    if highest.label is not None and highest.label >= num_classes:
-        return (
-            f"the label of {highest.key!r} is {highest.label}, and generator.num_classes is "
-            f"{num_classes}. Set generator.num_classes={highest.label + 1}, or {without}"
-        )
-    if unlabelled and num_classes > 1:
-        return (
-            f"{len(unlabelled)} of {len(images)} images have no label, for example "
-            f"{unlabelled[0]!r}, and generator.num_classes is {num_classes}. Give them one, or "
-            f"{without}"
-        )
-    return None
 
 
 def training_of(stage: Stage) -> TrainingSection | None:

@@ -117,6 +117,37 @@ def source_digest(records: pa.Table | Sequence[ImageRecord]) -> str:
     return digest.hexdigest()
 
 
+def label_problem(labelled: Iterable[tuple[str, int | None]], num_classes: int) -> str | None:
+    """Why a generator of `num_classes` cannot train on these labels, None where it can.
+
+    `labelled` are (key, label) of its images.
+    """
+    without = "to train without classes set data.label_column=null generator.num_classes=1."
+    missing: list[str] = []
+    highest: tuple[int, str] = (-1, "")
+    count = 0
+    for key, label in labelled:
+        count += 1
+        if label is None:
+            missing.append(key)
+        elif label < 0:
+            return f"the label of {key!r} is {label}. Number the classes from 0."
+        else:
+            highest = max(highest, (label, key))
+    if highest[0] >= num_classes:
+        label, key = highest
+        return (
+            f"the label of {key!r} is {label}, and generator.num_classes is {num_classes}. Set "
+            f"generator.num_classes={label + 1}, or {without}"
+        )
+    if missing and num_classes > 1:
+        return (
+            f"{len(missing)} of {count} images have no label, for example {missing[0]!r}, and "
+            f"generator.num_classes is {num_classes}. Give them one, or {without}"
+        )
+    return None
+
+
 def key_hash(key: str) -> int:
     """The first 64 bits of the key's SHA-256."""
     return int.from_bytes(hashlib.sha256(key.encode()).digest()[:8])

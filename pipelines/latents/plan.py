@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import io
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -68,6 +68,11 @@ class Plan:
     def table(self) -> pa.Table:
         """All records, with the columns RECORDS."""
         return whole_records(self._file.read(columns=RECORDS.names))
+
+    def labels(self) -> Iterator[tuple[str, int | None]]:
+        """(key, label) of every planned image in key order, a part of the file at a time."""
+        for part in self._file.iter_batches(columns=["key", "label"]):
+            yield from zip(part["key"].to_pylist(), part["label"].to_pylist(), strict=True)
 
     def shard_rows(self, index: int) -> int:
         """How many images shard `index` holds."""

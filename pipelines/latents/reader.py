@@ -29,7 +29,8 @@ from fae_core.latent_stats import ChannelStats
 from ..data import EpochOrder
 from ..storage import StoreError, paths
 from .manifest import read_manifest
-from .shards import LATENT_COLUMNS, WORD_COLUMNS, shard_uri, tensor_values
+from .plan import open_plan
+from .shards import LATENT_COLUMNS, WORD_COLUMNS, read_errors, shard_uri, tensor_values
 
 NO_LABEL = -1
 _MAY_OPEN = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
@@ -89,6 +90,13 @@ class LatentStore:
     @property
     def num_shards(self) -> int:
         return len(self.manifest["shards"])
+
+    def labels(self) -> Iterator[tuple[str, int | None]]:
+        """(key, label) of every stored image in key order, from the plan and the error files."""
+        failed = set()
+        if self.manifest["stored"] < self.manifest["planned"]:
+            failed = {error["key"] for error in read_errors(self.uri)}
+        return (row for row in open_plan(self.uri).labels() if row[0] not in failed)
 
     def read_shard(self, index: int, columns: Sequence[str] | None = None) -> dict[str, Any]:
         """Shard `index`: key, label, caption as lists, each latent column float16 [n, C, H, W]."""

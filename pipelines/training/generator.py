@@ -24,10 +24,12 @@ from fae_core.generators.starflow import StarFlow, flow_loss
 
 from ..config import Recipe
 from ..config.sections import GeneratorSection
+from ..data.records import label_problem
 from ..latents import LatentStore
 from ..networks import backbone_spec
 from ..networks.untrained import build_generator
 from ..sampling import LatentDecoder, LatentSampler, image_noise
+from ..storage import StoreError
 from . import run_folder
 from .batches import Batch
 from .job import Job, UntrainedJob
@@ -52,6 +54,8 @@ def train_generator(recipe: Recipe, callbacks: Sequence[Any] = ()) -> run_folder
     needed_columns(store, recipe.generator)
     with torch.device("meta"):
         build_generator(recipe.generator, store.latent_shape)
+    if problem := label_problem(store.labels(), recipe.generator.num_classes):
+        raise StoreError(f"{store.uri} cannot train this generator: {problem}")
     run_folder.claim_run(recipe, run_uri, ("latents", "generator"))
     if run_folder.result(run_uri) is None:
         launch(_worker, recipe, recipe.generator.training, callbacks)

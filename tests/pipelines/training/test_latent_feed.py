@@ -5,9 +5,11 @@ from __future__ import annotations
 import pytest
 import torch
 
+from fae.pipelines.config.recipe import load_recipe
 from fae.pipelines.config.sections import GeneratorSection, GeneratorTraining
 from fae.pipelines.latents.reader import LatentStore
 from fae.pipelines.storage.claims import StoreError
+from fae.pipelines.training.generator import train_generator
 from fae.pipelines.training.latent_feed import latent_feed
 
 NUM_ROWS = 20
@@ -76,6 +78,17 @@ def test_dropped_labels_are_the_null_class(store):
 def test_a_label_outside_the_classes_is_refused(store):
     with pytest.raises(StoreError, match=r"label \d.*num_classes is 3"):
         take(store, section(num_classes=3), 2)
+
+
+def test_labels_are_checked_before_a_worker_starts_and_no_run_is_claimed(store, tmp_path):
+    values = [
+        "run=test", f"storage={tmp_path}", f"latents={store.uri}", "generator.width=32",
+        "generator.depth=2", "generator.num_heads=2", "generator.size=S",
+    ]  # fmt: skip
+    recipe = load_recipe("photos-dinov2s", [*values, "generator.num_classes=3"])
+    with pytest.raises(StoreError, match=r"label of '019' is 4.*Set generator.num_classes=5"):
+        train_generator(recipe)
+    assert not list(tmp_path.iterdir())
 
 
 def test_images_without_labels_want_one_class(write_store, tmp_path):
