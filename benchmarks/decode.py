@@ -21,10 +21,11 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, ImageCms
 from torchvision.io import ImageReadMode, decode_jpeg
 
 from benchmarks.environment import describe, write_photographs
@@ -39,10 +40,15 @@ except ImportError:
     simplejpeg = None
 
 EXACT = "Pillow, ADM's crop (`exact`)"
-SETS: dict[str, tuple[int, tuple[int, int], dict[str, int | str]]] = {
+SRGB = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
+SWAPPED = SRGB.replace(b"rXYZ", b"????").replace(b"gXYZ", b"rXYZ").replace(b"????", b"gXYZ")
+"""sRGB's profile and one that changes colors, because two of its primaries are exchanged."""
+SETS: dict[str, tuple[int, tuple[int, int], dict[str, Any]]] = {
     "500x375, 4:4:4, to 256": (256, (500, 375), {"subsampling": "4:4:4"}),
     "500x375, 4:2:2, to 256": (256, (500, 375), {"subsampling": "4:2:2"}),
     "500x375, 4:2:0, to 256": (256, (500, 375), {"subsampling": "4:2:0"}),
+    "500x375, 4:2:0, sRGB profile, to 256": (256, (500, 375), {"icc_profile": SRGB}),
+    "500x375, 4:2:0, another profile, to 256": (256, (500, 375), {"icc_profile": SWAPPED}),
     "500x375, 4:2:0, progressive, to 256": (256, (500, 375), {"progressive": 1}),
     "512x384, 4:2:0, to 128": (128, (512, 384), {"subsampling": "4:2:0"}),
     "500x375, 4:2:0, to 128": (128, (500, 375), {"subsampling": "4:2:0"}),
@@ -100,6 +106,10 @@ def methods(size: int, halves: bool) -> dict[str, tuple[Callable[[bytes], Image.
         "Pillow, torch's filter (`fast`)": (
             pillow,
             lambda data: decode_image(data, size, 10**8, "fast"),
+        ),
+        "Pillow, ADM's crop, profile to sRGB": (
+            pillow,
+            lambda data: decode_image(data, size, 10**8, "exact", "srgb"),
         ),
     }
     decoders = {"torchvision": torchvision}

@@ -5,9 +5,11 @@ Plain functions without Ray; reading.py fetches the encoded bytes. Tasks of Ray 
 
 from __future__ import annotations
 
+import functools
 import io
 import re
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
@@ -15,13 +17,21 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from ..config.sections import DataSection
 from .records import ImageRecord
 
+if TYPE_CHECKING:
+    from PIL import ImageCms
+
 CROPS = {"exact": "adm-center-crop-1", "fast": "adm-center-crop-1-fast-1"}
-"""What a fingerprint says of the crop, by `data.decoder`."""
+COLORS = {"ignore": "", "srgb": ", srgb-1"}
 FORMATS = (*("JPEG", "PNG", "WEBP", "GIF", "BMP", "DIB", "TIFF", "AVIF", "JPEG2000", "PPM", "QOI"),)
 
 
 class ImageError(ValueError):
     """One image that cannot be read or decoded; the message is the same on every machine."""
+
+
+def crop_version(data: DataSection) -> str:
+    """What a fingerprint says of how an image becomes a crop."""
+    return CROPS[data.decoder] + COLORS[data.color_profile]
 
 
 def decode_records(
@@ -43,7 +53,9 @@ def decode_records(
             errors.append({"key": record.key, "stage": "read", "message": _message(blob)})
             continue
         try:
-            crops.append(decode_image(blob, size, data.max_pixels, data.decoder))
+            crops.append(
+                decode_image(blob, size, data.max_pixels, data.decoder, data.color_profile)
+            )
             kept.append(index)
         except ImageError as error:
             errors.append({"key": record.key, "stage": "decode", "message": _message(error)})
@@ -51,12 +63,19 @@ def decode_records(
     return images, kept, errors
 
 
-def decode_image(data: bytes, size: int, max_pixels: int, decoder: str = "exact") -> np.ndarray:
+def decode_image(
+    data: bytes,
+    size: int,
+    max_pixels: int,
+    decoder: str = "exact",
+    color_profile: str = "ignore",
+) -> np.ndarray:
     """ADM's centre crop uint8 [size, size, 3] of one encoded image. Raises ImageError.
 
     The declared size is held against `max_pixels` before a pixel is decoded. EXIF rotation is
     applied, an animation gives its first frame, transparency lies on white, 16-bit grey is
-    scaled (v/257); of 16-bit colour Pillow itself keeps the high byte.
+    scaled (v/257); of 16-bit colour Pillow itself keeps the high byte. `decoder` and
+    `color_profile` are the recipe's keys `data.decoder` and `data.color_profile`.
     """
     if not data:
         raise ImageError("empty file")
@@ -70,7 +89,7 @@ def decode_image(data: bytes, size: int, max_pixels: int, decoder: str = "exact"
                     f"{width}x{height} = {width * height} pixels, over data.max_pixels={max_pixels}"
                 )
             image.load()
-            return center_crop(image, size, max_pixels, decoder)
+            return center_crop(image, size, max_pixels, decoder, color_profile)
     except ImageError:
         raise
     except UnidentifiedImageError:
@@ -83,14 +102,19 @@ def decode_image(data: bytes, size: int, max_pixels: int, decoder: str = "exact"
 
 
 def center_crop(
-    image: Image.Image, size: int, max_pixels: int, decoder: str = "exact"
+    image: Image.Image,
+    size: int,
+    max_pixels: int,
+    decoder: str = "exact",
+    color_profile: str = "ignore",
 ) -> np.ndarray:
     """ADM's centre crop uint8 [size, size, 3] of an image of any mode, as `decode_image` makes it.
 
     Raises ImageError for float pixels, for integers outside 0..65535, and for a strip that would
     have more than `max_pixels` pixels once its short side is `size`.
     """
-    rgb = _to_rgb(_upright(image))
+    profile = image.info.get("icc_profile") if color_profile == "srgb" else None
+    rgb = _to_rgb(_upright(image), profile)
     _check_aspect(*rgb.size, size, max_pixels)
     return adm_center_crop(rgb, size) if decoder == "exact" else fast_center_crop(rgb, size)
 
@@ -141,19 +165,60 @@ def _upright(image: Image.Image) -> Image.Image:
         return image
 
 
-def _to_rgb(image: Image.Image) -> Image.Image:
+def _to_rgb(image: Image.Image, profile: bytes | None) -> Image.Image:
+    """RGB on white; with an ICC `profile`, its colors in sRGB."""
     if image.mode == "F":
         raise ImageError("32-bit float pixels have no agreed range; convert to 8 or 16 bits")
     if image.mode == "I" or image.mode.startswith("I;16"):
         values = np.asarray(image).astype(np.int64)
         if values.min() < 0 or values.max() > 65535:
             raise ImageError("integer pixels outside 0..65535; convert to 8 or 16 bits")
-        return Image.fromarray(((values + 128) // 257).astype(np.uint8)).convert("RGB")
+        image = Image.fromarray(((values + 128) // 257).astype(np.uint8))
     if image.has_transparency_data:
         canvas = Image.new("RGBA", image.size, (255, 255, 255, 255))
-        canvas.alpha_composite(image.convert("RGBA"))
-        image = canvas
-    return image.convert("RGB")
+        layer = image.convert("RGBA")
+        is_grey = image.mode in ("L", "LA")
+        colors = _in_srgb(layer.getchannel("R") if is_grey else layer.convert("RGB"), profile)
+        colors.putalpha(layer.getchannel("A"))
+        canvas.alpha_composite(colors)
+        return canvas.convert("RGB")
+    return _in_srgb(image, profile)
+
+
+def _in_srgb(image: Image.Image, profile: bytes | None) -> Image.Image:
+    """RGB of an image without transparency; plain conversion where no profile applies."""
+    if profile and image.mode not in ("L", "CMYK"):
+        image = image.convert("L" if image.mode == "1" else "RGB")
+    transform = _srgb_transform(profile, image.mode) if profile else None
+    return transform.apply(image) if transform else image.convert("RGB")
+
+
+@functools.lru_cache(maxsize=64)
+def _srgb_transform(profile: bytes, mode: str) -> ImageCms.ImageCmsTransform | None:
+    """littleCMS's transform from `profile` to sRGB in the perceptual intent.
+
+    None for a damaged profile and for one of another color space than `mode`, which browsers
+    ignore too, and for sRGB's own, which most files have: one that leaves 32x32x32 colors as they
+    are.
+    """
+    from PIL import ImageCms  # littleCMS is loaded only where it is asked for
+
+    try:
+        transform = ImageCms.buildTransform(
+            ImageCms.ImageCmsProfile(io.BytesIO(profile)),
+            ImageCms.createProfile("sRGB"),
+            mode,
+            "RGB",
+            ImageCms.Intent.PERCEPTUAL,
+        )
+    except (ImageCms.PyCMSError, OSError):
+        return None
+    if mode != "RGB":
+        return transform
+    levels = np.linspace(0, 255, 32).astype(np.uint8)
+    colors = np.stack(np.meshgrid(levels, levels, levels), -1).reshape(32, -1, 3)
+    changes = np.asarray(transform.apply(Image.fromarray(colors))) != colors
+    return transform if changes.any() else None
 
 
 def _check_aspect(width: int, height: int, size: int, max_pixels: int) -> None:

@@ -23,7 +23,7 @@ from fae_core.metrics.manifold import kernel_distance, precision_recall
 from ..config import Recipe, with_absolute_paths
 from ..config.facts import deciding_values
 from ..config.sections import EvaluateSection
-from ..data.crops import CROPS
+from ..data.crops import crop_version
 from ..runtime import versions
 from ..runtime.session import start_ray
 from ..storage import differences, paths, refuse_other_work
@@ -56,7 +56,7 @@ def evaluate(recipe: Recipe, show_progress: bool = True) -> dict[str, float]:
     made_with = {
         **Extractor(options, recipe.backbone, networks).fingerprints,
         "image_size": str(recipe.image_size),
-        "crop": CROPS[recipe.data.decoder],
+        "crop": crop_version(recipe.data),
     }
     for _, side in sides:
         check_made_with(side, made_with)

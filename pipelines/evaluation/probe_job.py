@@ -27,7 +27,7 @@ from ..config import Recipe, with_absolute_paths
 from ..config.facts import deciding_values
 from ..config.sections import ProbeSection
 from ..data import list_images
-from ..data.crops import CROPS
+from ..data.crops import crop_version
 from ..data.reading import load_crops
 from ..data.records import ImageRecord, source_digest, split_records
 from ..runtime import versions
@@ -113,7 +113,7 @@ def probe_parts(
         "autoencoder weights": networks.encoder.autoencoder_sha256,
         "grid": str(networks.grid),
         "image size": str(recipe.image_size),
-        "crop": CROPS[recipe.data.decoder],
+        "crop": crop_version(recipe.data),
         "source": source_digest(records),
         "seed": str(recipe.seed),
         **{name: str(value) for name, value in settings.items()},

@@ -24,7 +24,7 @@ from fae_core.errors import UserError
 from ..config import Recipe, with_absolute_paths
 from ..data import plan_source
 from ..data.account import Account
-from ..data.crops import CROPS
+from ..data.crops import crop_version
 from ..networks import backbone_fingerprints
 from ..runtime import Progress, RowStages, fan_out, metrics, run_rows
 from ..storage import paths
@@ -86,7 +86,7 @@ def fingerprint_parts(recipe: Recipe) -> dict[str, str]:
         "backbone weights": encoder.backbone.weights_sha256,
         "autoencoder weights": encoder.autoencoder_sha256,
         "image size": str(recipe.image_size),
-        "crop": CROPS[recipe.data.decoder],
+        "crop": crop_version(recipe.data),
         "columns": ",".join(recipe.precompute.columns),
         "precision": recipe.precompute.precision,
     }

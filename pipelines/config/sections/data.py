@@ -46,6 +46,10 @@ class DataSection(Section):
     """exact: ADM's centre crop to the pixel. fast: its filter in torch's 16-bit arithmetic; on
     photographs it is off by at most 2 of 255 levels, by 0.003 on average. It is part of every
     store's fingerprint."""
+    color_profile: Literal["ignore", "srgb"] = "ignore"
+    """What is done with an image's ICC profile. ignore: its numbers are taken as sRGB, as ADM's and
+    DINOv2's own loaders do. srgb: its colors are converted to sRGB, as a browser shows them. It is
+    part of every store's fingerprint. Not in the paper."""
     validation_fraction: float = Field(0.05, ge=0.0, lt=1.0)
     """Share of the images that is held out from training, chosen by the hash of their key."""
     limit: int | None = Field(None, gt=0)

@@ -8,10 +8,11 @@ from __future__ import annotations
 import csv
 import io
 import json
+import struct
 import subprocess
 import sys
 import tarfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from PIL import Image
+from PIL import Image, ImageCms
 
 from fae.pipelines.config.sections import DataSection
 from fae.pipelines.data.crops import (
@@ -227,6 +228,84 @@ def test_every_record_ends_as_a_crop_or_an_error(tmp_path: Path) -> None:
 def test_no_good_image_gives_an_empty_batch() -> None:
     images, kept, errors = decode_records([ImageRecord("k", "u")], [b""], SIZE, DataSection())
     assert (images.shape, kept, len(errors)) == ((0, SIZE, SIZE, 3), [], 1)
+
+
+# Colors: an ICC profile, where the recipe asks for sRGB
+
+
+def s15fixed16(values: Sequence[float]) -> bytes:
+    return struct.pack(">3i", *(round(65536 * value) for value in values))
+
+
+SRGB_COLUMNS = (
+    (0.43607, 0.22249, 0.01392),
+    (0.38515, 0.71687, 0.09708),
+    (0.14307, 0.06061, 0.7141),
+)
+"""XYZ of the primaries of sRGB under D50, as its own profile states them."""
+P3_COLUMNS = ((0.51512, 0.2412, -0.00105), (0.29198, 0.69225, 0.04189), (0.1571, 0.06657, 0.78407))
+"""XYZ of the primaries of Display P3 under D50, as Apple's profile states them."""
+
+
+def matrix_profile(columns: Sequence[Sequence[float]]) -> bytes:
+    """Pillow's sRGB profile with the XYZ of other primaries; its tone curve stays."""
+    profile = bytearray(ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes())
+    for number in range(struct.unpack_from(">I", profile, 128)[0]):
+        name, offset, _ = struct.unpack_from(">4sII", profile, 132 + 12 * number)
+        if name in (b"rXYZ", b"gXYZ", b"bXYZ"):
+            profile[offset + 8 : offset + 20] = s15fixed16(columns[b"rgb".index(name[:1])])
+    return bytes(profile)
+
+
+def flat(color: tuple[int, ...], mode: str, **options: Any) -> bytes:
+    return encode(Image.new(mode, (SIZE, SIZE), color), **options)
+
+
+def srgb(data: bytes, decoder: str = "exact") -> list[int]:
+    """The one color of an image of one color, in sRGB."""
+    crop = decode_image(data, SIZE, LIMIT, decoder, "srgb")
+    assert (crop == crop[0, 0]).all()
+    return crop[0, 0].tolist()
+
+
+@pytest.mark.parametrize("color", [(128, 128, 128), (200, 120, 90), (90, 140, 120), (30, 40, 35)])
+def test_display_p3_becomes_srgb_by_the_matrices_of_both(color: tuple[int, int, int]) -> None:
+    encoded = np.array(color) / 255
+    linear = np.where(encoded <= 0.04045, encoded / 12.92, ((encoded + 0.055) / 1.055) ** 2.4)
+    mixed = np.linalg.solve(np.transpose(SRGB_COLUMNS), np.transpose(P3_COLUMNS) @ linear)
+    expected = 255 * np.where(mixed <= 0.0031308, 12.92 * mixed, 1.055 * mixed ** (1 / 2.4) - 0.055)
+    data = flat(color, "RGB", icc_profile=matrix_profile(P3_COLUMNS))
+    for decoder in ("exact", "fast"):
+        assert np.abs(srgb(data, decoder) - expected).max() < 1
+    np.testing.assert_array_equal(decode_image(data, SIZE, LIMIT)[0, 0], color)
+
+
+def test_a_profile_reaches_palettes_and_colors_under_alpha() -> None:
+    red_is_green = matrix_profile([SRGB_COLUMNS[1], SRGB_COLUMNS[0], SRGB_COLUMNS[2]])
+    palette = Image.new("RGB", (SIZE, SIZE), (255, 0, 0)).quantize(4)
+    for data in (
+        flat((255, 0, 0), "RGB", icc_profile=red_is_green),
+        encode(palette, icc_profile=red_is_green),
+        flat((255, 0, 0, 255), "RGBA", icc_profile=red_is_green),
+    ):
+        assert np.abs(np.subtract(srgb(data), (0, 255, 0))).max() <= 1
+    half = srgb(flat((255, 0, 0, 128), "RGBA", icc_profile=red_is_green))
+    assert np.abs(np.subtract(half, (127, 255, 127))).max() <= 1
+
+
+@pytest.mark.parametrize("mode", ["RGB", "L", "LA", "P", "RGBA", "CMYK"])
+def test_srgb_without_a_profile_that_applies_changes_nothing(mode: str) -> None:
+    image = Image.fromarray(noise(2 * SIZE, SIZE)).convert(mode)
+    kind = "TIFF" if mode == "CMYK" else "PNG"
+    plain = encode(image, kind)
+    damaged = encode(image, kind, icc_profile=b"no profile")
+    of_another_space = matrix_profile(P3_COLUMNS)[:16] + b"LUV " + matrix_profile(P3_COLUMNS)[20:]
+    other = encode(image, kind, icc_profile=of_another_space)
+    expected = decode_image(plain, SIZE, LIMIT)
+    grey = matrix_profile(P3_COLUMNS) if mode in ("L", "LA") else b""
+    of_colors = encode(image, kind, icc_profile=grey)
+    for data in (plain, damaged, other, of_colors):
+        np.testing.assert_array_equal(decode_image(data, SIZE, LIMIT, "exact", "srgb"), expected)
 
 
 # Folders

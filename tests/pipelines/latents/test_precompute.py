@@ -240,6 +240,10 @@ def test_decoding_is_not_fused_into_the_actors(
         (["precompute.columns=[mean,logvar]"], "columns: mean there, mean,logvar now"),
         (["precompute.precision=bf16"], "precision: fp32 there, bf16 now"),
         (["data.decoder=fast"], "crop: adm-center-crop-1 there, adm-center-crop-1-fast-1 now"),
+        (
+            ["data.color_profile=srgb"],
+            "crop: .*1 there, adm-center-crop-1, srgb-1 now",
+        ),
         (["precompute.shard_size=4"], "shard size: 8 there, 4 now"),
     ],
 )
