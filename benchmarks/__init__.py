@@ -1,1 +1,1 @@
-"""Benchmarks: one command each; their figures are in docs/benchmarks.md."""
+"""Benchmarks, each with a command of its own; docs/benchmarks.md has their figures."""

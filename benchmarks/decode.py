@@ -1,14 +1,14 @@
-"""Images per second one core decodes and crops, by decoder; and how far each crop is from the exact
-one.
+"""Images per second that one core decodes and crops, by decoder, and the error of each crop.
 
     python -m benchmarks.decode [--images 24] [--rounds 10]
 
-Photographs as JPEGs of ImageNet's usual size, in three samplings of colour and progressive, cropped
-to 256 px; and, where a decoder can halve while it decodes, to 128 px, from a size that halves
-evenly and from one that does not. One thread, in processor time, so that other work disturbs
-little; a method's time is the sum over images of each one's best round, and the rounds of all
-methods alternate. The effect on features is DINOv2-S's, on the crops whose pixels differ.
-simplejpeg is measured where it is installed, nvJPEG where there is a GPU.
+The images are photographs as JPEGs of ImageNet's usual size, in three chroma subsamplings and
+progressive, cropped to 256 px. Decoders that can halve while they decode also crop to 128 px, from
+a size that halves evenly and from one that does not. Processor time of one thread is measured, so
+other work on the machine has little effect. A method's time is the sum over images of the best
+round of each, and the rounds of all methods alternate. Errors are those against Pillow with ADM's
+crop, of the pixels and of DINOv2-S's features. simplejpeg is measured where it is installed, nvJPEG
+where there is a GPU.
 """
 
 from __future__ import annotations
@@ -53,14 +53,14 @@ SETS: dict[str, tuple[int, tuple[int, int], dict[str, Any]]] = {
     "512x384, 4:2:0, to 128": (128, (512, 384), {"subsampling": "4:2:0"}),
     "500x375, 4:2:0, to 128": (128, (500, 375), {"subsampling": "4:2:0"}),
 }
-"""Title -> size of the crop, of the picture, and how Pillow saves it."""
+"""Title -> size of the crop, size of the image, and the options of Pillow's JPEG writer."""
 
 Method = Callable[[bytes], np.ndarray]
 
 
 @dataclass
 class Row:
-    """One method on one set; rates are images a second on one core."""
+    """One method on one set of images; rates are in images per second on one core."""
 
     name: str
     decode_rate: float
@@ -72,8 +72,9 @@ class Row:
 
 
 def pillow(data: bytes, halve_to: int = 0) -> Image.Image:
-    """RGB; with `halve_to` libjpeg halves while it decodes, as often as both sides stay that
-    long.
+    """The image by Pillow, in RGB.
+
+    With `halve_to` libjpeg halves it while decoding, as often as both sides stay at least so long.
     """
     image = Image.open(io.BytesIO(data))
     if halve_to:
@@ -82,25 +83,27 @@ def pillow(data: bytes, halve_to: int = 0) -> Image.Image:
 
 
 def torchvision(data: bytes, device: str = "cpu") -> Image.Image:
-    """RGB by torchvision's libjpeg-turbo, or on a GPU by nvJPEG."""
+    """The image by torchvision, in RGB: by libjpeg-turbo, or on a GPU by nvJPEG."""
     encoded = torch.frombuffer(bytearray(data), dtype=torch.uint8)
     pixels = decode_jpeg(encoded, mode=ImageReadMode.RGB, device=device)
     return Image.fromarray(pixels.permute(1, 2, 0).cpu().numpy())
 
 
 def turbo(data: bytes, fast: bool = False) -> Image.Image:
-    """RGB by simplejpeg; `fast` takes libjpeg-turbo's quicker and coarser transform and chroma."""
+    """The image by simplejpeg; `fast` uses libjpeg-turbo's faster, coarser transform and chroma."""
     return Image.fromarray(simplejpeg.decode_jpeg(data, fastdct=fast, fastupsample=fast))
 
 
 def turbo_scaled(data: bytes, size: int) -> Image.Image:
-    """RGB by simplejpeg in the smallest of libjpeg-turbo's eighths of which no side is under
-    `size`."""
+    """The image by simplejpeg, scaled by libjpeg-turbo.
+
+    It has the smallest number of eighths of its size for which no side is shorter than `size`.
+    """
     return Image.fromarray(simplejpeg.decode_jpeg(data, min_height=size, min_width=size))
 
 
 def methods(size: int, halves: bool) -> dict[str, tuple[Callable[[bytes], Image.Image], Method]]:
-    """Name -> (decoding alone, decoding and crop), the exact one first."""
+    """Name -> (decoding, decoding and cropping), the exact method first."""
     made: dict[str, tuple[Callable[[bytes], Image.Image], Method]] = {
         EXACT: (pillow, lambda data: decode_image(data, size, 10**8)),
         "Pillow, torch's filter (`fast`)": (
@@ -130,7 +133,7 @@ def methods(size: int, halves: bool) -> dict[str, tuple[Callable[[bytes], Image.
 def measure(
     size: int, halves: bool, images: list[bytes], rounds: int, backbone: Backbone
 ) -> list[Row]:
-    """One row a method, the exact one first."""
+    """One row for each method, the exact method first."""
     every = methods(size, halves)
     best = {name: np.full((2, len(images)), np.inf) for name in every}
     torch.set_num_threads(1)
@@ -189,15 +192,14 @@ def main() -> None:
         rows = measure(size, min(shape) >= 2 * size, images, arguments.rounds, backbone)
         print(f"\n{title}\n")
         print(
-            "| decoder, crop | decode/s | decode and crop/s | times exact | largest error | mean "
-            "error "
-            "| features: relative error | cosine |\n|---|---|---|---|---|---|---|---|"
+            "| decoder, crop | decode/s | decode and crop/s | times exact | largest error "
+            "| mean error | features: relative error | cosine |\n|---|---|---|---|---|---|---|---|"
         )
         for row in rows:
             print(
-                f"| {row.name} | {row.decode_rate:.0f} | {row.rate:.0f} | "
-                f"{row.rate / rows[0].rate:.2f} | {row.maximum} "
-                f"| {row.mean:.4f} | {row.feature_error:.1e} | {row.cosine:.6f} |"
+                f"| {row.name} | {row.decode_rate:.0f} | {row.rate:.0f} "
+                f"| {row.rate / rows[0].rate:.2f} | {row.maximum} | {row.mean:.4f} "
+                f"| {row.feature_error:.1e} | {row.cosine:.6f} |"
             )
 
 

@@ -1,16 +1,19 @@
-"""Is what an accelerator computes right, and how near to its matrix rate is it? Without Ray, in one
-call.
+"""Are an accelerator's results right, and how near is it to its matrix rate? Runs without Ray.
 
-    python -m benchmarks.device [KEY=VALUE ...] [--backbones dinov2_vitl14 dinov2_vitg14]
-        [--batches 64 128 256]
-                                [--only check encode train sample] [--device cuda]
+    python -m benchmarks.device [KEY=VALUE ...] [--device cuda]
+                                [--backbones dinov2_vitl14 dinov2_vitg14] [--batches 64 128 256]
+                                [--only check encode train sample]
 
-check: networks, gradients and samplers with equal weights and inputs on the CPU in float32 and on
-the device; the relative error of each, and exit status 1 where one is above its bound. encode:
-uint8 crops in memory to latents in memory, at each batch size, plain and compiled, beside the same
-network on a batch that is already there: what the loop adds is the time in which the device waits.
-train and sample: benchmarks.train and benchmarks.sample at the paper's sizes, plain and compiled,
-in processes of their own. Weights are random.
+- check: networks, gradients and samplers with equal weights and inputs, on the CPU in float32 and
+  on the device. Prints the relative error of each; the exit status is 1 where one exceeds its
+  bound.
+- encode: uint8 crops in memory to latents in memory, at each batch size, eager and compiled, beside
+  the same network on a batch that is on the device already. The difference is the time during which
+  the device waits for the loop.
+- train, sample: benchmarks.train and benchmarks.sample at the paper's sizes, eager and compiled, in
+  processes of their own.
+
+Weights are random.
 """
 
 from __future__ import annotations
@@ -40,31 +43,25 @@ from fae_core.pixel_decoder import PixelDecoder, PixelDecoderConfig
 from fae_core.samplers import PAPER_GUIDANCE, sample_ode
 
 BOUNDS = {"fp32": 1e-3, "bf16": 5e-2}
-"""Largest relative error: sums in another order, and eight bits of mantissa through a few dozen
-layers."""
+"""Largest relative error by precision. Sums are in another order on the device, and bfloat16 rounds
+to eight bits of mantissa in each of a few dozen layers."""
 PARTS = ("check", "encode", "train", "sample")
-PAPER_TRAIN = (
+PAPER_SIZES = (
     "backbone.name=dinov2_vitg14",
+    "autoencoder.encoder.num_heads=24",
+    "autoencoder.encoder.head_dim=256",
+    "autoencoder.decoder.num_heads=24",
+    "pixel_decoder.size=L",
+    "generator.size=XL",
+)
+PAPER_TRAIN = (
+    *PAPER_SIZES,
     "backbone.weights=random",
     "autoencoder.training.batch_size=64",
-    "autoencoder.encoder.num_heads=24",
-    "autoencoder.encoder.head_dim=256",
-    "autoencoder.decoder.num_heads=24",
-    "pixel_decoder.size=L",
     "pixel_decoder.training.batch_size=16",
-    "generator.size=XL",
     "generator.training.batch_size=128",
 )
-PAPER_SAMPLE = (
-    "backbone.name=dinov2_vitg14",
-    "pixel_decoder.size=L",
-    "generator.size=XL",
-    "sample.precision=bf16",
-    "autoencoder.encoder.num_heads=24",
-    "autoencoder.encoder.head_dim=256",
-    "autoencoder.decoder.num_heads=24",
-)
-
+PAPER_SAMPLE = (*PAPER_SIZES, "sample.precision=bf16")
 BF16 = tuple(
     f"{name}.training.precision=bf16" for name in ("autoencoder", "pixel_decoder", "generator")
 )
@@ -81,7 +78,7 @@ def relative_error(found: Tensor, wanted: Tensor) -> float:
 def result_and_gradient(
     network: nn.Module, loss: Loss, inputs: Sequence[Tensor], device: torch.device, precision: str
 ) -> Tensor:
-    """The loss and every parameter's gradient, one vector."""
+    """The loss and the gradients of all parameters as one vector, float32 on `device`."""
     network.to(device).zero_grad(set_to_none=True)
     with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
         value = loss(network, *(t.to(device) for t in inputs))
@@ -91,7 +88,7 @@ def result_and_gradient(
 
 
 def training_cases() -> dict[str, tuple[nn.Module, Loss, list[Tensor]]]:
-    """Every network that is trained, small, with the loss of its training."""
+    """Name -> (small network, its training loss, inputs) of every network that is trained."""
     grid, classes = (8, 8), torch.arange(4)
     latents, noise = torch.randn(2, 4, 16, *grid).unbind()
     features = torch.randn(4, 64, 192)
@@ -102,7 +99,7 @@ def training_cases() -> dict[str, tuple[nn.Module, Loss, list[Tensor]]]:
     decoder = PixelDecoder(PixelDecoderConfig(192, grid, 64, width=192, depth=4, num_heads=3))
     dit = DiT(DiTConfig(16, grid, width=192, depth=6, num_heads=3, num_classes=10))
     flow = StarFlow(StarFlowConfig(16, grid, width=192, layers=(2, 4), num_classes=10))
-    for network in (dit, flow):  # both begin as functions that ignore most of their weights
+    for network in (dit, flow):  # at their initialization most weights have no effect
         for parameter in network.parameters():
             if parameter.requires_grad and parameter.ndim > 1:
                 nn.init.normal_(parameter, std=0.05)
@@ -131,14 +128,14 @@ def training_cases() -> dict[str, tuple[nn.Module, Loss, list[Tensor]]]:
 
 
 def check(recipe: Recipe, device: torch.device) -> bool:
-    """Print what differs between CPU and device; False where it is more than BOUNDS."""
+    """Print the relative errors of the device; False where one exceeds BOUNDS."""
     print("| what | precision | relative error | bound |\n|---|---|---|---|")
     good = True
 
     def row(name: str, precision: str, found: Tensor, wanted: Tensor) -> None:
         nonlocal good
         error = relative_error(found, wanted)
-        sound = error <= BOUNDS[precision]  # false for NaN too
+        sound = error <= BOUNDS[precision]  # also false for NaN
         good = good and sound
         mark = "" if sound else " **exceeded**"
         print(f"| {name} | {precision} | {error:.1e}{mark} | {BOUNDS[precision]:.0e} |", flush=True)
@@ -164,8 +161,10 @@ def check(recipe: Recipe, device: torch.device) -> bool:
 
 
 def drawn(network: DiT | StarFlow, inputs: Sequence[Tensor], device: torch.device) -> Tensor:
-    """Samples of the first input as noise: 20 steps with the paper's guidance, or the flow's guided
-    inverse."""
+    """Samples with the first input as noise.
+
+    20 steps of the ODE with the paper's guidance, or the flow's guided inverse.
+    """
     network.to(device).eval()
     noise, labels = inputs[0].to(device), inputs[-1].to(device)
     with torch.inference_mode():
@@ -177,7 +176,7 @@ def drawn(network: DiT | StarFlow, inputs: Sequence[Tensor], device: torch.devic
 def encoder_of(
     recipe: Recipe, device: torch.device, precision: str, compiled: bool = False
 ) -> LatentEncoder:
-    """The recipe's backbone with an untrained FAE encoder, the same at each call."""
+    """The recipe's backbone with an untrained autoencoder, which is the same at each call."""
     backbone = backbone_of(recipe)
     torch.manual_seed(1)
     autoencoder = build_autoencoder(recipe.autoencoder, backbone.spec).eval()
@@ -186,11 +185,14 @@ def encoder_of(
 
 
 def measure_encoder(encoder: LatentEncoder, side: int, size: int, rate: float) -> list[str]:
-    """Images/s from memory to memory and of the network alone, share of the matrix rate, and of the
-    time in which the device waits."""
+    """Images/s of the loop and of the network alone, share of the matrix rate, and waiting share.
+
+    The loop goes from memory to memory. The last figure is the share of its time in which the
+    device waits.
+    """
     device = encoder.device
     images = np.random.default_rng(0).integers(0, 256, (4 * size, side, side, 3), np.uint8)
-    with torch.inference_mode():  # as in the loop: another kind of tensor would be compiled anew
+    with torch.inference_mode():  # as in the loop; a tensor of another kind is compiled again
         there = torch.from_numpy(images[:size]).to(device)
 
     def alone() -> None:
@@ -214,7 +216,7 @@ def measure_encoder(encoder: LatentEncoder, side: int, size: int, rate: float) -
 
 
 def encode(recipe: Recipe, batches: Sequence[int], device: torch.device) -> list[list[str]]:
-    """Rows of the table of encoding for one backbone."""
+    """Rows of the table of encoding, for one backbone."""
     rate = matrix_rate(device, torch.bfloat16)
     rows = []
     for compiled in (False, True):
@@ -247,8 +249,8 @@ def main() -> int:
             recipe = load_recipe(arguments.recipe, [*settings, f"backbone.name={name}"])
             rows += encode(recipe, arguments.batches, device)
         print(
-            "\n| backbone | batch | compiled | images/s | network alone | of the matrix rate | "
-            "device waits |"
+            "\n| backbone | batch | compiled | images/s | network alone | of the matrix rate "
+            "| device waits |"
         )
         print("|---|---|---|---|---|---|---|")
         for row in rows:

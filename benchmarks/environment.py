@@ -1,5 +1,4 @@
-"""What every benchmark states with its figures: machine, versions, and the photographs that it
-measures on."""
+"""What every benchmark prints with its figures, and the photographs that it uses."""
 
 from __future__ import annotations
 
@@ -16,7 +15,7 @@ PHOTOGRAPHS = ("astronaut", "chelsea", "coffee", "rocket", "hubble_deep_field", 
 
 
 def describe() -> str:
-    """One line: processor or GPU, cores, versions."""
+    """One line with the GPU or processor, the number of cores, and versions."""
     names = ("torch", "ray", "timm", "pillow", "pyarrow")
     versions = ", ".join(f"{name} {_version(name)}" for name in names)
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else _processor()
@@ -41,10 +40,10 @@ def _processor() -> str:
 def write_photographs(
     folder: Path, count: int, size: tuple[int, int] = (500, 375), **options: int | str
 ) -> None:
-    """`count` JPEGs cropped from scikit-image's photographs, the same each time; `options` go to
-    Pillow's writer.
+    """Write `count` JPEGs cropped from scikit-image's photographs, the same at each call.
 
-    The default size is ImageNet's usual one; others are 4 : 3 too.
+    `size` [px] has the ratio 4 : 3; the default is ImageNet's usual size. `options` are those of
+    Pillow's JPEG writer.
     """
     import skimage.data
 

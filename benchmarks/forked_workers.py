@@ -1,9 +1,8 @@
-"""Ray workers that are forked from one process which has imported everything, so that hundreds fit
-on a small machine.
+"""Ray workers forked from one process that has imported everything: hundreds fit on one machine.
 
-A worker of Ray's own starts a Python, imports for two seconds and holds 108 MiB to itself; a fork
-shares both. Only how a worker begins differs: it runs Ray's own `default_worker.py`, and Ray talks
-with it as with any other.
+A worker of Ray's own starts a Python process, imports for two seconds and has 108 MiB of its own; a
+fork shares both. Only the start of a worker differs: it runs Ray's `default_worker.py`, and Ray
+communicates with it as with any other worker.
 """
 
 from __future__ import annotations
@@ -28,9 +27,9 @@ IMPORTED = (
     "benchmarks.sleeping",
     "fae.pipelines.latents.tasks",
 )
-# What Ray starts in place of Python: a worker's command line goes to the server, everything else to
-# the real one. The first worker starts the server with its own environment, because Ray's core
-# reads the job and the raylet when imported.
+# Ray starts this script in place of Python. It sends a worker's command line to the fork server and
+# runs every other command in the real Python. The first worker starts the server in its own
+# environment, because Ray's core reads the job and the raylet from it when it is imported.
 _STAND_IN = """#!{python} -IS
 import json, os, socket, subprocess, sys, time
 arguments = sys.argv[1:]
@@ -55,9 +54,9 @@ with socket.socket(socket.AF_UNIX) as server:
 
 @contextlib.contextmanager
 def forked_workers() -> Iterator[Path]:
-    """A local Ray that is started inside has forked workers, and must end before this does.
+    """A context in which a local Ray has forked workers; Ray must be shut down before it ends.
 
-    The file whose path it gives holds the process id of their parent, once there is one.
+    Yields the path of a file that holds the process id of the workers' parent, once there is one.
     """
     python = sys.executable
     with tempfile.TemporaryDirectory() as folder:
@@ -73,10 +72,10 @@ def forked_workers() -> Iterator[Path]:
 
 
 def serve(address: str) -> None:
-    """Fork a worker for every command line that arrives at the socket `address`."""
+    """Fork a worker for every command line that is sent to the socket `address`."""
     for module in IMPORTED:
         importlib.import_module(module)
-    # A collection would write to every object's header, and so copy every page.
+    # A garbage collection in a fork would write to every object's header and so copy every page.
     gc.collect()
     gc.freeze()
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)
@@ -114,14 +113,14 @@ def _become_worker(
     arguments: list[str], environment: dict[str, str], descriptors: list[int]
 ) -> None:
     parser, context_class = ray_private.worker_setup()
-    # Ray ends a worker's whole process group.
+    # Ray kills a worker together with its process group, so each worker needs its own.
     os.setsid()
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     for target, descriptor in zip((1, 2), descriptors, strict=True):
         os.dup2(descriptor, target)
         os.close(descriptor)
-    # Before Ray's own script stands its setup_worker.py where there is an environment to set up,
-    # which is done here.
+    # Where a runtime environment is set, Ray puts its setup_worker.py before default_worker.py. Its
+    # work is done here.
     options, command = parser.parse_known_args(arguments)
     while not command[0].endswith("default_worker.py"):
         del command[0]
@@ -129,8 +128,7 @@ def _become_worker(
     os.environ.clear()
     os.environ.update({**environment, **context.env_vars})
     sys.argv = command
-    # Not by runpy, which takes the script's names away at its end, while threads of Ray's core
-    # still use what they held.
+    # runpy would clear the script's globals at its end, while threads of Ray's core still use them.
     names = {"__name__": "__main__", "__file__": command[0]}
     exec(compile(Path(command[0]).read_text(), command[0], "exec"), names)
     os._exit(0)

@@ -1,9 +1,10 @@
-"""How much memory and time planning takes: `python -m benchmarks.listing SOURCE`, or a number of
-made-up records.
+"""Memory and time of planning.
 
-SOURCE is any data.path. A number writes a Parquet list of so many S3 addresses first, in another
-process and not in key order, so that sorting is measured too. Prints records, seconds, the peak of
-resident memory, and the plan's size.
+    python -m benchmarks.listing SOURCE | NUMBER
+
+SOURCE is any data.path. NUMBER first writes a Parquet list of so many S3 addresses, in another
+process and not in the order of keys, so that sorting is measured too. Prints records, seconds, the
+peak of resident memory, and the size of the plan.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ from fae.pipelines.storage import paths
 
 
 def measure(source: str) -> dict[str, float]:
-    """Plan `source` as precompute does, into a store in a temporary folder."""
+    """Figures of planning `source` as precompute does, into a store in a temporary folder."""
     before = peak_rss()
     started = time.monotonic()
     table = plan_images(DataSection(path=source))

@@ -1,14 +1,13 @@
-"""Does precompute's memory grow with the number of images, and does `--dry-run` say what a job
-needs? Peaks, and the estimates.
+"""Peaks of memory beside the estimates of `--dry-run`, and whether they grow with the images.
 
     python -m benchmarks.memory [--images 1000 4000] [--train autoencoder pixel_decoder generator]
                                 [--sample dit starflow] [KEY=VALUE ...]
 
-Each job runs in a process of its own with a Ray of its own; those that train, for a few steps of
-the recipe's batch size. Memory is unique memory (USS), the highest of four samples a second: of the
+Each job runs in a process of its own with a Ray of its own, a training for a few steps of the
+recipe's batch size. Memory is unique memory (USS), the highest of four samples per second: of the
 driver, of the largest other process (a training's worker, a sampling's actor), and summed over all
-of them; the object store is Ray's own figure. The backbone is a small random ViT, so that minutes
-suffice: the images take the same way.
+processes. The object store's figure is Ray's own. The backbone is a small random ViT, so the jobs
+take minutes; the images pass through the same code as with a large one.
 """
 
 from __future__ import annotations
@@ -65,11 +64,11 @@ TRAINED = (
 )
 MEBI = 1 << 20
 STEPS = 6
-"""Of a training; the second already holds everything."""
+"""Steps of a training; from the second step on its memory is complete."""
 
 
 class Watch:
-    """Peaks over this process's tree and Ray's object store, sampled by a thread."""
+    """Peaks [MiB] of this process and its descendants and of the object store, by a thread."""
 
     def __init__(self) -> None:
         names = ("driver", "largest other process", "all processes", "object store")
@@ -112,19 +111,19 @@ class Watch:
 
 
 def measure_precompute(folder: str, images: int, overrides: list[str], results: Any) -> None:
-    """One run over the first `images` photographs; puts a row of the table into `results`."""
+    """Precompute the first `images` photographs; puts a row of the table into `results`."""
     places = [f"data.limit={images}", f"output={folder}/store-{images}"]
     recipe = load_recipe("photos-dinov2s", [*recipe_in(folder, places), *overrides])
     start_ray()
     with Watch() as watch:
         manifest = precompute(recipe, show_progress=False)
     assert manifest["stored"] == images
-    # Last, because it builds the networks, in this process.
+    # The estimate comes last because it builds the networks in this process.
     results.put(row_of(f"precompute, {images} images", watch, precompute_memory(recipe)))
 
 
 def measure_training(folder: str, network: str, overrides: list[str], results: Any) -> None:
-    """A few steps of one training; `images`, and for a generator `store`, are in the folder."""
+    """Train for a few steps; `images`, and for a generator `store`, are in the folder."""
     steps = [f"{network}.training.{key}={STEPS}" for key in ("steps", "validate_every")]
     more = [f"{network}.statistics_images=64"] if network != "generator" else []
     places = [f"latents={folder}/store", f"storage={folder}/runs", f"run={network}"]
@@ -142,7 +141,7 @@ def measure_training(folder: str, network: str, overrides: list[str], results: A
 
 
 def measure_sample(folder: str, kind: str, overrides: list[str], results: Any) -> None:
-    """Two shards of pictures by untrained networks of the sizes of TRAINED."""
+    """Sample two shards of images by untrained networks of the sizes of TRAINED."""
     recipe = load_recipe("photos-dinov2s", [*recipe_in(folder, []), *TRAINED, *overrides])
     recipe.generator.kind = kind  # type: ignore[assignment]
     spec, owner = backbone_spec(recipe), checkpoint.load(recipe.autoencoder.checkpoint or "")
@@ -176,7 +175,7 @@ def recipe_in(folder: str, places: list[str]) -> list[str]:
 
 
 def row_of(job: str, watch: Watch, estimated: list[Process]) -> dict[str, Any]:
-    """Peaks [MiB] of a job by name, each with its estimate where there is one."""
+    """The job's name, and (peak, estimate) [MiB] of each of its figures."""
     single = {process.name: total([replace(process, count=1)]) / MEBI for process in estimated}
     store = single.pop("object store", 0.0)
     others = [size for name, size in single.items() if name not in ("driver", "Ray")]
@@ -232,7 +231,7 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    # Under its own name, so that the measured processes find the functions.
+    # Run under the module's own name, so that the measured processes find its functions.
     from benchmarks.memory import main as _main
 
     _main()

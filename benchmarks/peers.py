@@ -1,20 +1,18 @@
-"""Precompute beside two ways that people write it, over the same images with the same model, in one
-run.
+"""Precompute beside two common ways to write it, over the same images with the same model.
 
     python -m benchmarks.peers [--images 640] [KEY=VALUE ...]
 
-1. A plain loop in the manner of LightningDiT's extract_features.py: a DataLoader whose workers
-   decode and crop, the model in
-   the main process, a safetensors file every so many images.
+1. A plain loop like LightningDiT's extract_features.py: a DataLoader whose workers decode and crop,
+   the model in the main process, a safetensors file for every so many images.
 2. Ray Data's documented batch inference: read_images -> map -> map_batches(class,
    ActorPoolStrategy) -> write_parquet.
-3. Ours, `fae precompute`.
+3. `fae precompute`, which the table calls "ours".
 
-All three are ours in code, and run with one crop (ADM's, by Pillow), one LatentEncoder, one
-precision and one batch size, each in a process of its own; the model has the threads of all cores
-in each, and decoding what the others leave. Neither peer verifies, resumes or counts what it wrote.
+All three use the same crop (ADM's, by Pillow), LatentEncoder, precision and batch size, and each
+runs in a process of its own. In each the model has the threads of all cores, and decoding what the
+model leaves. The first two are written here; they do not verify, resume or count what they write.
 The steady rate is that of the middle half of the batches or shards. Ratios are to the bare model
-loop over crops in memory, before and after the three.
+loop over crops in memory, the better of a run before the three and one after.
 """
 
 from __future__ import annotations
@@ -45,7 +43,7 @@ from fae.pipelines.runtime.session import start_ray
 
 
 class Photographs(Dataset[tuple[str, np.ndarray]]):
-    """(name, crop) of the files of a folder: what the DataLoader's workers make."""
+    """(name, crop uint8 [size, size, 3]) of each file of a folder, for the DataLoader."""
 
     def __init__(self, folder: str, size: int) -> None:
         self.paths = sorted(Path(folder).iterdir())
@@ -61,8 +59,7 @@ class Photographs(Dataset[tuple[str, np.ndarray]]):
 
 
 def loop(recipe: Recipe) -> tuple[int, float]:
-    """The DataLoader's loop: images written, and images per second in the middle half of the
-    batches."""
+    """The DataLoader's loop: images written, and its steady rate in images per second."""
     assert recipe.data.path and recipe.output
     torch.set_num_threads(os.cpu_count() or 1)
     options, output = recipe.precompute, Path(recipe.output)
@@ -83,7 +80,7 @@ def loop(recipe: Recipe) -> tuple[int, float]:
 
 
 def crop_row(row: dict[str, Any], size: int) -> dict[str, Any]:
-    """Ray Data's map: {image, path} -> the same with the crop."""
+    """Ray Data's map function: {image, path} with the crop in place of the image."""
     return {"path": row["path"], "image": adm_center_crop(Image.fromarray(row["image"]), size)}
 
 
@@ -100,9 +97,7 @@ class EncodeBatch:
 
 
 def ray_data(recipe: Recipe) -> tuple[int, float]:
-    """Ray Data's pattern: images written, and images per second in the middle half of the
-    batches.
-    """
+    """Ray Data's batch inference: images written, and its steady rate in images per second."""
     assert recipe.data.path and recipe.output
     start_ray()
     import pyarrow.parquet as pq
@@ -110,8 +105,8 @@ def ray_data(recipe: Recipe) -> tuple[int, float]:
 
     options = recipe.precompute
     ray.data.DataContext.get_current().enable_progress_bars = False
-    # Tasks ask for half a core and writing for less: with the default of one, reading and writing
-    # would take turns beside an actor on two cores.
+    # Tasks ask for half a core and writing for less. With the default of one core, reading and
+    # writing would not run at the same time beside an actor on two cores.
     images = ray.data.read_images(recipe.data.path, mode="RGB", include_paths=True, num_cpus=0.5)
     images.map(crop_row, fn_kwargs={"size": recipe.image_size}, num_cpus=0.5).map_batches(
         EncodeBatch,
@@ -134,7 +129,7 @@ def ray_data(recipe: Recipe) -> tuple[int, float]:
 
 
 def ours(recipe: Recipe) -> tuple[int, float]:
-    """`fae precompute`: images written, and images per second in the middle half of the shards."""
+    """`fae precompute`: images written, and its steady rate in images per second."""
     start_ray()
     manifest = precompute(recipe, show_progress=False)
     return manifest["stored"], manifest["run"]["steady_images_per_second"]
@@ -188,27 +183,26 @@ def main() -> None:
     options = recipe.precompute
     print(f"\n{describe()}")
     print(
-        f"{arguments.images} images, {recipe.backbone.name}, {options.precision}, batches of "
-        f"{options.batch_size}, "
-        f"files of {options.shard_size}\n"
+        f"{arguments.images} images, {recipe.backbone.name}, {options.precision}, "
+        f"batches of {options.batch_size}, files of {options.shard_size}\n"
     )
     print(
-        "| what | steady images/s | of the bare model loop | with start-up | of the bare model "
-        "loop |"
+        "| what | steady images/s | of the bare model loop | with start-up "
+        "| of the bare model loop |"
     )
     print("|---|---|---|---|---|")
     print(f"| bare model loop (before, after: {before:.2f}, {after:.2f}) | {bare:.2f} | 1 | | |")
     bound = 1 / (1 / decode_rate + 1 / bare)
     print(
-        f"| bound: decode ({decode_rate:.0f}/s), then model | {bound:.2f} | {bound / bare:.3f} | | "
-        "|"
+        f"| bound: decode ({decode_rate:.0f}/s), then model | {bound:.2f} | {bound / bare:.3f} "
+        "| | |"
     )
     for name, steady, whole in rows:
         print(f"| {name} | {steady:.2f} | {steady / bare:.3f} | {whole:.2f} | {whole / bare:.3f} |")
 
 
 if __name__ == "__main__":
-    # Under its own name, so that processes and Ray find its functions.
+    # Run under the module's own name, so that processes and Ray find its functions.
     from benchmarks.peers import main as _main
 
     _main()

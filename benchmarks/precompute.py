@@ -1,12 +1,11 @@
-"""Images per second of decoding alone, the model alone, and the whole pipeline, on the same images
-in one run.
+"""Images per second of decoding alone, of the model alone and of the whole pipeline, in one run.
 
     python -m benchmarks.precompute [--images 1280] [KEY=VALUE ...]
 
-The bound on one machine's cores is 1 / (1/decode + 1/model), each measured with all cores; the
-pipeline's steady rate is that of its middle half of shards (so neither start-up nor what was
-decoded ahead counts), and its start-up is stated apart. Overrides are the recipe's, for example
-precompute.shard_size=128.
+All use the same images. The bound on one machine's cores is 1 / (1/decode + 1/model), each measured
+with all cores. The pipeline's steady rate is that of the middle half of its shards, so neither the
+start-up nor images decoded ahead count; the start-up is printed separately. Overrides are the
+recipe's, for example precompute.shard_size=128.
 """
 
 from __future__ import annotations
@@ -43,15 +42,15 @@ def decode(work: tuple[list[ImageRecord], Recipe]) -> np.ndarray:
 
 
 def decode_only(recipe: Recipe) -> tuple[float, np.ndarray]:
-    """(images per second on all cores, some crops for the model's turn)."""
+    """(images per second on all cores, some crops for `model_only`)."""
     records = list_images(recipe.data)
     size = recipe.precompute.shard_size
     parts = [(records[i : i + size], recipe) for i in range(0, len(records), size)]
     with ProcessPoolExecutor(os.cpu_count()) as pool:
         list(pool.map(decode, parts[: os.cpu_count()]))  # processes start and import here
         started = time.perf_counter()
-        # Only counts come back: sending pixels between processes is the pipeline's cost, not
-        # decoding's.
+        # Only counts come back: sending pixels between processes is a cost of the pipeline, not of
+        # decoding.
         count = sum(pool.map(count_decoded, parts))
         seconds = time.perf_counter() - started
     return count / seconds, decode((records[:MODEL_IMAGES], recipe))
@@ -74,7 +73,7 @@ def model_only(recipe: Recipe, crops: np.ndarray) -> float:
 
 
 def save_untrained(recipe: Recipe, path: Path) -> None:
-    """An autoencoder of the recipe's sizes with random weights: its speed is a trained one's."""
+    """Write an autoencoder of the recipe's sizes with random weights, as fast as a trained one."""
     backbone = backbone_of(recipe)
     model = build_autoencoder(recipe.autoencoder, backbone.spec)
     checkpoint.save(path, model, backbone_fingerprints(recipe, backbone))
@@ -113,26 +112,25 @@ def main() -> None:
     steady = manifest["run"]["steady_images_per_second"]
     startup = seconds - arguments.images / steady
     print(f"\n{describe()}")
+    options = recipe.precompute
     print(
-        f"{arguments.images} images, {recipe.backbone.name}, {recipe.precompute.precision}, "
-        f"shards of {recipe.precompute.shard_size}, batches of {recipe.precompute.batch_size}\n"
+        f"{arguments.images} images, {recipe.backbone.name}, {options.precision}, "
+        f"shards of {options.shard_size}, batches of {options.batch_size}\n"
     )
     print("| what | images/s | of the bound |\n|---|---|---|")
     print(f"| decode and crop alone, all cores | {decode_rate:.1f} | |")
     print(
-        f"| model alone, all cores (before, after: {before:.2f}, {after:.2f}) | {model_rate:.2f} | "
-        "|"
+        f"| model alone, all cores (before, after: {before:.2f}, {after:.2f}) "
+        f"| {model_rate:.2f} | |"
     )
     print(f"| bound: both, one after the other | {bound:.2f} | 1 |")
     print(f"| pipeline, steady | {steady:.2f} | {steady / bound:.3f} |")
-    print(
-        f"| pipeline, with {startup:.1f} s of start-up | {arguments.images / seconds:.2f} | "
-        f"{arguments.images / seconds / bound:.3f} |"
-    )
+    whole = arguments.images / seconds
+    print(f"| pipeline, with {startup:.1f} s of start-up | {whole:.2f} | {whole / bound:.3f} |")
 
 
 if __name__ == "__main__":
-    # Under its own name, so that processes find `decode`.
+    # Run under the module's own name, so that processes find `decode`.
     from benchmarks.precompute import main as _main
 
     _main()

@@ -29,7 +29,7 @@ from fae.pipelines.latents.precompute_job import shards_in_large_groups, units_o
 
 
 def write_source(path: Path, num_images: int, size: int, group: int) -> None:
-    """`num_images` values of `size` random bytes in row groups of `group`."""
+    """Write `num_images` values of `size` random bytes in row groups of `group` rows."""
     random = np.random.default_rng(0)
     schema = pa.schema([("image", pa.large_binary())])
     with pq.ParquetWriter(path, schema) as writer:
@@ -66,7 +66,7 @@ def status(name: str) -> float:
 
 
 def bytes_read() -> int:
-    """What this process has read from files, the page cache included (Linux)."""
+    """Bytes that this process has read from files, the page cache included (Linux)."""
     lines = Path("/proc/self/io").read_text().splitlines()
     return int(dict(line.split(": ") for line in lines)["rchar"])
 

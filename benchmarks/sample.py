@@ -1,13 +1,14 @@
-"""Images a second of sampling, decoders included, and how much of the time is the network itself.
+"""Images per second of sampling, decoders included, and the network's own share of the time.
 
     python -m benchmarks.sample [--networks dit starflow] [--images 8] [--steps 250]
-        [--device cuda] [KEY=VALUE ...]
+                                [--device cuda] [KEY=VALUE ...]
 
-The diffusion transformer walks the ODE with the paper's three-part guidance (batch doubled only
-where the scale is not 1); the flow inverts itself with cached keys and values, guided in its deep
-block. "Network alone" is the diffusion transformer called as often, at the same batch sizes, on
-tensors that are already there, and the flow's forward pass (which sees all tokens at once: its
-inverse cannot). Weights are random: the time is the same. Overrides are the recipe's.
+The diffusion transformer integrates the ODE with the paper's guidance (the batch is doubled only
+where the scale is not 1); the flow is inverted with cached keys and values, guided in its deep
+block. "Network alone" is, for the diffusion transformer, the same number of calls at the same batch
+sizes on tensors that are on the device already; for the flow it is one forward pass, which computes
+all tokens at once as the inverse cannot. Weights are random, which does not change the time.
+Overrides are the recipe's.
 """
 
 from __future__ import annotations
@@ -32,13 +33,13 @@ from fae_core.generators.starflow import StarFlow
 from fae_core.samplers import guidance_scale, timestep_grid
 
 SMALL = ("generator.size=S", "pixel_decoder.size=S", "sample.guidance=paper")
-"""What two CPU cores can do; overridden by the command line."""
+"""Sizes for two CPU cores; the command line overrides them."""
 
 
 def network_alone(
     model: DiT | StarFlow, recipe: Recipe, x: torch.Tensor, labels: torch.Tensor
 ) -> None:
-    """As many evaluations as a sample takes, without a sampler around them."""
+    """The evaluations of the network that one sample takes, without the sampler."""
     precision = torch.autocast(
         x.device.type, torch.bfloat16, enabled=recipe.sample.precision == "bf16"
     )
@@ -78,13 +79,8 @@ def measure(name: str, recipe: Recipe, images: int, device: torch.device) -> lis
         painting = seconds(lambda: decoder(latents), device, 3)
     alone = seconds(lambda: network_alone(model, recipe, *there), device, 1)
     total = drawing + painting
-    return [
-        name,
-        str(images),
-        f"{images / total:.3f}",
-        f"{painting / total:.3f}",
-        f"{alone / drawing:.3f}",
-    ]
+    figures = (images / total, painting / total, alone / drawing)
+    return [name, str(images), *(f"{figure:.3f}" for figure in figures)]
 
 
 def main() -> None:

@@ -1,14 +1,14 @@
-"""How good are generated pictures of a labelled set? Numbers and one figure, without a download.
+r"""Scores and a figure of generated images of a labelled data set, without a download.
 
-    python -m benchmarks.samples fashion-dinov2s --train fashion/train.parquet \\
-        --test fashion/test.parquet \\
+    python -m benchmarks.samples fashion-dinov2s \
+        --train fashion/train.parquet --test fashion/test.parquet \
         --samples dit=samples-dit starflow=samples-starflow --output report
 
-Class accuracy: a logistic regression on real training images' class tokens, asked about the samples
-and, beside them, about real test images. Fréchet distance on the same tokens, beside the floor:
-real test images against real training images, as many as there are samples. The figure shows a few
-samples with their nearest training images. A row "rebuilt" passes the test images through
-autoencoder and pixel decoder: what a perfect generator would reach with these decoders.
+Class accuracy is that of a logistic regression, fitted to the class tokens of real training images,
+on the samples and on real test images. The Fréchet distance to real training images is computed
+from the same tokens, also for as many real test images as there are samples. The figure shows a few
+samples with their nearest training images. The row "real test, rebuilt" passes the test images
+through autoencoder and pixel decoder, which a perfect generator would reach with these decoders.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ def real_images(recipe: Recipe, path: str, limit: int) -> tuple[np.ndarray, np.n
 
 
 def drawn_images(uri: str) -> tuple[np.ndarray, np.ndarray]:
-    """The same of a folder that `fae sample` wrote."""
+    """Images uint8 [n, S, S, 3] and labels [n] of a folder that `fae sample` wrote."""
     manifest = json.loads((Path(uri) / "manifest.json").read_text())
     images, labels = zip(*read_samples(uri, len(manifest["shards"])), strict=True)
     return np.concatenate(images), np.concatenate(labels)
@@ -75,7 +75,7 @@ def class_tokens(backbone: Backbone, images: np.ndarray) -> np.ndarray:
 
 @torch.inference_mode()
 def rebuilt_images(recipe: Recipe, backbone: Backbone, images: np.ndarray) -> np.ndarray:
-    """The images after autoencoder and pixel decoder, uint8 like them."""
+    """The images after autoencoder and pixel decoder, uint8 [n, S, S, 3]."""
     assert recipe.autoencoder.checkpoint and recipe.pixel_decoder.checkpoint
     autoencoder = load_checkpoint(recipe.autoencoder.checkpoint, "autoencoder").module
     decoder = load_checkpoint(recipe.pixel_decoder.checkpoint, "pixel_decoder").module
@@ -89,8 +89,10 @@ def rebuilt_images(recipe: Recipe, backbone: Backbone, images: np.ndarray) -> np
 def neighbours_figure(
     sets: dict[str, tuple[np.ndarray, np.ndarray]], train: tuple[np.ndarray, np.ndarray]
 ) -> bytes:
-    """Four samples of each set, and the training images nearest to them by cosine of the class
-    token."""
+    """Four samples of each set beside their nearest training images, as a PNG.
+
+    Nearness is the cosine of class tokens; the sets and `train` hold (images, tokens).
+    """
     rows: list[list[np.ndarray | None]] = []
     train_images, train_tokens = train
     unit = train_tokens / np.linalg.norm(train_tokens, axis=1, keepdims=True)

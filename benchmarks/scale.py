@@ -1,23 +1,23 @@
-"""Where would precompute's driver be full? Encoders that sleep, hundreds of them in one Ray, and a
-store of a million shards.
+"""The number of actors at which precompute's driver is fully busy, by encoders that sleep.
 
     python -m benchmarks.scale [--runs 8x1 16x1 64x10 256x10] [--shards 1000000]
 
 A run `64x10` has 64 actors and shards of ten seconds.
 
-Real: plan, Ray Data and its driver, the tasks that read, decode and write (PNGs of 8 x 8 pixels in
-one Parquet file, so that they cost next to nothing), the actors' processes, the commit. Simulated:
-the encoder sleeps for a shard's service time instead of computing, its latents are a few numbers,
-workers are forked (forked_workers.py), and all nodes are this machine: nothing here is said of a
-network. For the million shards Ray does not run: the files are empty ones, and what workers read of
-their footers is made up; reading footers is measured apart, on real shards.
+What is real: the plan, Ray Data and its driver, the tasks that read, decode and write (PNGs of 8 x
+8 pixels in one Parquet file, so they cost almost nothing), the actors' processes, and the commit.
+What is simulated: the encoder sleeps for a shard's service time instead of computing, its latents
+are a few numbers, workers are forked (forked_workers.py), and all nodes are this machine, so the
+figures do not include a network. For the million shards Ray does not run: their files are empty,
+and what workers read from their footers is made up; reading footers is measured separately, on real
+shards.
 
-Efficiency: shards per second in the middle half of the shards, times the service time, over the
-number of actors. A process is busy for its processor time there over the time that passed. The
-driver looks for news many times a second whether or not there is any, so what a shard costs it is
-told apart by runs of different rates: busy = idle + (a + b x actors) x rate, fitted with none below
-zero (three runs or more, or it is not printed). `lane` is the process that drives a Ray data set
-(this one, unless there are several), `directory` is Ray's gcs_server.
+Efficiency is the rate of shards in the middle half of the shards, times the service time, divided
+by the number of actors. A process is busy for the share of that time in which it uses a processor.
+The driver polls many times per second whether or not there is news, so the cost of a shard is found
+from runs of different rates: busy = idle + (a + b x actors) x rate, fitted with no term below zero
+(from three runs or more). `lane` is the process that drives a Ray data set: the driver itself,
+unless there are several lanes. `directory` is Ray's gcs_server.
 """
 
 from __future__ import annotations
@@ -57,20 +57,20 @@ from fae.pipelines.runtime.session import start_ray
 from fae.pipelines.storage import paths
 
 IMAGES = 4
-"""Images of a shard here; what the driver does does not depend on them."""
+"""Images of a shard in these runs; the driver's work does not depend on the number."""
 PROCESSES = ("driver", "lanes", "directory", "machine")
 FOOTERS = 4096
-"""Real shards whose footers are read."""
+"""Number of real shards whose footers are read."""
 
 
 def simulate(
     folder: Path, num_actors: int, seconds: float, rounds: int, workers: Path, gpus: float
 ) -> dict[str, float]:
-    """Precompute `rounds` shards an actor with encoders that sleep; needs a Ray,
-    and the file with the process id of its workers' parent.
+    """Precompute `rounds` shards for each actor with encoders that sleep for `seconds`.
 
-    Shards per second and, by PROCESSES, processor seconds a second; all in the middle half of the
-    shards.
+    Ray must be running, and `workers` is the file with the process id of its workers' parent.
+    Returns the rate in shards per second and, by PROCESSES, processor seconds per second, both in
+    the middle half of the shards.
     """
     num_shards = max(rounds * num_actors, 12)
     recipe = sleeping_recipe(folder, num_actors, num_shards, gpus)
@@ -86,7 +86,8 @@ def simulate(
     rows = [{"shard": index} for index in todo]
     for row in actor_pool.run_rows(rows, stages, recipe.precompute):
         ends.append(float(row["encoded_at"]))
-        # A look at every process costs milliseconds: only where the middle half begins and ends.
+        # Reading the times of every process takes milliseconds, so it is done only twice: where the
+        # middle half begins and where it ends.
         if len(ends) in (num_shards // 4, 3 * num_shards // 4):
             used.append(
                 {"at": len(ends), "clock": time.perf_counter(), **processor_seconds(workers)}
@@ -126,7 +127,7 @@ def sleeping_recipe(folder: Path, num_actors: int, num_shards: int, gpus: float)
 
 
 def processor_seconds(workers: Path) -> dict[str, float]:
-    """Used so far, by PROCESSES."""
+    """Processor seconds used so far, by PROCESSES."""
     me = psutil.Process()
     used = dict.fromkeys(PROCESSES, 0.0)
     parent = psutil.Process(int(workers.read_text()))
@@ -147,30 +148,37 @@ def processor_seconds(workers: Path) -> dict[str, float]:
 
 
 def fit(actors: list[float], rates: list[float], busy: list[float]) -> tuple[float, float, float]:
-    """(idle, a, b) of busy = idle + (a + b x actors) x rate, none below zero; rates in shards a
-    second."""
+    """(idle, a, b) of busy = idle + (a + b x actors) x rate, none below zero.
+
+    Rates are in shards per second.
+    """
     return _explain(busy, np.ones(len(rates)), rates, np.multiply(actors, rates))
 
 
 def fit_directory(
     actors: list[float], rates: list[float], busy: list[float]
 ) -> tuple[float, float, float]:
-    """(idle, a, b) of busy = idle + a x rate + b x actors: every process of Ray reports to it, at
-    work or not."""
+    """(idle, a, b) of busy = idle + a x rate + b x actors, none below zero.
+
+    Every process of Ray reports to the directory, also one that is idle, so there is a term for the
+    number of actors alone.
+    """
     return _explain(busy, np.ones(len(rates)), rates, actors)
 
 
 def _explain(busy: Sequence[float], *terms: Any) -> tuple[float, float, float]:
     matrix = np.stack([np.asarray(term, float) for term in terms], axis=1)
-    # Scaled by their size, so that no unit decides which term explains a small difference.
+    # Terms are scaled to the same size, so the choice between them does not depend on their units.
     scale = matrix.max(0)
     found = nnls(matrix / scale, np.array(busy))[0] / scale
     return float(found[0]), float(found[1]), float(found[2])
 
 
 def full_at(idle: float, constant: float, growth: float, service: float) -> float:
-    """Number of actors whose shards of `service` seconds keep the process busy all the time, by
-    `fit`."""
+    """The number of actors at which the process is busy all the time, by the terms of `fit`.
+
+    `service` is the seconds of a shard.
+    """
     # 1 = idle + (constant + growth n) n / service
     if not growth:
         return (1 - idle) * service / constant if constant else float("inf")
@@ -179,8 +187,10 @@ def full_at(idle: float, constant: float, growth: float, service: float) -> floa
 
 
 def million(num_shards: int, results: Any) -> None:
-    """Seconds and peak memory [MiB] of the driver's steps around Ray Data, into the queue
-    `results`."""
+    """Put (name, seconds, peak memory [MiB]) of the driver's steps into the queue `results`.
+
+    They are the steps before and after Ray Data.
+    """
     with tempfile.TemporaryDirectory() as folder:
         figures = [("nothing yet", 0.0, peak_rss())]
         for name, step in steps_of(folder, num_shards):
@@ -191,7 +201,7 @@ def million(num_shards: int, results: Any) -> None:
 
 
 def steps_of(folder: str, num_shards: int) -> Iterator[tuple[str, Callable[[], Any]]]:
-    """Each step with its name; what is made for it is made before."""
+    """(name, step) of each step; what a step needs is prepared before it is yielded."""
     keys = pa.array([f"{index:010d}" for index in range(num_shards)], pa.large_string())
     nulls = pa.nulls(num_shards)
     records = pa.table({"key": keys, "uri": keys, "label": nulls, "caption": nulls}).cast(RECORDS)
@@ -221,7 +231,7 @@ def steps_of(folder: str, num_shards: int) -> Iterator[tuple[str, Callable[[], A
 
 
 def real_shards(folder: str) -> tuple[Any, Callable[[], Any]]:
-    """(what a worker tells of one real shard, a call that reads the footers of FOOTERS)."""
+    """(a worker's description of one real shard, a call that reads FOOTERS footers)."""
     values = {"mean": np.ones((1, *LATENT_SHAPE), np.float16)}
     for index in range(FOOTERS):
         data = encode_shard(index, [ImageRecord(str(index), "")], values, 0, "")
@@ -238,7 +248,7 @@ def peak_rss() -> float:
 
 
 def print_million(num_shards: int) -> None:
-    """The table of `million`, which runs in a process of its own."""
+    """Print the table of `million`, which runs in a process of its own."""
     context = multiprocessing.get_context("spawn")
     results = context.Queue()
     process = context.Process(target=million, args=(num_shards, results))
@@ -253,12 +263,12 @@ def print_million(num_shards: int) -> None:
 
 
 def print_simulation(rows: list[dict[str, float]], gpu_rate: float, size: int) -> None:
-    """The table of `simulate`, the fit, and where each process would be full."""
+    """Print the table of `simulate`, the fits, and at how many GPUs each process is fully busy."""
     print(f"\nOne lane has {actor_pool.ACTORS_PER_LANE} actors at most.\n")
     names = " | ".join(f"{name} busy" for name in PROCESSES)
     print(
-        f"| actors | a shard [s] | lanes | shards/s | efficiency | {names} (of its cores) | all "
-        "[s] |"
+        f"| actors | a shard [s] | lanes | shards/s | efficiency | {names} (of its cores) "
+        "| all [s] |"
     )
     print("|---|---|---|---|---|---|---|---|---|---|")
     for row in rows:
@@ -266,8 +276,8 @@ def print_simulation(rows: list[dict[str, float]], gpu_rate: float, size: int) -
         busy = " | ".join(f"{shown[name]:.3f}" for name in PROCESSES)
         efficiency = row["rate"] * row["seconds"] / row["actors"]
         print(
-            f"| {row['actors']} | {row['seconds']:g} | {lanes_of(row)} | {row['rate']:.2f} | "
-            f"{efficiency:.3f} | {busy} | {row['wall']:.0f} |"
+            f"| {row['actors']} | {row['seconds']:g} | {lanes_of(row)} | {row['rate']:.2f} "
+            f"| {efficiency:.3f} | {busy} | {row['wall']:.0f} |"
         )
     service = size / gpu_rate
     print(f"\nA GPU of {gpu_rate:g} images/s and shards of {size}: {service:.2f} s a shard.\n")
@@ -281,7 +291,7 @@ def print_simulation(rows: list[dict[str, float]], gpu_rate: float, size: int) -
     for name, of, process in fits:
         if len(of) < 3:
             continue
-        # A lane has its share of the actors and of the rate.
+        # The actors and the rate are divided among the lanes.
         share = [lanes_of(row) if process == "lanes" else 1 for row in of]
         actors, rates, used = (
             [row[key] / lanes for row, lanes in zip(of, share, strict=True)]
@@ -326,13 +336,19 @@ def main() -> None:
     parser.add_argument(
         "--cpus",
         type=int,
-        help="CPUs that Ray believes this machine to have (its tasks cost little)",
+        help="CPUs that Ray is told this machine has (its tasks cost little)",
     )
     parser.add_argument(
-        "--gpus", type=int, default=0, help="GPUs likewise; then every actor holds one"
+        "--gpus",
+        type=int,
+        default=0,
+        help="GPUs that Ray is told this machine has; every actor then takes one",
     )
     parser.add_argument(
-        "--shards", type=int, default=1_000_000, help="0: without the plan and commit of so many"
+        "--shards",
+        type=int,
+        default=1_000_000,
+        help="shards of the large plan and commit; 0 leaves them out",
     )
     parser.add_argument(
         "--gpu-rate",
@@ -365,7 +381,7 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    # Under its own name, so that the measured process finds `million`.
+    # Run under the module's own name, so that the measured process finds `million`.
     from benchmarks.scale import main as _main
 
     _main()

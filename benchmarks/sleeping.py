@@ -1,7 +1,7 @@
-"""The encoder of benchmarks/scale.py: it sleeps for the service time of a shard instead of
-computing.
+"""The encoder of benchmarks/scale.py, which sleeps for a shard's service time.
 
-Apart from scale.py because every actor imports this module, and 256 of them have no room for torch.
+It is not in scale.py because every actor imports this module, and 256 actors have no memory for
+torch.
 """
 
 from __future__ import annotations
@@ -16,8 +16,10 @@ LATENT_SHAPE = (4, 2, 2)
 
 
 class SleepingEncoder:
-    """Takes and gives what `EncodeShards` of precompute_job.py does; the plan's parts say how long
-    a shard takes."""
+    """An actor with the input and output of `EncodeShards` (latents/precompute_job.py).
+
+    `parts` holds the seconds of a shard.
+    """
 
     def __init__(self, recipe: Any, output: str, parts: dict[str, str]) -> None:
         self.columns = list(recipe.precompute.columns)

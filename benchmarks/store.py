@@ -1,13 +1,12 @@
-"""How fast is the latent store: written, read in the order of its files, read in training's order,
-and opened when large?
+"""Rates of the latent store: writing, reading in file order and in training's order, opening.
 
     python -m benchmarks.store [--rows 65536] [--shape 32 16 16] [--large 1280000 100000000]
 
-A synthetic store of random latents in shards of 512, in a folder on the disk that is to be measured
-(`--folder`). Each way of reading is measured twice: with the files in memory, and after they were
-dropped from it (`posix_fadvise`), which reaches what this machine caches and not what a virtual
-disk's host does. Ratios are to the plain read of the same files in the same state, by one process.
-For the large stores only the manifest exists: opening it and building an epoch's order.
+The store holds random latents in shards of 512, in a folder on the disk that is to be measured
+(`--folder`). Each way of reading is measured twice: with the files in the page cache, and after
+they were dropped from it (`posix_fadvise`), which does not reach the cache of a virtual disk's
+host. Ratios are to a plain read of the same files in the same state by one process. For the large
+stores only the manifest exists: opening it and building an epoch's order are measured.
 """
 
 from __future__ import annotations
@@ -42,8 +41,10 @@ MEBI = 1 << 20
 
 
 def write_store(folder: str, num_rows: int, shape: tuple[int, ...]) -> tuple[float, float]:
-    """Plan, write and commit `num_rows` random latents: seconds of all shards, and of the same
-    bytes by `write_bytes` alone."""
+    """Plan, write and commit `num_rows` random latents.
+
+    Returns the seconds of writing all shards, and of writing the same bytes by `write_bytes` alone.
+    """
     records = [ImageRecord(f"{i:08d}", f"/none/{i}", label=i % 1000) for i in range(num_rows)]
     plan = ensure_plan(folder, records, SHARD, {"autoencoder weights": "none"})
     values = np.random.default_rng(0).normal(size=(SHARD, *shape)).astype(np.float16)
@@ -67,7 +68,7 @@ def shard_files(folder: str) -> list[str]:
 
 
 def read_files(folder: str) -> None:
-    """Every byte of every shard, into one buffer of 4 MiB: what the disk gives, or the memory."""
+    """Read every byte of every shard into one buffer of 4 MiB, as fast as disk or cache allow."""
     buffer = memoryview(bytearray(4 * MEBI))
     for path in shard_files(folder):
         with open(path, "rb", buffering=0) as file:
@@ -76,13 +77,13 @@ def read_files(folder: str) -> None:
 
 
 def read_arrow(folder: str) -> None:
-    """Every shard by pyarrow alone, to an array."""
+    """Read every shard to an array by pyarrow alone."""
     for path in shard_files(folder):
         pq.read_table(path)["mean"].combine_chunks().to_numpy_ndarray()
 
 
 def read_epoch(folder: str) -> None:
-    """One epoch by the training reader, in its own order."""
+    """Read one epoch by the training reader, in training's order."""
     store = LatentStore.open(folder)
     reader = store.reader(BATCH, seed=0)
     for _ in range(len(store) // BATCH):
@@ -90,7 +91,7 @@ def read_epoch(folder: str) -> None:
 
 
 def feed_epoch(folder: str) -> None:
-    """One epoch as training gets it: with labels dropped, times and noise, by a thread."""
+    """Read one epoch by training's feed, a thread that also drops labels and draws noise."""
     store = LatentStore.open(folder)
     generator = GeneratorSection(training=GeneratorTraining(batch_size=BATCH))
     batches = latent_feed(store, generator, 0)(0, 0, 1, torch.device("cpu"))
@@ -99,7 +100,7 @@ def feed_epoch(folder: str) -> None:
 
 
 def drop_from_memory(folder: str) -> None:
-    """Let the kernel forget the shards' pages."""
+    """Drop the shards' pages from the page cache."""
     for path in shard_files(folder):
         descriptor = os.open(path, os.O_RDONLY)
         os.fsync(descriptor)
@@ -108,7 +109,7 @@ def drop_from_memory(folder: str) -> None:
 
 
 def timed(read: Callable[[str], None], folder: str, cached: bool) -> float:
-    """Seconds of one read of the store; `cached` or not is where its pages are when it begins."""
+    """Seconds of one read of the store, whose pages are in the page cache or not, by `cached`."""
     if cached:
         read_files(folder)
     else:
@@ -119,8 +120,10 @@ def timed(read: Callable[[str], None], folder: str, cached: bool) -> float:
 
 
 def start_up(num_rows: int, results: Any) -> None:
-    """Open a store of `num_rows` rows of which only the manifest exists, and order an epoch;
-    seconds, memory [MiB]."""
+    """Open a store of `num_rows` rows of which only the manifest exists, and order an epoch.
+
+    Puts the rows, the manifest's MB, the seconds of both steps and memory [MiB] into `results`.
+    """
     with tempfile.TemporaryDirectory() as folder:
         size = write_manifest(folder, num_rows)
         before, started = peak_rss(), time.perf_counter()
@@ -129,7 +132,7 @@ def start_up(num_rows: int, results: Any) -> None:
         order = EpochOrder(len(store), 0)
         order.batch(0, BATCH, 0, 1)
         ordered = time.perf_counter()
-        # The batch that straddles two epochs needs both orders at once.
+        # The batch that spans two epochs needs both orders at once.
         order.batch(num_rows // BATCH, BATCH, 0, 1)
     assert len(store) == num_rows
     results.put(
@@ -138,7 +141,7 @@ def start_up(num_rows: int, results: Any) -> None:
 
 
 def write_manifest(folder: str, num_rows: int) -> int:
-    """The manifest of a store whose shards do not exist; its bytes."""
+    """Write the manifest of a store whose shards do not exist; returns its bytes."""
     entry = {"errors": 0, "bytes": 8394000, "offsets": {"mean": 4096}}
     shards = [
         {
@@ -168,10 +171,10 @@ def peak_rss() -> float:
 
 
 def print_large(sizes: list[int]) -> None:
-    """The table of `start_up`, a process each."""
+    """Print the table of `start_up`, with a process for each size."""
     print(
-        "\n| rows | manifest [MB] | open [s] | order [s] | memory before [MiB] | peak, open | "
-        "peak, two orders |"
+        "\n| rows | manifest [MB] | open [s] | order [s] | memory before [MiB] | peak, open "
+        "| peak, two orders |"
     )
     print("|---|---|---|---|---|---|---|")
     context = multiprocessing.get_context("spawn")
@@ -185,7 +188,7 @@ def print_large(sizes: list[int]) -> None:
 
 
 def print_rates(folder: str, num_rows: int, shape: tuple[int, ...], feed: bool) -> None:
-    """The table of writing and reading."""
+    """Print the table of writing and reading."""
     megabytes = num_rows * int(np.prod(shape)) * 2 / 1e6
     ours, plain = write_store(folder, num_rows, shape)
     print(f"\n{num_rows} rows of {shape}, {megabytes:.0f} MB\n")
@@ -193,10 +196,8 @@ def print_rates(folder: str, num_rows: int, shape: tuple[int, ...], feed: bool) 
 
     def row(what: str, seconds: float, base: float | None, to: str) -> None:
         ratio = "" if base is None else f"{base / seconds:.3f}"
-        print(
-            f"| {what} | {megabytes / seconds:.0f} | {num_rows / seconds:.0f} | {ratio} | {to} |",
-            flush=True,
-        )
+        rates = f"{megabytes / seconds:.0f} | {num_rows / seconds:.0f}"
+        print(f"| {what} | {rates} | {ratio} | {to} |", flush=True)
 
     row("write the latents' bytes whole, with fsync", plain, None, "")
     row("write shards", ours, plain, "the bytes alone")
@@ -231,7 +232,7 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    # Under its own name, so that the measured processes find `start_up`.
+    # Run under the module's own name, so that the measured processes find `start_up`.
     from benchmarks.store import main as _main
 
     _main()

@@ -1,16 +1,15 @@
-"""Training steps per network: images a second, share of the machine's matrix rate, what the frozen
-parts and the data cost.
+"""Training steps of each network: images per second, share of the matrix rate, and other costs.
 
     python -m benchmarks.train [--networks autoencoder pixel_decoder dit starflow] [--steps 8]
-        [--device cuda] [KEY=VALUE ...]
+                               [--device cuda] [KEY=VALUE ...]
 
 Each network is trained by the trainers' own `train_step` on random tensors in memory. The matrix
-rate is that of one large product of the same precision, measured before and after in the same run;
-floating-point operations are counted by torch (matrix products, convolutions and attention; what
-activation checkpointing computes again is not counted twice). The frozen share is the time of the
-frozen networks' forward passes alone. Generators are then fed from a latent store on disk by the
-trainer's own feed: "from the store" is their rate over that from memory, and "waiting" the share of
-time spent waiting for data. Overrides are the recipe's, for example generator.size=XL
+rate is that of one large product of the same precision, measured before and after in the same run.
+torch counts the floating-point operations: matrix products, convolutions and attention, without
+what activation checkpointing computes again. The frozen share is that of the frozen networks'
+forward passes in the time of a step. Generators are also fed from a latent store on disk by the
+trainer's own feed: "from the store" is that rate divided by the rate from memory, and "waiting" is
+the share of time spent waiting for data. Overrides are the recipe's, for example generator.size=XL
 generator.training.batch_size=64.
 """
 
@@ -69,12 +68,12 @@ SMALL = (
     "generator.size=S",
     "generator.training.batch_size=8",
 )
-"""What two CPU cores can do in seconds; overridden by the command line."""
+"""Sizes for seconds on two CPU cores; the command line overrides them."""
 
 
 @dataclass
 class Case:
-    """One network with its step and the feeds that it is measured on."""
+    """One network with its loss and the batches on which it is measured."""
 
     model: torch.nn.Module
     training: TrainingSection
@@ -86,7 +85,7 @@ class Case:
 
 
 def matrix_rate(device: torch.device, dtype: torch.dtype) -> float:
-    """Floating-point operations a second of one large square product, the best of five."""
+    """Floating-point operations per second of one large square product, the best of six."""
     side = MATRIX_SIDE[device.type]
     a, b = (torch.randn(side, side, device=device, dtype=dtype) for _ in range(2))
     best = min(seconds(lambda: a @ b, device, 1) for _ in range(6))
@@ -94,7 +93,7 @@ def matrix_rate(device: torch.device, dtype: torch.dtype) -> float:
 
 
 def seconds(work: Callable[[], Any], device: torch.device, repeats: int) -> float:
-    """Mean wall-clock seconds of `work`, the device's queue emptied before and after."""
+    """Mean wall-clock seconds of `work`; the device is synchronized before and after."""
     synchronize(device)
     started = time.perf_counter()
     for _ in range(repeats):
@@ -124,7 +123,7 @@ def autoencoder_case(recipe: Recipe, device: torch.device) -> Case:
 
 
 def pixel_decoder_case(recipe: Recipe, device: torch.device) -> Case:
-    """Stage noisy with every loss on, the adversary's included."""
+    """The stage `noisy` with all losses, the adversarial ones included."""
     backbone = backbone_of(recipe).to(device)
     section = recipe.pixel_decoder
     model = build_pixel_decoder(recipe.pixel_decoder, backbone.spec, recipe.image_size).to(device)
@@ -150,7 +149,7 @@ def generator_case(recipe: Recipe, kind: str, folder: Path, device: torch.device
 
 
 def write_store(folder: Path, rows: int) -> None:
-    """A finished store of random latents, in shards of 256."""
+    """Write a complete store of random latents in shards of 256."""
     records = [ImageRecord(f"{i:06d}", f"/x/{i}", label=i % 1000) for i in range(rows)]
     plan = ensure_plan(str(folder), records, 256, {"autoencoder weights": "none"})
     random = np.random.default_rng(0)
@@ -255,12 +254,11 @@ def main() -> None:
     print(f"\n{describe()}")
     print(
         f"{dtype} product of {MATRIX_SIDE[device.type]}²: {rate / 1e12:.3f} TFLOP/s before, "
-        f"{after / 1e12:.3f} after; "
-        f"{arguments.recipe} {' '.join([*SMALL, *overrides])}\n"
+        f"{after / 1e12:.3f} after; {arguments.recipe} {' '.join([*SMALL, *overrides])}\n"
     )
     print(
-        "| network | M parameters | batch | images/s | GFLOP an image | of the matrix rate | "
-        "frozen share | from the store | waiting | peak GiB |"
+        "| network | M parameters | batch | images/s | GFLOP an image | of the matrix rate "
+        "| frozen share | from the store | waiting | peak GiB |"
     )
     print("|---|---|---|---|---|---|---|---|---|---|")
     for row in rows:
