@@ -204,7 +204,8 @@ def steps_of(folder: str, num_shards: int) -> Iterator[tuple[str, Callable[[], A
     """(name, step) of each step; what a step needs is prepared before it is yielded."""
     keys = pa.array([f"{index:010d}" for index in range(num_shards)], pa.large_string())
     nulls = pa.nulls(num_shards)
-    records = pa.table({"key": keys, "uri": keys, "label": nulls, "caption": nulls}).cast(RECORDS)
+    columns = {**dict.fromkeys(RECORDS.names, nulls), "key": keys, "uri": keys}
+    records = pa.table(columns).cast(RECORDS)
     yield "plan", lambda: ensure_plan(folder, records, 1, {"backbone": "none"})
     plan = open_plan(folder)
     yield "open the plan, as every worker does", lambda: open_plan(folder)
