@@ -52,6 +52,10 @@ class FaultProxy:
         self._lock = threading.Lock()
         self._flowing = threading.Event()
         self._flowing.set()
+        self.num_held = 0
+        """Requests that wait for `release`."""
+        self._held_method = ""
+        self._released = threading.Event()
         self._port = 0
         self._server: ThreadingHTTPServer | None = None
         self.start()
@@ -62,6 +66,7 @@ class FaultProxy:
 
     def __exit__(self, *exception: object) -> None:
         self.thaw()
+        self.release()
         self.stop()
 
     def start(self) -> None:
@@ -86,10 +91,14 @@ class FaultProxy:
     def thaw(self) -> None:
         self._flowing.set()
 
-    def freeze_for(self, seconds: float) -> None:
-        """`freeze` now and `thaw` later, from another thread."""
-        self.freeze()
-        threading.Timer(seconds, self.thaw).start()
+    def hold(self, method: str) -> None:
+        """Keep all requests of `method` waiting, counted by `num_held`, until `release`."""
+        self._released.clear()
+        self._held_method = method
+
+    def release(self) -> None:
+        self._held_method = ""
+        self._released.set()
 
     def inject(
         self, kind: Kind, times: int, matches: Callable[[str, str], bool] = lambda m, p: True
@@ -122,6 +131,15 @@ class FaultProxy:
 
     def pass_or_wait(self) -> None:
         self._flowing.wait()
+
+    def pass_or_be_held(self, method: str) -> None:
+        if method != self._held_method:
+            return
+        with self._lock:
+            self.num_held += 1
+        self._released.wait()
+        with self._lock:
+            self.num_held -= 1
 
 
 class _Server(ThreadingHTTPServer):
@@ -164,6 +182,7 @@ def _handler_of(proxy: FaultProxy) -> type[BaseHTTPRequestHandler]:
             if proxy.latency:
                 time.sleep(proxy.latency)
             proxy.pass_or_wait()
+            proxy.pass_or_be_held(self.command)
             fault = proxy.take(self.command, self.path)
             length = int(self.headers.get("Content-Length") or 0)
             if fault == "cut upload":

@@ -25,6 +25,7 @@ from fae.pipelines.data.sources import list_images
 from fae.pipelines.latents.plan import ensure_plan, open_plan
 from fae.pipelines.storage import paths, s3
 from tests.fault_proxy import FaultProxy
+from tests.tiny import wait_for
 
 SECRET = "marker-secret-of-s3"
 BODY = bytes(range(256)) * 2048  # half a MiB: several packets, so that a cut comes in the middle
@@ -87,17 +88,14 @@ def test_an_upload_that_is_cut_is_sent_again_whole(proxy: FaultProxy) -> None:
 
 @pytest.mark.parametrize("operation", ["read", "arrow", "write"])
 def test_a_frozen_and_a_restarting_server_are_waited_for(proxy: FaultProxy, operation: str) -> None:
-    proxy.freeze_for(2.0)
-    started = time.monotonic()
-    assert OPERATIONS[operation]()
-    assert time.monotonic() - started > 1.9
-    proxy.stop()
-    with ThreadPoolExecutor(1) as pool:
-        waiting = pool.submit(OPERATIONS[operation])
-        time.sleep(1.5)
-        assert not waiting.done()
-        proxy.start()
-        assert waiting.result(timeout=20)
+    for begin, end in ((proxy.freeze, proxy.thaw), (proxy.stop, proxy.start)):
+        begin()
+        with ThreadPoolExecutor(1) as pool:
+            waiting = pool.submit(OPERATIONS[operation])
+            time.sleep(1.5)
+            assert not waiting.done()
+            end()
+            assert waiting.result(timeout=20)
 
 
 @pytest.mark.parametrize("operation", ["read", "arrow"])
@@ -113,17 +111,30 @@ def test_what_is_missing_or_forbidden_is_asked_for_once(
     assert sum(proxy.requests[name] for name in ("GET", "HEAD")) - before <= 4
 
 
-def test_patience_ends_with_what_to_check_and_no_secret(
+def test_retries_end_with_what_to_check_and_no_secret(
     proxy: FaultProxy, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("FAE_S3_PATIENCE", "1")
     proxy.inject("503", 1000)
+    pauses: list[float] = []
+    sleep = time.sleep
+
+    def paused(seconds: float) -> None:
+        pauses.append(seconds)
+        sleep(seconds)
+
+    monkeypatch.setattr("fae.pipelines.storage.s3.time.sleep", paused)
     for operation, word in (("read", "open|read"), ("arrow", "open"), ("write", "write")):
-        started = time.monotonic()
+        pauses.clear()
+        before = proxy.injected["503"]
         with pytest.raises(paths.StorageError, match=f"Cannot ({word}).*too busy") as raised:
             OPERATIONS[operation]()
-        assert time.monotonic() - started < 3
         assert SECRET not in str(raised.value)
+        attempts = proxy.injected["503"] - before
+        if operation == "arrow":
+            assert attempts == 7  # with pauses of 25 ms, doubled each time, between them
+        else:
+            assert 2 <= attempts == len(pauses) + 1 and sum(pauses) <= 1
 
 
 def test_a_long_wait_is_said(
@@ -303,7 +314,11 @@ def test_many_small_images_are_in_flight_at_once(proxy: FaultProxy, kind: str) -
         paths.write_bytes(f"s3://faults/many-{kind}/s.tar", buffer.getvalue())
     data = DataSection(path=f"s3://faults/many-{kind}")
     records = list_images(data)
-    proxy.latency = 0.5
-    started = time.monotonic()
-    assert read_records(records, data) == [b"0123456789"] * 64
-    assert time.monotonic() - started < 64 * 0.5 / 8  # one after the other it is 32 s
+    proxy.hold("GET")
+    with ThreadPoolExecutor(1) as pool:
+        reading = pool.submit(read_records, records, data)
+        try:
+            wait_for(lambda: proxy.num_held >= 16, seconds=20)
+        finally:
+            proxy.release()
+        assert reading.result() == [b"0123456789"] * 64
