@@ -6,7 +6,7 @@ from sklearn.decomposition import PCA
 from fae_core.linear_baseline import Covariance
 
 
-def test_it_is_scikit_learns_pca_of_standardised_features():
+def test_it_is_scikit_learns_pca_of_standardized_features():
     rng = np.random.default_rng(0)
     mixing = rng.normal(size=(20, 20)) * np.linspace(3, 0.1, 20)
     features = (rng.normal(size=(40, 16, 20)) @ mixing + 5 * rng.normal(size=20)).astype(np.float32)

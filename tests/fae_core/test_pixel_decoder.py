@@ -45,7 +45,7 @@ def test_a_patch_of_pixels_comes_from_its_own_token() -> None:
     assert difference.sum().item() == pytest.approx(inside.sum().item())
 
 
-def test_features_enter_standardised() -> None:
+def test_features_enter_standardized() -> None:
     config = PixelDecoderConfig(8, (2, 2), 16, width=16, depth=1, num_heads=2)
     torch.manual_seed(0)
     plain = PixelDecoder(config)
