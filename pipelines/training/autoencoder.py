@@ -113,17 +113,13 @@ def _worker(config: dict[str, Any]) -> None:
         )
         precision = section.training.precision
         validation = _Validation(images, backbone, read_baseline(run_uri), precision)
-    trained, metrics = run_job(
+    run_job(
+        worker,
         autoencoder_job(section, recipe.seed, backbone, model),
         image_feed(records, recipe.data, recipe.image_size, recipe.seed, section.training),
         validation,
-        section.training,
-        run_uri,
-        worker.tracker(),
+        functools.partial(backbone_fingerprints, recipe, backbone),
     )
-    if worker.is_first:
-        fingerprints = backbone_fingerprints(recipe, backbone)
-        run_folder.finish(run_uri, "autoencoder", trained, fingerprints, metrics)
 
 
 class _Errors:

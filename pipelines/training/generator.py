@@ -104,20 +104,17 @@ def _worker(config: dict[str, Any]) -> None:
         torch.from_numpy(np.asarray(v)).float() for v in (store.stats.mean, store.stats.std)
     )
     model.set_latent_stats(mean, std.clamp_min(1e-6))
-    trained, metrics = run_job(
+    fingerprints = {
+        "latents": store.manifest["fingerprint"],
+        "autoencoder": store.manifest["parts"]["autoencoder weights"],
+    }
+    run_job(
+        worker,
         generator_job(section, model),
         latent_feed(store, section, recipe.seed),
         _Preview(recipe, store, worker.device) if worker.is_first else None,
-        section.training,
-        worker.run_uri,
-        worker.tracker(),
+        lambda: fingerprints,
     )
-    if worker.is_first:
-        fingerprints = {
-            "latents": store.manifest["fingerprint"],
-            "autoencoder": store.manifest["parts"]["autoencoder weights"],
-        }
-        run_folder.finish(worker.run_uri, "generator", trained, fingerprints, metrics)
 
 
 class _Preview:

@@ -48,7 +48,9 @@ def launch(
 class Worker:
     """What a worker of a training knows of itself; `is_first` is rank 0, which writes results."""
 
+    network: str
     recipe: Recipe
+    training: TrainingSection
     run_uri: str
     tracking_uri: str
     device: torch.device
@@ -79,7 +81,8 @@ def enter_worker(config: dict[str, Any], network: str) -> Worker:
         share = max(1, (os.cpu_count() or 1) // context.get_local_world_size())
         torch.set_num_threads(training.threads_per_worker or share)
     is_first = context.get_world_rank() == 0
-    return Worker(recipe, run_folder(recipe), config["tracking_uri"], device, is_first)
+    run_uri = run_folder(recipe)
+    return Worker(network, recipe, training, run_uri, config["tracking_uri"], device, is_first)
 
 
 def fit(

@@ -10,14 +10,16 @@ from __future__ import annotations
 
 import copy
 import itertools
+from collections.abc import Callable, Mapping
 
 import torch
 from torch import nn
 
-from ..config.sections import TrainingSection
+from . import run_folder
 from .checkpoints import resume, save_checkpoint
 from .distributed import gathered, is_sharded, shard
 from .job import Feed, Job, Validation
+from .launch import Worker
 from .memory_plan import memory_plan_of
 from .meters import BadImages, Meter
 from .metrics_log import MetricsLog
@@ -28,40 +30,41 @@ from .tracking import Tracker
 
 
 def run_job(
+    worker: Worker,
     job: Job,
     feed: Feed,
     validate: Validation | None,
-    training: TrainingSection,
-    run_uri: str,
-    tracker: Tracker | None,
-) -> tuple[nn.Module, dict[str, float]]:
-    """Train `job` to the last step; the trained model, and on rank 0 its validation's metrics.
+    fingerprints: Callable[[], Mapping[str, str]],
+) -> None:
+    """Train `job` to the last step, and write the run's network and result.
 
-    The model has the final weights, or their average where `training` keeps one. Rank 0 alone
-    passes a `validate`, where there is something to validate on, and a `tracker`.
+    The network has the final weights, or their average where the training keeps one. Rank 0 alone
+    validates, where there is something to validate on, and writes, with `fingerprints` of what the
+    network was trained with. An error marks the run FAILED in MLflow.
     """
+    tracker = worker.tracker()
     try:
-        return _train(job, feed, validate, training, run_uri, tracker)
+        trained, metrics = _train(worker, job, feed, validate, tracker)
+        if tracker:
+            run_folder.finish(worker.run_uri, worker.network, trained, fingerprints(), metrics)
     except Exception:
         if tracker:
             tracker.finish("FAILED")
         raise
+    if tracker:
+        tracker.finish()
 
 
 def _train(
-    job: Job,
-    feed: Feed,
-    validate: Validation | None,
-    training: TrainingSection,
-    run_uri: str,
-    tracker: Tracker | None,
+    worker: Worker, job: Job, feed: Feed, validate: Validation | None, tracker: Tracker | None
 ) -> tuple[nn.Module, dict[str, float]]:
+    """The trained model, and on rank 0 the metrics of its validation."""
     import ray.train
     import ray.train.torch
 
     context = ray.train.get_context()
     rank, world_size = context.get_world_rank(), context.get_world_size()
-    device = ray.train.torch.get_device()
+    device, training, run_uri = worker.device, worker.training, worker.run_uri
     sharded = training.parallel == "fsdp" and world_size > 1
     # What rank 0 validates and keeps is the model itself, or a whole copy of a sharded one.
     whole = copy.deepcopy(job.model) if sharded and rank == 0 else job.model
@@ -126,11 +129,9 @@ def _train(
             meter.restart()
     state.swap_ema()
     _gather(model, whole)
-    if log:
-        if validate:
-            validation = _validate(validate, whole, device, state.step, log)
-            log.metrics_log.save()
-        log.tracker.finish()
+    if log and validate:
+        validation = _validate(validate, whole, device, state.step, log)
+        log.metrics_log.save()
     return whole, validation
 
 

@@ -96,17 +96,13 @@ def _worker(config: dict[str, Any]) -> None:
             image_batches, held_out[:MAX_VALIDATION_IMAGES], recipe.data, recipe.image_size
         )
         validation = _Validation(images, objective)
-    trained, metrics = run_job(
+    run_job(
+        worker,
         pixel_decoder_job(model, objective),
         image_feed(records, recipe.data, recipe.image_size, recipe.seed, section.training),
         validation,
-        section.training,
-        run_uri,
-        worker.tracker(),
+        functools.partial(backbone_fingerprints, recipe, backbone),
     )
-    if worker.is_first:
-        fingerprints = backbone_fingerprints(recipe, backbone)
-        run_folder.finish(run_uri, "pixel_decoder", trained, fingerprints, metrics)
 
 
 def _starting_model(recipe: Recipe, backbone: Backbone, mean: Tensor, std: Tensor) -> PixelDecoder:

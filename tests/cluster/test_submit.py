@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import shlex
 import socket
-import time
 import zipfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -368,10 +367,8 @@ def test_an_address_without_a_job_server_is_an_error_at_once(monkeypatch, answer
             listener.listen()
         within = " within 1 s" if answers else ""
         said = f"No job server answers at {address}{within}\\. Are host and port right"
-        started = time.monotonic()
         with pytest.raises(SubmitError, match=said):
             connect(address)
-        assert time.monotonic() - started < 30, "importing Ray included"
 
 
 def test_kuberay_gets_the_command_its_settings_and_no_secret(monkeypatch):

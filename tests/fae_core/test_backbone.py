@@ -1,6 +1,9 @@
 """The backbone against onnxruntime on the graph that its weights came from, and its presets."""
 
 import importlib.util
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -106,6 +109,22 @@ def test_a_local_file_gives_the_same_fingerprint_as_its_source(dinov2, tmp_path)
     again = load_backbone("dinov2_vits14", str(tmp_path / "s.safetensors"))
     assert again.weights_sha256 == dinov2.weights_sha256
     assert load_backbone("dinov2_vits14", "random").weights_sha256 != dinov2.weights_sha256
+
+
+def test_random_weights_do_not_depend_on_the_processor():
+    program = (
+        "from fae_core.backbone import load_backbone\n"
+        "print(load_backbone('test_vit', 'random').weights_sha256)"
+    )
+    old = {"ATEN_CPU_CAPABILITY": "default", "MKL_ENABLE_INSTRUCTIONS": "SSE4_2"}
+    printed = subprocess.run(
+        [sys.executable, "-c", program],
+        env={**os.environ, **old},
+        check=True,
+        capture_output=True,
+        text=True,
+    ).stdout
+    assert printed.split()[-1] == load_backbone("test_vit", "random").weights_sha256
 
 
 def test_a_pickle_is_not_executed(tmp_path):

@@ -5,7 +5,6 @@ from __future__ import annotations
 import io
 import json
 import os
-import tarfile
 from pathlib import Path
 
 import pyarrow as pa
@@ -21,28 +20,13 @@ from fae.pipelines.data.records import SourceError, records_of
 from fae.pipelines.data.sources import Source, list_images, plan_source
 from fae.pipelines.latents.precompute_job import shards_in_large_groups, units_of
 from fae.pipelines.storage import paths
+from tests.pictures import make_tar, put
 
 
 def encoded(shade: int = 1, kind: str = "JPEG") -> bytes:
     stream = io.BytesIO()
     Image.new("RGB", (40, 30), (shade, 100, 50)).save(stream, kind)
     return stream.getvalue()
-
-
-def write(path: Path, content: bytes | str) -> Path:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_bytes(content if isinstance(content, bytes) else content.encode())
-    return path
-
-
-def write_tar(path: Path, members: list[tuple[str, bytes]], cut: int | None = None) -> Path:
-    stream = io.BytesIO()
-    with tarfile.open(fileobj=stream, mode="w") as archive:
-        for name, content in members:
-            info = tarfile.TarInfo(name)
-            info.size = len(content)
-            archive.addfile(info, io.BytesIO(content))
-    return write(path, stream.getvalue()[:cut])
 
 
 def plan(path: Path | str, **settings: object) -> Source:
@@ -67,14 +51,14 @@ def skipped(source: Source) -> dict[str, int]:
 
 def test_every_listed_file_is_planned_or_skipped_with_a_reason(tmp_path):
     for name in ("a.jpg", "b.jfif", "c.jpe", "d.JPEG"):
-        write(tmp_path / name, encoded())
-    write(tmp_path / "e.avif", encoded(kind="AVIF"))
-    write(tmp_path / "f.jp2", encoded(kind="JPEG2000"))
-    write(tmp_path / "g", encoded())
-    write(tmp_path / ".DS_Store", b"x")
-    write(tmp_path / ".cache/h.jpg", encoded())
-    write(tmp_path / "notes.txt", b"x")
-    write(tmp_path / "i.heic", b"x")
+        put(tmp_path / name, encoded())
+    put(tmp_path / "e.avif", encoded(kind="AVIF"))
+    put(tmp_path / "f.jp2", encoded(kind="JPEG2000"))
+    put(tmp_path / "g", encoded())
+    put(tmp_path / ".DS_Store", b"x")
+    put(tmp_path / ".cache/h.jpg", encoded())
+    put(tmp_path / "notes.txt", b"x")
+    put(tmp_path / "i.heic", b"x")
     os.symlink(tmp_path / "gone.jpg", tmp_path / "j.jpg")
     source = plan(tmp_path)
     account = source.account
@@ -99,8 +83,8 @@ def test_every_listed_file_is_planned_or_skipped_with_a_reason(tmp_path):
 def test_an_image_beside_class_folders_is_counted_as_one_without_a_label(tmp_path):
     for label in range(2):
         for index in range(2):
-            write(tmp_path / f"c{label}" / f"{index}.jpg", encoded())
-    write(tmp_path / "preview.png", encoded(kind="PNG"))
+            put(tmp_path / f"c{label}" / f"{index}.jpg", encoded())
+    put(tmp_path / "preview.png", encoded(kind="PNG"))
     source = plan(tmp_path)
     assert labels(source) == [0, 0, 1, 1, None]
     account = source.account
@@ -111,7 +95,7 @@ def test_an_image_beside_class_folders_is_counted_as_one_without_a_label(tmp_pat
 
 def test_splits_as_classes_are_seen_at_once(tmp_path):
     for split in ("train", "val"):
-        write(tmp_path / split / "cat" / "0.jpg", encoded())
+        put(tmp_path / split / "cat" / "0.jpg", encoded())
     lines = "\n".join(plan(tmp_path).account.lines())
     assert "These are splits: give data.path=" in lines and "/train" in lines
 
@@ -119,9 +103,9 @@ def test_splits_as_classes_are_seen_at_once(tmp_path):
 def test_links_out_of_the_source_are_followed_left_out_or_asked_about(tmp_path):
     outside = tmp_path / "outside"
     for index in range(3):
-        write(outside / f"{index}.jpg", encoded())
+        put(outside / f"{index}.jpg", encoded())
     root = tmp_path / "root"
-    write(root / "a" / "x.jpg", encoded())
+    put(root / "a" / "x.jpg", encoded())
     os.symlink(outside, root / "b")
     os.symlink(outside / "1.jpg", root / "a" / "link.jpg")
     os.symlink(root, root / "a" / "loop")
@@ -168,9 +152,9 @@ def test_metadata_files_give_captions_and_labels_as_in_imagefolder(root, kind):
 
 def test_a_broken_line_of_metadata_costs_its_own_image_the_caption(tmp_path):
     for name in ("a.jpg", "b.jpg"):
-        write(tmp_path / name, encoded())
+        put(tmp_path / name, encoded())
     lines = ['{"file_name": "a.jpg", "text": ["one", "two"]}', '{"file_name": "b.jpg", "te']
-    write(tmp_path / "metadata.jsonl", "\n".join(lines))
+    put(tmp_path / "metadata.jsonl", "\n".join(lines))
     source = plan(tmp_path)
     assert captions(source) == ["one", None]
     assert source.table["captions"].to_pylist() == [["one", "two"], None]
@@ -201,7 +185,7 @@ def test_what_spark_left_behind_is_not_read(tmp_path):
     for folder in (tmp_path, tmp_path / "_temporary" / "0"):
         folder.mkdir(parents=True, exist_ok=True)
         pq.write_table(table, folder / "part-0.parquet")
-    write(tmp_path / "_SUCCESS", b"")
+    put(tmp_path / "_SUCCESS", b"")
     source = plan(tmp_path)
     assert source.account.num_images == 2
     assert skipped(source) == {"part of a table format's bookkeeping": 2}
@@ -214,7 +198,7 @@ def test_what_spark_left_behind_is_not_read(tmp_path):
 def test_tables_whose_files_are_not_the_table_are_refused_in_words(tmp_path, log, words):
     (tmp_path / "data").mkdir()
     pq.write_table(pa.table({"image": [encoded()]}), tmp_path / "data" / "0.parquet")
-    write(tmp_path / log, b"{}")
+    put(tmp_path / log, b"{}")
     with pytest.raises(SourceError, match=f"{words} table.*Export it"):
         plan(tmp_path)
 
@@ -282,7 +266,7 @@ def test_a_column_without_encoded_images_is_refused_while_planning(tmp_path, cel
 
 def test_one_unreadable_parquet_file_costs_what_it_holds(tmp_path):
     pq.write_table(pa.table({"image": [encoded()]}), tmp_path / "a.parquet")
-    write(tmp_path / "b.parquet", b"no parquet at all")
+    put(tmp_path / "b.parquet", b"no parquet at all")
     source = plan(tmp_path)
     assert source.account.num_images == 1 and source.account.num_losses == 1
     assert source.account.losses[0]["address"].endswith("b.parquet")
@@ -335,7 +319,7 @@ def test_a_bad_sidecar_costs_its_own_sample_the_caption(tmp_path):
         ("002.jpg", encoded()), ("002.json", b'{"caption": "x",'),
         ("003.jpg", encoded()), ("003.json", b'{"caption": "good", "label": 4}'),
     ]  # fmt: skip
-    source = plan(write_tar(tmp_path / "0.tar", members))
+    source = plan(make_tar(tmp_path / "0.tar", members))
     assert captions(source) == [None, "fine", None, "good"]
     assert labels(source) == [None, None, None, 4]
     lost = [
@@ -347,20 +331,20 @@ def test_a_bad_sidecar_costs_its_own_sample_the_caption(tmp_path):
 
 def test_a_name_that_is_not_unicode_costs_its_own_member(tmp_path):
     name = b"caf\xe9.jpg".decode("utf-8", "surrogateescape")
-    source = plan(write_tar(tmp_path / "0.tar", [(name, encoded()), ("b.jpg", encoded())]))
+    source = plan(make_tar(tmp_path / "0.tar", [(name, encoded()), ("b.jpg", encoded())]))
     assert source.table["key"].to_pylist() == ["0.tar/b"]
     assert "not valid Unicode" in source.account.losses[0]["message"]
 
 
 def test_a_tar_that_is_cut_short_gives_the_images_before_the_cut(tmp_path):
     members = [(f"{index}.jpg", encoded()) for index in range(4)]
-    whole = write_tar(tmp_path / "whole.tar", members)
+    whole = make_tar(tmp_path / "whole.tar", members)
     second = next(i for i, r in enumerate(list_images(DataSection(path=str(whole)))) if i == 2)
     start = int(
         list_images(DataSection(path=str(whole)))[second].uri.partition("offset=")[2].split("&")[0]
     )
     (tmp_path / "cut").mkdir()
-    path = write(tmp_path / "cut" / "0.tar", whole.read_bytes()[: start + 100])
+    path = put(tmp_path / "cut" / "0.tar", whole.read_bytes()[: start + 100])
     source = plan(path)
     assert source.table["key"].to_pylist() == ["0.tar/0", "0.tar/1"]
     assert source.account.num_losses >= 1
@@ -373,7 +357,7 @@ def test_the_member_that_is_the_image_is_chosen_by_a_setting(tmp_path):
         for index in range(2)
         for part, kind in (("jpg", "JPEG"), ("mask.png", "PNG"))
     ]
-    path = write_tar(tmp_path / "0.tar", members)
+    path = make_tar(tmp_path / "0.tar", members)
     with pytest.raises(SourceError, match="several images: jpg, mask.png. Set data.members"):
         plan(path)
     source = plan(path, members="jpg")
@@ -388,20 +372,20 @@ def test_the_member_that_is_the_image_is_chosen_by_a_setting(tmp_path):
 
 def test_labels_that_pandas_wrote_as_floats_are_integers(tmp_path):
     for name in ("1.jpg", "2.jpg"):
-        write(tmp_path / "i" / name, encoded())
-    path = write(tmp_path / "list.csv", "uri,label\ni/1.jpg,3.0\ni/2.jpg,\n")
+        put(tmp_path / "i" / name, encoded())
+    path = put(tmp_path / "list.csv", "uri,label\ni/1.jpg,3.0\ni/2.jpg,\n")
     assert labels(plan(path)) == [3, None]
 
 
 @pytest.mark.parametrize("kind", ["csv", "tsv", "jsonl"])
 def test_lists_are_read_by_their_kind_and_file_addresses_are_decoded(tmp_path, kind):
-    image = write(tmp_path / "a b.jpg", encoded())
+    image = put(tmp_path / "a b.jpg", encoded())
     address = f"file://{tmp_path}/a%20b.jpg"
     separator = "\t" if kind == "tsv" else ","
     text = f"uri{separator}text\n{address}{separator}a cat\n"
     if kind == "jsonl":
         text = json.dumps({"uri": address, "text": "a cat"}) + "\n"
-    data = DataSection(path=str(write(tmp_path / f"list.{kind}", text)))
+    data = DataSection(path=str(put(tmp_path / f"list.{kind}", text)))
     (record,) = list_images(data)
     assert (record.uri, record.caption) == (str(image), "a cat")
     assert read_records([record], data) == [image.read_bytes()]

@@ -155,7 +155,7 @@ def broken_sets(folder: Path, crops: np.ndarray) -> dict[str, Path]:
         ),
         ("originals", "ours", "fid", "needs the statistics of inception"),
         ("unfinished", "originals", "frechet_backbone", "not finished. Run `fae sample` again"),
-        ("empty", "originals", "frechet_backbone", "evaluate.images='.*empty' holds no images"),
+        ("empty", "originals", "frechet_backbone", "evaluate.images='.*empty' holds no files"),
         ("originals", "absent", "frechet_backbone", "evaluate.reference='.*absent' does not exist"),
         ("originals", "samples", "kid", "48 images, fewer than evaluate.kid_subset_size=1000"),
         ("single", "originals", "frechet_backbone", "has 1 image, and a covariance needs two"),
@@ -175,8 +175,11 @@ def test_a_reference_that_a_score_cannot_use_is_refused_before_any_work(
 def test_what_is_not_given_is_asked_for(
     originals: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    with pytest.raises(RecipeError, match="needs evaluate.images="):
+    with pytest.raises(RecipeError, match="evaluate.images is not set"):
         evaluate(load_recipe("photos-dinov2s", TINY))
+    with pytest.raises(RecipeError, match="evaluate.scores is empty"):
+        recipe = [*TINY, f"evaluate.images={originals}", "evaluate.scores=[]"]
+        evaluate(load_recipe("photos-dinov2s", recipe))
     with pytest.raises(RecipeError, match="fid: these compare with evaluate.reference="):
         recipe = [*TINY, f"evaluate.images={originals}", "evaluate.scores=[inception_score,fid]"]
         evaluate(load_recipe("photos-dinov2s", recipe))

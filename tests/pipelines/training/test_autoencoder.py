@@ -5,7 +5,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import numpy as np
@@ -19,7 +18,7 @@ from fae.pipelines.storage import paths
 from fae.pipelines.training.autoencoder import train_autoencoder
 from fae.pipelines.training.run_folder import claim_run
 from fae_core import checkpoint
-from tests.tiny import ROOT
+from tests.tiny import ROOT, wait_for_checkpoint
 
 SECTIONS = ("data", "backbone", "autoencoder")
 
@@ -151,11 +150,7 @@ def test_a_killed_run_ends_with_the_same_parameters_bit_for_bit(
     photographs, uninterrupted, tmp_path
 ):
     process = start(command(photographs, tmp_path))
-    checkpoints = tmp_path / "test" / "checkpoints"
-    deadline = time.monotonic() + 240
-    while not list(checkpoints.glob("step_*.pt")):
-        assert time.monotonic() < deadline and process.poll() is None
-        time.sleep(0.05)
+    wait_for_checkpoint(process, tmp_path / "test")
     process.send_signal(signal.SIGKILL)
     process.communicate()
     assert not (tmp_path / "test" / "result.json").exists()
@@ -173,11 +168,7 @@ def test_a_killed_worker_is_replaced_by_the_same_command_and_changes_no_bit(
     photographs, uninterrupted, tmp_path
 ):
     process = start(command(photographs, tmp_path))
-    checkpoints = tmp_path / "test" / "checkpoints"
-    deadline = time.monotonic() + 240
-    while not list(checkpoints.glob("step_*.pt")):
-        assert time.monotonic() < deadline and process.poll() is None
-        time.sleep(0.05)
+    wait_for_checkpoint(process, tmp_path / "test")
     family = psutil.Process(process.pid).children(recursive=True)
     workers = [child for child in family if "RayTrainWorker" in " ".join(child.cmdline())]
     assert workers

@@ -10,7 +10,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -34,7 +33,7 @@ from fae_core import checkpoint
 from fae_core.autoencoder import AutoencoderConfig, FeatureAutoencoder
 from fae_core.checkpoint import CheckpointError
 from fae_core.pixel_decoder import PixelDecoder, PixelDecoderConfig
-from tests.tiny import ROOT
+from tests.tiny import ROOT, wait_for_checkpoint
 
 SHAPE = (4, 4, 4)
 NUM_ROWS = 48
@@ -103,10 +102,7 @@ def start(network: str, values: list[str]) -> subprocess.Popen:
 
 def kill_at_first_checkpoint(network: str, values: list[str], folder: Path) -> None:
     process = start(network, values)
-    deadline = time.monotonic() + 240
-    while not list((folder / "test" / "checkpoints").glob("step_*.pt")):
-        assert time.monotonic() < deadline and process.poll() is None, process.stdout.read()
-        time.sleep(0.02)
+    wait_for_checkpoint(process, folder / "test")
     process.send_signal(signal.SIGKILL)
     process.communicate()
     assert not (folder / "test" / "result.json").exists()

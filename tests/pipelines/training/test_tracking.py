@@ -16,9 +16,12 @@ import urllib.request
 from pathlib import Path
 
 import pytest
+import torch
 
-from fae.pipelines.config.sections import TrackingSection, TrainingSection
+from fae.pipelines.config.recipe import load_recipe
+from fae.pipelines.config.sections import TrackingSection
 from fae.pipelines.training import tracking
+from fae.pipelines.training.launch import Worker
 from fae.pipelines.training.loop import run_job
 from fae.pipelines.training.tracking import Tracker
 from tests.fault_proxy import FaultProxy
@@ -122,17 +125,21 @@ def test_a_dead_server_is_asked_more_and_more_seldom(monkeypatch: pytest.MonkeyP
     assert asked == [1, 3, 7, 15, 31, 63, 123]
 
 
-def test_a_training_that_fails_is_failed_in_mlflow(tmp_path, monkeypatch):
+@pytest.mark.parametrize("broken_part", ["_train", "run_folder.finish"])
+def test_a_training_that_fails_is_failed_in_mlflow(tmp_path, monkeypatch, broken_part):
     from mlflow.tracking import MlflowClient
 
     def broken(*_):
         raise ValueError("a bug")
 
-    monkeypatch.setattr("fae.pipelines.training.loop._train", broken)
+    monkeypatch.setattr("fae.pipelines.training.loop._train", lambda *_: (None, {}))
+    monkeypatch.setattr(f"fae.pipelines.training.loop.{broken_part}", broken)
     uri = f"sqlite:///{tmp_path}/mlflow.db"
-    tracker = Tracker(TrackingSection(), uri, "runs/first", {})
+    recipe = load_recipe("photos-dinov2s", [f"tracking.uri={uri}"])
+    cpu = torch.device("cpu")
+    worker = Worker("generator", recipe, recipe.generator.training, "runs/first", uri, cpu, True)
     with pytest.raises(ValueError, match="a bug"):
-        run_job(None, None, None, TrainingSection(), "runs/first", tracker)
+        run_job(worker, None, None, None, dict)
     client = MlflowClient(tracking_uri=uri)
     (run,) = client.search_runs([client.get_experiment_by_name("fae").experiment_id])
     assert run.info.status == "FAILED"
