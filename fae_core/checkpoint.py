@@ -21,6 +21,7 @@ from torch import nn
 from fae_core.autoencoder import AutoencoderConfig, FeatureAutoencoder
 from fae_core.errors import UserError
 from fae_core.generators.dit import DiT, DiTConfig
+from fae_core.generators.mmdit import MMDiT, MMDiTConfig
 from fae_core.generators.starflow import StarFlow, StarFlowConfig
 from fae_core.hashing import tensors_sha256
 from fae_core.pixel_decoder import PixelDecoder, PixelDecoderConfig
@@ -29,6 +30,7 @@ MODULES: dict[str, tuple[Any, Any]] = {
     "autoencoder": (FeatureAutoencoder, AutoencoderConfig),
     "pixel_decoder": (PixelDecoder, PixelDecoderConfig),
     "dit": (DiT, DiTConfig),
+    "mmdit": (MMDiT, MMDiTConfig),
     "starflow": (StarFlow, StarFlowConfig),
 }
 

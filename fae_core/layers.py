@@ -73,13 +73,18 @@ class RMSNorm(nn.RMSNorm):
 
 
 class SwiGLU(nn.Module):
-    """Gated MLP of arXiv 2002.05202; the hidden width is two thirds of `ratio` times the width."""
+    """Gated MLP of arXiv 2002.05202; the hidden width is two thirds of `ratio` times the width.
 
-    def __init__(self, dim: int, ratio: float = 4.0) -> None:
+    It is rounded up to a multiple of `multiple_of`.
+    """
+
+    def __init__(
+        self, dim: int, ratio: float = 4.0, bias: bool = True, multiple_of: int = 1
+    ) -> None:
         super().__init__()
-        hidden = int(dim * ratio * 2 / 3)
-        self.gate_and_value = nn.Linear(dim, 2 * hidden)
-        self.output = nn.Linear(hidden, dim)
+        hidden = -(-int(dim * ratio * 2 / 3) // multiple_of) * multiple_of
+        self.gate_and_value = nn.Linear(dim, 2 * hidden, bias=bias)
+        self.output = nn.Linear(hidden, dim, bias=bias)
 
     def forward(self, x: Tensor) -> Tensor:
         gate, value = self.gate_and_value(x).chunk(2, dim=-1)
@@ -107,6 +112,18 @@ class Block(nn.Module):
         )
         x = x + self.output(attended.transpose(1, 2).flatten(2))
         return x + self.mlp(self.norm_mlp(x))
+
+
+def patchify(latents: Tensor, patch: int) -> Tensor:
+    """Tokens [B, N, C*p*p] of latents [B, C, H, W] for patches of p x p cells, row by row."""
+    pieces = latents.unflatten(3, (-1, patch)).unflatten(2, (-1, patch))
+    return pieces.permute(0, 2, 4, 1, 3, 5).flatten(3).flatten(1, 2)
+
+
+def unpatchify(tokens: Tensor, patch: int, grid: tuple[int, int]) -> Tensor:
+    """Latents [B, C, H, W] of tokens [B, N, C*p*p] on `grid`, which counts patches."""
+    pieces = tokens.unflatten(2, (-1, patch, patch)).unflatten(1, grid)
+    return pieces.permute(0, 3, 1, 4, 2, 5).flatten(4, 5).flatten(2, 3)
 
 
 def split_heads(qkv: Tensor, num_heads: int) -> tuple[Tensor, Tensor, Tensor]:

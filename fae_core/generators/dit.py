@@ -24,9 +24,11 @@ from fae_core.layers import (
     SwiGLU,
     apply_rope,
     init_linear,
+    patchify,
     rope_table,
     sincos_position_table,
     split_heads,
+    unpatchify,
 )
 
 SIZES = {"S": (384, 12, 6), "B": (768, 12, 12), "L": (1024, 24, 16), "XL": (1152, 28, 16)}
@@ -200,15 +202,11 @@ class DiT(LatentModel):
 
     def patchify(self, latents: Tensor) -> Tensor:
         """Tokens [B, N, C*p*p] of latents [B, C, H, W]."""
-        patch = self.config.patch_size
-        pieces = latents.unflatten(3, (-1, patch)).unflatten(2, (-1, patch))
-        return pieces.permute(0, 2, 4, 1, 3, 5).flatten(3).flatten(1, 2)
+        return patchify(latents, self.config.patch_size)
 
     def unpatchify(self, tokens: Tensor) -> Tensor:
         """Latents [B, C, H, W] of tokens [B, N, C*p*p]."""
-        patch = self.config.patch_size
-        pieces = tokens.unflatten(2, (-1, patch, patch)).unflatten(1, self.tokens)
-        return pieces.permute(0, 3, 1, 4, 2, 5).flatten(4, 5).flatten(2, 3)
+        return unpatchify(tokens, self.config.patch_size, self.tokens)
 
     def forward(self, latents: Tensor, t: Tensor, labels: Tensor) -> Tensor:
         """Velocity [B, C, H, W] of latents [B, C, H, W] at times t [B] for labels int64 [B].
