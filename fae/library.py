@@ -19,6 +19,7 @@ from torch import Tensor
 from fae.pipelines.config import validate_recipe
 from fae.pipelines.config.sections import BackboneSection, DataSection, PrecomputeSection
 from fae.pipelines.data.crops import center_crop
+from fae.pipelines.data.records import class_number
 from fae.pipelines.networks import features_of, load_checkpoint
 from fae.pipelines.sampling import LatentDecoder, LatentSampler, draw_images
 from fae.pipelines.storage import paths
@@ -188,7 +189,7 @@ def sample(
     autoencoder: str | Path | Loaded | FeatureAutoencoder,
     pixel_decoder: str | Path | Loaded | None = None,
     *,
-    labels: Sequence[int],
+    labels: Sequence[int | str],
     seed: int = 0,
     indices: Iterable[int] | None = None,
     num_steps: int = 250,
@@ -198,6 +199,8 @@ def sample(
     **settings: Any,
 ) -> np.ndarray:
     """Images uint8 [n, S, S, 3] with `labels` [n]: those that `fae sample` draws.
+
+    A label is the number of a class, or its name where the generator knows it.
 
     A network is a path, what `load` returned, or for the autoencoder and its pixel decoder together
     a FeatureAutoencoder, whose device is then used. An image depends on its label, on `seed` and on
@@ -223,14 +226,14 @@ def sample(
         "batch_size": batch_size,
     }
     recipe = validate_recipe({"seed": seed, "sample": values}, source="fae.sample")
-    classes = [int(label) for label in labels]
+    num_classes, names = loaded.module.config.num_classes, loaded.class_names
+    classes = [
+        class_number(label if isinstance(label, str) else int(label), names, num_classes, "Label")
+        for label in labels
+    ]
     numbers = list(range(len(classes)) if indices is None else indices)
-    num_classes = loaded.module.config.num_classes
     if not classes or len(classes) != len(numbers):
         raise ValueError(f"Expected one label for each image, not {len(classes)} labels.")
-    wrong = [label for label in classes if not 0 <= label < num_classes]
-    if wrong:
-        raise ValueError(f"Label {wrong[0]} is none of the generator's {num_classes} classes.")
     draw = LatentSampler(loaded.module.to(place), recipe.sample, seed, place)
     return draw_images(draw, decoder, numbers, classes)
 

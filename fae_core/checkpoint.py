@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -39,11 +39,16 @@ class CheckpointError(UserError, ValueError):
     """A file that `save` did not write, or that is incomplete or damaged."""
 
 
-def save(path: str | Path, module: nn.Module, fingerprints: Mapping[str, str]) -> str:
+def save(
+    path: str | Path,
+    module: nn.Module,
+    fingerprints: Mapping[str, str],
+    class_names: Sequence[str] = (),
+) -> str:
     """Write a module of one of `MODULES` to `path`; returns its `tensors_sha256`.
 
     The write is atomic: a temporary file is renamed to `path`. `fingerprints` names what the module
-    was trained against.
+    was trained against, `class_names` a generator's classes in the order of their numbers.
     """
     kind = next(name for name, (cls, _) in MODULES.items() if isinstance(module, cls))
     config: Any = module.config
@@ -56,6 +61,8 @@ def save(path: str | Path, module: nn.Module, fingerprints: Mapping[str, str]) -
         "fingerprints": json.dumps(dict(fingerprints), sort_keys=True),
         "weights_sha256": sha256,
     }
+    if class_names:
+        metadata["class_names"] = json.dumps(list(class_names))
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
@@ -69,16 +76,18 @@ class Loaded:
     """A rebuilt module of `kind`, in eval mode on the CPU.
 
     `fingerprints` names what it was trained against; `weights_sha256` is its `tensors_sha256`.
+    `class_names` are a generator's, by number, and empty where its classes have none.
     """
 
     kind: str
     module: Any
     fingerprints: dict[str, str]
     weights_sha256: str
+    class_names: tuple[str, ...] = ()
 
 
 def read_metadata(path: str | Path) -> dict[str, str]:
-    """The file's metadata: format, kind, config, fingerprints, weights_sha256.
+    """The file's metadata: format, kind, config, fingerprints, weights_sha256, class_names.
 
     Raises CheckpointError for a file that is missing or was not written by `save`.
     """
@@ -121,4 +130,5 @@ def load(path: str | Path, *kinds: str) -> Loaded:
         module.eval(),
         json.loads(metadata["fingerprints"]),
         metadata["weights_sha256"],
+        tuple(json.loads(metadata.get("class_names", "[]"))),
     )

@@ -99,22 +99,24 @@ def picture_grid(
     titles: Sequence[str],
     note: str = "",
     titles_of_rows: Mapping[int, Sequence[str]] | None = None,
+    names_of_rows: Sequence[str] = (),
 ) -> bytes:
     """A PNG of uint8 pictures [H, W, 3] in rows, with `titles` above the first row.
 
     `note`, of one or more lines, stands to the right. None leaves a cell blank. `titles_of_rows`
-    gives titles to further rows, by the row's index.
+    gives titles to further rows, by the row's index. `names_of_rows` stand to the left of the rows.
     """
     from matplotlib.figure import Figure
 
     aside = 0.1 * max((len(line) for line in note.splitlines()), default=-4) + 0.4
+    before = 0.08 * max((len(name) for name in names_of_rows), default=0)
     figure = Figure(
-        figsize=(2.0 * len(titles) + aside, 2.0 * len(rows) + 0.3), layout="constrained"
+        figsize=(before + 2.0 * len(titles) + aside, 2.0 * len(rows) + 0.3), layout="constrained"
     )
     pictures, *texts = figure.subfigures(
         1,
         2 if note else 1,
-        width_ratios=[2.0 * len(titles), aside] if note else None,
+        width_ratios=[before + 2.0 * len(titles), aside] if note else None,
         squeeze=False,
     )[0]
     axes = pictures.subplots(len(rows), len(titles), squeeze=False)
@@ -126,6 +128,8 @@ def picture_grid(
     for row_index, row_titles in {0: titles, **(titles_of_rows or {})}.items():
         for axis, title in zip(axes[row_index], row_titles, strict=True):
             axis.set_title(title, fontsize=10)
+    for axis, name in zip(axes[:, 0], names_of_rows, strict=False):
+        axis.text(-0.05, 0.5, name, transform=axis.transAxes, ha="right", va="center", fontsize=10)
     for text in texts:
         text.text(0.0, 0.97, note, va="top", fontsize=10, family="monospace", linespacing=1.5)
     buffer = io.BytesIO()

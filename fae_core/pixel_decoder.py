@@ -55,6 +55,8 @@ class PixelDecoder(nn.Module):
                 "A pixel decoder needs a square grid that divides the image: "
                 f"{config.grid} for {config.image_size} px."
             )
+        if config.width % config.num_heads:
+            raise ValueError(f"Width {config.width} is not divisible by {config.num_heads} heads.")
         self.patch = config.image_size // rows
         self.input = nn.Linear(config.feature_dim, config.width)
         self.position = nn.Parameter(

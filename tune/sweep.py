@@ -20,7 +20,7 @@ from ray.tune import Callback
 from ray.tune.integration.ray_train import TuneReportCallback
 
 from fae.pipelines.chain import run_stage
-from fae.pipelines.chain.stages import check_images, needed_stages, plan_stages
+from fae.pipelines.chain.stages import check_stages, needed_stages, plan_stages
 from fae.pipelines.config import Recipe, with_absolute_paths
 from fae.pipelines.runtime.session import plain_error, quiet_logs, start_ray
 from fae.pipelines.storage import paths
@@ -60,7 +60,7 @@ def search(recipe: Recipe) -> dict[str, Any]:
     """
     resolved = _resolved(recipe)
     folder, settings = sweep_folder(resolved), planned_settings(recipe)
-    check_images(plan_trial(resolved, {}).stages)
+    check_stages(plan_trial(resolved, {}).stages)
     make_scheduler(resolved)
     paths.write_bytes(paths.join(folder, "recipe.yaml"), recipe.to_yaml().encode())
     start_ray()
@@ -70,7 +70,7 @@ def search(recipe: Recipe) -> dict[str, Any]:
     planned = {trial.uri: trial for trial in (plan_trial(resolved, one) for one in settings)}
     missing = [trial for trial in planned.values() if trial.result() is None]
     for trial in missing:
-        check_images(trial.stages)
+        check_stages(trial.stages)
     _say(f"{folder}: {len(planned)} trials are planned, {len(planned) - len(missing)} have ended.")
     if missing:
         _run_planned(resolved, list(planned.values()))

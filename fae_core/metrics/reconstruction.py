@@ -6,6 +6,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+WINDOW = 11
+"""Side [px] of SSIM's window, and of the smallest image that has an SSIM."""
+
 
 def psnr(output: Tensor, target: Tensor) -> Tensor:
     """Peak signal-to-noise ratio [B] in dB of images in [0, 1]."""
@@ -19,12 +22,12 @@ def ssim(output: Tensor, target: Tensor) -> Tensor:
     Wang et al. 2004 with a Gaussian window of 11 px and sigma 1.5; equal to scikit-image's with
     gaussian_weights=True, sigma=1.5 and use_sample_covariance=False.
     """
-    positions = torch.arange(11, dtype=torch.float32, device=output.device) - 5
+    positions = torch.arange(WINDOW, dtype=torch.float32, device=output.device) - WINDOW // 2
     window = torch.exp(-(positions**2) / (2 * 1.5**2))
     window = window / window.sum()
 
     def blur(x: Tensor) -> Tensor:
-        kernel = window.expand(3, 1, 11)
+        kernel = window.expand(3, 1, WINDOW)
         return F.conv2d(F.conv2d(x, kernel[..., None], groups=3), kernel[:, :, None], groups=3)
 
     x, y = output.float(), target.float()

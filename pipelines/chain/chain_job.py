@@ -33,7 +33,7 @@ from ..training import (
 )
 from .report import write_report
 from .sizes import expected_bytes, latent_bytes
-from .stages import Stage, check_images, plan_stages, select, training_of
+from .stages import Stage, check_stages, plan_stages, select, training_of
 
 TRAINERS: dict[str, Callable[..., TrainResult]] = {
     "autoencoder": train_autoencoder,
@@ -51,7 +51,7 @@ def run_chain(recipe: Recipe) -> dict[str, dict[str, float]]:
     Raises what the stages' jobs raise.
     """
     stages = select(plan_stages(recipe), recipe.chain)
-    check_images(stages)
+    check_stages(stages)
     todo = [stage for stage in stages if stage.result() is None]
     for stage in stages:
         if stage not in todo:

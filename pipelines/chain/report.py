@@ -13,6 +13,7 @@ from PIL import Image
 
 from fae_core.figures import Curve, curve_panels, picture_grid
 
+from ..data.records import class_name
 from ..storage import paths
 from ..training.metrics_log import Series, figure_uri, read_metrics_log
 from .stages import Stage, training_of
@@ -94,9 +95,11 @@ def samples_grid(uri: str) -> bytes:
                 tiles.append(np.asarray(Image.open(io.BytesIO(png))))
         if all(len(tiles) == GRID_COLUMNS for tiles in by_class.values()):
             break
-    rows = [by_class[label] for label in sorted(by_class)[:GRID_ROWS]]
+    labels = sorted(by_class)[:GRID_ROWS]
     blank: list[np.ndarray | None] = [None] * GRID_COLUMNS
-    return picture_grid([(row + blank)[:GRID_COLUMNS] for row in rows], [""] * GRID_COLUMNS)
+    rows = [(by_class[label] + blank)[:GRID_COLUMNS] for label in labels]
+    names = [class_name(label, manifest.get("class_names", [])) for label in labels]
+    return picture_grid(rows, [""] * GRID_COLUMNS, names_of_rows=names)
 
 
 def curves_of(history: Series, names: Sequence[str]) -> dict[str, Curve]:

@@ -13,25 +13,37 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, get_args
 
+from fae_core.errors import UserError
+
 from ..config import Recipe, RecipeError, with_absolute_paths
 from ..config.facts import deciding_values
 from ..config.sections import ChainSection, StageName, TrainingSection
-from ..data import list_images
+from ..data import plan_source
 from ..data.records import (
     ImageRecord,
     SourceError,
+    class_number,
     label_problem,
+    records_of,
     source_digest,
     split_records,
 )
 from ..evaluation import probe_problem
 from ..networks import load_checkpoint
 from ..storage import fingerprint_of, paths
+from ..training import requirements
 from ..training.tracking import resolve_uri
 
 STAGES: tuple[StageName, ...] = get_args(StageName)
 KEY_LENGTH = 12
 """Hex digits of a stage's fingerprint that name its folder."""
+NETWORKS = {
+    "autoencoder": "autoencoder",
+    "pixel-decoder": "pixel_decoder",
+    "finetune": "pixel_decoder",
+    "generator": "generator",
+}
+"""The network that a stage trains, by stage."""
 FILLED_IN = {"finetune": "pixel_decoder.start_from", "evaluation": "evaluate.images"}
 """The input of a stage that another stage makes: that one's key decides, not the address."""
 
@@ -77,7 +89,13 @@ def plan_stages(recipe: Recipe, images: Sequence[ImageRecord] | None = None) -> 
     (source_path,) = base.require("the chain", "data.path")
     base.evaluate.reference = _absolute(base.evaluate.reference or source_path)
     planner = _Planner()
-    records = list_images(base.data) if images is None else images
+    class_names: list[str] = []
+    if images is None:
+        listed = plan_source(base.data)
+        records: Sequence[ImageRecord] = records_of(listed.table)
+        class_names = listed.account.class_names
+    else:
+        records = images
     split = _split_problem(records, base.data.validation_fraction)
     source = {"source": source_digest(records)}
 
@@ -119,7 +137,9 @@ def plan_stages(recipe: Recipe, images: Sequence[ImageRecord] | None = None) -> 
             {},
             num_encoded,
             label_problem(
-                ((r.key, r.label) for r in records[:num_encoded]), base.generator.num_classes
+                ((r.key, r.label) for r in records[:num_encoded]),
+                base.generator.num_classes,
+                class_names,
             ),
         )
 
@@ -153,6 +173,7 @@ def plan_stages(recipe: Recipe, images: Sequence[ImageRecord] | None = None) -> 
         ("seed", "sample"),
         {},
         base.sample.num_images,
+        _class_problem(base, class_names),
     )
 
     scoring = drawing.model_copy(deep=True)
@@ -206,22 +227,26 @@ def needed_stages(stages: Sequence[Stage], names: Collection[str]) -> list[Stage
     return [stage for stage in stages if stage.name in needed]
 
 
-def check_images(stages: Sequence[Stage]) -> None:
-    """Raises RecipeError where the images cannot serve a stage, before the first one runs."""
+def check_stages(stages: Sequence[Stage]) -> None:
+    """Raises RecipeError where images or settings cannot serve a stage that is to run."""
     for stage in stages:
-        if stage.problem and stage.result() is None:
-            raise RecipeError(f"The stage {stage.name} cannot run: {stage.problem}")
+        if stage.result() is not None:
+            continue
+        problem = stage.problem
+        if problem is None and stage.name in NETWORKS:
+            try:
+                requirements.check_settings(stage.recipe, NETWORKS[stage.name])
+            except UserError as error:
+                problem = str(error)
+        if problem is not None:
+            raise RecipeError(f"The stage {stage.name} cannot run: {problem}")
 
 
 def training_of(stage: Stage) -> TrainingSection | None:
     """The training section of a stage that trains a network, None for the others."""
-    recipe = stage.recipe
-    return {
-        "autoencoder": recipe.autoencoder.training,
-        "pixel-decoder": recipe.pixel_decoder.training,
-        "finetune": recipe.pixel_decoder.training,
-        "generator": recipe.generator.training,
-    }.get(stage.name)
+    if stage.name not in NETWORKS:
+        return None
+    return requirements.training_of(stage.recipe, NETWORKS[stage.name])
 
 
 def _split_problem(records: Sequence[ImageRecord], validation_fraction: float) -> str | None:
@@ -229,6 +254,19 @@ def _split_problem(records: Sequence[ImageRecord], validation_fraction: float) -
         split_records(records, validation_fraction)
     except SourceError as error:
         return str(error)
+    return None
+
+
+def _class_problem(recipe: Recipe, class_names: Sequence[str]) -> str | None:
+    """Why sample.classes are not classes of the generator that the chain trains, where known."""
+    if recipe.generator.checkpoint:
+        return None
+    for given in recipe.sample.classes or []:
+        if class_names or isinstance(given, int):
+            try:
+                class_number(given, class_names, recipe.generator.num_classes, "sample.classes:")
+            except RecipeError as error:
+                return str(error)
     return None
 
 
@@ -272,9 +310,7 @@ class _Planner:
         self.identities[name] = key
         needs = tuple(need for need in needs if need in self.stages)
         self.stages[name] = Stage(name, parts, made, uri, needs, num_images, problem)
-        files = {"autoencoder": "autoencoder", "generator": "generator"}
-        files |= {"pixel-decoder": "pixel_decoder", "finetune": "pixel_decoder"}
-        return paths.join(uri, f"{files[name]}.safetensors") if name in files else uri
+        return paths.join(uri, f"{NETWORKS[name]}.safetensors") if name in NETWORKS else uri
 
 
 def _absolute(path: str) -> str:

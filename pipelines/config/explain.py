@@ -157,6 +157,8 @@ def _kind(annotation: Any) -> str:
         inner, *metadata = arguments
         bounds = _bounds(metadata)
         return f"{_kind(inner)} {bounds}" if bounds else _kind(inner)
+    if origin in (Union, UnionType):
+        return " or ".join(map(_kind, arguments))
     if origin is Literal:
         return ", ".join(map(str, arguments))
     if origin is list:

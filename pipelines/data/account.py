@@ -65,6 +65,18 @@ class Account:
         """Files listed and not read."""
         return sum(skip.count for skip in self.skipped.values())
 
+    def numbers(self) -> dict[str, int]:
+        """The counts by name."""
+        return {
+            "files": self.num_files,
+            "skipped": self.num_skipped,
+            "images": self.num_images,
+            "labels": self.num_labels,
+            "classes": self.num_classes,
+            "captions": self.num_captions,
+            "losses": self.num_losses,
+        }
+
     def to_dict(self) -> dict[str, Any]:
         """The account as JSON has it."""
         return asdict(self)

@@ -5,6 +5,7 @@ A plan of ten million images stays in columns; Python objects would take several
 
 from __future__ import annotations
 
+import difflib
 import hashlib
 import itertools
 import json
@@ -15,6 +16,8 @@ from typing import TypeVar
 import pyarrow as pa
 
 from fae_core.errors import UserError
+
+from ..config import RecipeError
 
 IMAGE_SUFFIXES = (
     *(".jpg", ".jpeg", ".jpe", ".jfif", ".mpo", ".png", ".apng", ".webp", ".gif", ".bmp", ".dib"),
@@ -117,10 +120,47 @@ def source_digest(records: pa.Table | Sequence[ImageRecord]) -> str:
     return digest.hexdigest()
 
 
-def label_problem(labelled: Iterable[tuple[str, int | None]], num_classes: int) -> str | None:
+def class_name(label: int, names: Sequence[str]) -> str:
+    """What people call class `label`: its name where `names` has one, else its number."""
+    return names[label] if 0 <= label < len(names) else str(label)
+
+
+def class_number(given: int | str, names: Sequence[str], num_classes: int, what: str) -> int:
+    """The number of the class `given` by number or name, one of `num_classes` classes.
+
+    `names` may be empty or cover the first classes only; `what` begins the messages. Raises
+    RecipeError for what is no class.
+    """
+    text = str(given)
+    if isinstance(given, str) and text in names:
+        return names.index(text)
+    if text.strip().lstrip("+-").isdigit():
+        if 0 <= int(text) < num_classes:
+            return int(text)
+        ends = f" ({names[0]} … {names[-1]})" if names else ""
+        raise RecipeError(
+            f"{what} {text} is none of the generator's {num_classes} classes{ends}. "
+            "Classes are numbered from 0."
+        )
+    if not names:
+        raise RecipeError(
+            f"{what} {text!r} is a name, and this generator's classes have none. Give numbers from "
+            f"0 to {num_classes - 1}."
+        )
+    near = difflib.get_close_matches(text, names, n=1, cutoff=0.0)
+    hint = f" Did you mean {near[0]!r}?" if near else ""
+    raise RecipeError(
+        f"{what} {text!r} is none of the generator's {num_classes} classes "
+        f"({names[0]} … {names[-1]}).{hint}"
+    )
+
+
+def label_problem(
+    labelled: Iterable[tuple[str, int | None]], num_classes: int, names: Sequence[str] = ()
+) -> str | None:
     """Why a generator of `num_classes` cannot train on these labels, None where it can.
 
-    `labelled` are (key, label) of its images.
+    `labelled` are (key, label) of its images, `names` those of the classes where they have some.
     """
     without = "to train without classes set data.label_column=null generator.num_classes=1."
     missing: list[str] = []
@@ -136,8 +176,10 @@ def label_problem(labelled: Iterable[tuple[str, int | None]], num_classes: int) 
             highest = max(highest, (label, key))
     if highest[0] >= num_classes:
         label, key = highest
+        named = f" ({names[label]})" if label < len(names) else ""
         return (
-            f"the label of {key!r} is {label}, and generator.num_classes is {num_classes}. Set "
+            f"the label of {key!r} is {label}{named}, and generator.num_classes is "
+            f"{num_classes}. Set "
             f"generator.num_classes={label + 1}, or {without}"
         )
     if missing and num_classes > 1:

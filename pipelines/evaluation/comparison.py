@@ -6,6 +6,8 @@ before any image is decoded.
 
 from __future__ import annotations
 
+from fae_core.metrics.reconstruction import WINDOW
+
 from ..config import RecipeError
 from ..config.sections import DataSection, EvaluateSection
 from .errors import EvaluationError
@@ -44,6 +46,10 @@ def open_sets(
         )
     images = open_set("images", options.images, options.limit, image_size, data)
     reference = open_set("reference", options.reference, options.limit, image_size, data)
+    if "reconstruction" in scores and image_size < WINDOW:
+        raise RecipeError(
+            f"reconstruction: image_size={image_size}, and SSIM's window is {WINDOW} px wide."
+        )
     if scores & PAIRED:
         _pair(images, reference, sorted(scores & PAIRED))
     return images, reference
@@ -74,6 +80,11 @@ def needs_of(options: EvaluateSection, role: str, side: ImageSet) -> Needs:
             f"{', '.join(score for score in options.scores if score in FRECHET)}: {side.uri} has "
             f"{len(side.keys)} image, and a covariance needs two or more. Give more images, or "
             "another score."
+        )
+    if "precision_recall" in scores and len(side.keys) <= options.num_neighbors:
+        raise EvaluationError(
+            f"precision_recall: {side.uri} has {len(side.keys)} images, and evaluate.num_neighbors="
+            f"{options.num_neighbors} needs more than that. Give more images, or lower it."
         )
     if "kid" in scores and len(side.keys) < options.kid_subset_size:
         raise EvaluationError(

@@ -190,7 +190,12 @@ def _scores(
             result[score] = frechet_distance(a, b)
         elif score == "inception_score":
             splits = summaries["images"].splits
-            assert splits is not None
+            assert splits is not None  # `needs_of` asked for them
+            if not splits.counts.all():
+                raise EvaluationError(
+                    f"inception_score: of {int(splits.counts.sum())} images that can be decoded, "
+                    f"none is in some of evaluate.inception_splits={options.inception_splits}."
+                )
             result[score] = splits.score()
         elif score == "precision_recall":
             result["precision"], result["recall"] = precision_recall(

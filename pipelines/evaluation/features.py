@@ -83,7 +83,7 @@ def summarize(
 
     `fingerprints` are those of the networks on the driver; an actor with other weights raises
     CheckpointError. Raises EvaluationError where more images than the recipe allows cannot be
-    decoded.
+    decoded, or none can.
     """
     options = recipe.evaluate
     pieces = images.pieces(options.chunk_size)
@@ -103,6 +103,8 @@ def summarize(
         progress.add(int(row["rows"]), len(found), float(row["done_at"]))
         if row["rows"]:
             _merge(whole, row, needs)
+    if not whole.count:
+        raise EvaluationError(f"None of the {len(images.keys)} images of {images.uri} is readable.")
     whole.images_per_second = progress.close()["images_per_second"]
     whole.content_sha256 = contents.hexdigest()
     return whole
@@ -177,6 +179,9 @@ class SummarizeChunks:
             "digests": [b"".join(hashlib.sha256(image.tobytes()).digest() for image in images)],
         }
         features = self.extract(images)
+        for name, values in features.items():
+            if not np.isfinite(values).all():
+                raise EvaluationError(f"The features {name} are not finite. Check the weights.")
         for name in self.needs.moments if len(images) else ():
             moments = Moments.of(features[name])
             row |= {f"{name}_mean": [moments.mean], f"{name}_scatter": [moments.scatter]}

@@ -23,6 +23,7 @@ from fae_core.metrics.frechet import Gaussian
 
 from ..config.sections import DataSection
 from ..data import list_images
+from ..data.crops import ImageError
 from ..data.reading import load_crops, read_records
 from ..data.records import IMAGE_SUFFIXES, ImageRecord, SourceError
 from ..sampling import FORMAT as SAMPLES_FORMAT
@@ -133,6 +134,8 @@ def _open_npz(uri: str, image_size: int, limit: int | None) -> ImageSet:
     names = array_names(uri)
     if "arr_0" in names:
         first_pixel, count = locate_images(uri, image_size)
+        if not count:
+            raise EvaluationError(f"{uri} holds no images: arr_0 is empty.")
         return ImageSet(
             uri,
             "npz",
@@ -168,9 +171,13 @@ def _data_at(uri: str, image_column: str, data: DataSection) -> DataSection:
 
 def _check_sample_size(uri: str, record: ImageRecord, image_size: int, data: DataSection) -> None:
     (blob,) = read_records([record], _data_at(uri, "image", data))
-    if isinstance(blob, Exception):
-        raise blob
-    with Image.open(io.BytesIO(blob)) as image:
+    try:
+        if isinstance(blob, Exception):
+            raise blob
+        opened = Image.open(io.BytesIO(blob))
+    except (ImageError, OSError) as error:
+        raise EvaluationError(f"{uri}: the sample {record.key} cannot be read: {error}") from None
+    with opened as image:
         if image.size != (image_size, image_size):
             raise EvaluationError(
                 f"{uri} holds samples of {image.width}x{image.height}, the recipe's image_size is "

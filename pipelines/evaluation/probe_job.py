@@ -162,6 +162,14 @@ def split_images(options: ProbeSection, records: Sequence[ImageRecord], source: 
         )
     train, test = split_records(records, options.test_fraction)
     train, test = train[: options.train_limit], test[: options.test_limit]
+    _check_split(options, train, test, source)
+    return Split(train, test, image_pairs(test, options.num_image_pairs))
+
+
+def _check_split(
+    options: ProbeSection, train: Sequence[ImageRecord], test: Sequence[ImageRecord], source: str
+) -> None:
+    """Raises ProbeError where the images are too few, or of too few classes."""
     if len(train) < options.num_neighbors or not test:
         raise ProbeError(
             f"{len(train)} training and {len(test)} test images of {source} "
@@ -171,7 +179,6 @@ def split_images(options: ProbeSection, records: Sequence[ImageRecord], source: 
         )
     if len({record.label for record in train}) < 2:
         raise ProbeError(f"The training images of {source} are of one class. Give images of two.")
-    return Split(train, test, image_pairs(test, options.num_image_pairs))
 
 
 def image_pairs(test: Sequence[ImageRecord], num_pairs: int) -> list[Pair]:
@@ -191,9 +198,13 @@ def image_pairs(test: Sequence[ImageRecord], num_pairs: int) -> list[Pair]:
 
 
 def score(options: ProbeSection, split: Split, found: dict[str, Probed]) -> dict[str, float]:
-    """The scores that `probe` returns, from what `extract` found out."""
+    """The scores that `probe` returns, from what `extract` found out.
+
+    Raises ProbeError where too few of the images could be decoded.
+    """
     train = [record for record in split.train if record.key in found]
     test = [record for record in split.test if record.key in found]
+    _check_split(options, train, test, "the images that can be decoded")
     train_labels, test_labels = (np.array([r.label for r in part]) for part in (train, test))
     accuracies: dict[str, Accuracy] = {}
     chosen: dict[str, float] = {}

@@ -49,6 +49,7 @@ def export(uri: str, layout: str, output: str, dtype: str = "float32") -> dict[s
     if next(iter(paths.list_files(output)), None) is not None:
         raise ExportError(f"{output} is not empty: an export is written whole into an empty place.")
     store = LatentStore.open(uri)
+    _check(store, layout)
     return {"rows": len(store), "files": layouts[layout](store, output, np.dtype(dtype))}
 
 
@@ -58,18 +59,24 @@ def _shards(store: LatentStore) -> Iterator[dict[str, Any]]:
             yield store.read_shard(index)
 
 
-def _label(value: int | None, where: str) -> int:
-    if value is None:
-        raise ExportError(f"{where} has no label, and this layout needs one for each image.")
-    return int(value)
+def _check(store: LatentStore, layout: str) -> None:
+    """Raises ExportError where `layout` cannot hold the store, before anything is written."""
+    if not len(store):
+        raise ExportError(f"{store.uri} stores no latents: there is nothing to export.")
+    if layout == "webdataset":
+        return
+    needed = ["mean", "mean_flip"] if layout == "lightningdit" else ["mean"]
+    if absent := [name for name in needed if name not in store.columns]:
+        raise ExportError(
+            f"{store.uri} has no {' and no '.join(absent)}, which the layout {layout} holds. "
+            f"Precompute with precompute.columns=[{','.join(needed)}]."
+        )
+    unlabelled = next((key for key, label in store.labels() if label is None), None)
+    if unlabelled is not None:
+        raise ExportError(f"{unlabelled} has no label, and this layout needs one for each image.")
 
 
 def _lightningdit(store: LatentStore, output: str, dtype: np.dtype[Any]) -> int:
-    if "mean_flip" not in store.columns:
-        raise ExportError(
-            f"{store.uri} has no mean_flip, which LightningDiT's loader reads half of the time. "
-            "Precompute with precompute.columns=[mean,mean_flip]."
-        )
     files = 0
     held: dict[str, list[np.ndarray]] = {"latents": [], "latents_flip": [], "labels": []}
 
@@ -83,10 +90,9 @@ def _lightningdit(store: LatentStore, output: str, dtype: np.dtype[Any]) -> int:
             values.clear()
 
     for shard in _shards(store):
-        labels = [_label(v, k) for v, k in zip(shard["label"], shard["key"], strict=True)]
         held["latents"].append(shard["mean"].astype(dtype))
         held["latents_flip"].append(shard["mean_flip"].astype(dtype))
-        held["labels"].append(np.array(labels, np.int64))
+        held["labels"].append(np.array(shard["label"], np.int64))
         if sum(map(len, held["labels"])) >= ROWS_PER_FILE:
             flush()
     if held["labels"]:
@@ -132,12 +138,12 @@ def _webdataset(store: LatentStore, output: str, dtype: np.dtype[Any]) -> int:
 def _npy(store: LatentStore, output: str, dtype: np.dtype[Any]) -> int:
     labels, row = [], 0
     for shard in _shards(store):
-        for place, key in enumerate(shard["key"]):
+        for place, label in enumerate(shard["label"]):
             name = f"{row // FILES_PER_FOLDER:05d}/img-latents-{row:08d}.npy"
             paths.write_bytes(
                 paths.join(output, name), _array_bytes(shard["mean"][place].astype(dtype))
             )
-            labels.append([name, _label(shard["label"][place], key)])
+            labels.append([name, label])
             row += 1
     paths.write_bytes(paths.join(output, "dataset.json"), json.dumps({"labels": labels}).encode())
     return row + 1

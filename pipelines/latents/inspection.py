@@ -47,7 +47,7 @@ def inspect(uri: str, verify: bool = False, figure: str | None = None) -> bool:
         )
     _show_store(console, uri)
     if figure:
-        Path(figure).write_bytes(draw_latents(uri))
+        paths.write_bytes(figure, draw_latents(uri))
         console.print(f"figure: {figure}")
     return not verify or _verify(console, uri)
 
@@ -67,6 +67,8 @@ def _show_checkpoint(console: Console, uri: str) -> None:
         table.add_row(key, str(value))
     for key, value in loaded.fingerprints.items():
         table.add_row(f"trained with {key}", value)
+    if names := loaded.class_names:
+        table.add_row("class names", f"{len(names)}: {names[0]} … {names[-1]}")
     table.add_row("weights SHA-256", f"{loaded.weights_sha256} (matches)")
     console.print(table)
 

@@ -27,6 +27,7 @@ import pyarrow.parquet as pq
 from fae_core.latent_stats import ChannelStats
 
 from ..data import EpochOrder
+from ..data.account import Account
 from ..storage import StoreError, paths
 from .manifest import read_manifest
 from .plan import open_plan
@@ -88,6 +89,17 @@ class LatentStore:
         return int(self.manifest["stored"])
 
     @property
+    def account(self) -> Account | None:
+        """The account of the source of its images, None in stores without one."""
+        found = self.manifest.get("account")
+        return Account.from_dict(found) if found else None
+
+    @property
+    def class_names(self) -> list[str]:
+        """The names of the classes by their numbers, empty where they have none."""
+        return self.account.class_names if self.account else []
+
+    @property
     def num_shards(self) -> int:
         return len(self.manifest["shards"])
 
@@ -115,6 +127,8 @@ class LatentStore:
         """A Ray data set of the store's rows; latents arrive as float16 arrays [C, H, W]."""
         import ray.data
 
+        if not len(self):
+            raise StoreError(f"{self.uri} stores no latents.")
         filesystem, _ = paths.filesystem(self.uri)
         files = [
             paths.filesystem(shard_uri(self.uri, index))[1]
@@ -138,14 +152,16 @@ class LatentStore:
 
         The order is a permutation of the whole store each epoch, the same for any `world_size`;
         `start_step` may lie anywhere in an epoch. With `cache`, a local folder, shards from S3 are
-        copied there when first needed. Raises ValueError for an empty store or a batch that does
-        not divide, StoreError for a column that is not stored.
+        copied there when first needed. Raises ValueError for a batch that does not divide,
+        StoreError for an empty store and for a column that is not stored.
         """
         absent = [name for name in columns if name not in self.columns]
         if absent:
             raise StoreError(
                 f"{self.uri} stores {', '.join(self.columns)}; not {', '.join(absent)}."
             )
+        if not len(self):
+            raise StoreError(f"{self.uri} stores no latents.")
         order = EpochOrder(len(self), seed)
         order.batch(start_step, batch_size, rank, world_size)
         rows = _Rows(self, columns, cache)

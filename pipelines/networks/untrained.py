@@ -5,7 +5,8 @@ Trainers start from them; the chain counts their parameters, and the estimates o
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -27,6 +28,15 @@ from ..config.sections import (
 )
 
 
+@contextlib.contextmanager
+def _named(section: str) -> Iterator[None]:
+    """A shape that a network cannot have is a mistake in the recipe's `section`: RecipeError."""
+    try:
+        yield
+    except ValueError as error:
+        raise RecipeError(f"{section}: {error}") from None
+
+
 def build_backbone(section: BackboneSection) -> Backbone:
     """The section's backbone with random weights: nothing is downloaded or hashed.
 
@@ -36,7 +46,10 @@ def build_backbone(section: BackboneSection) -> Backbone:
 
 
 def build_autoencoder(section: AutoencoderSection, backbone: BackboneSpec) -> FeatureAutoencoder:
-    """The section's autoencoder for this backbone's features."""
+    """The section's autoencoder for this backbone's features.
+
+    Raises RecipeError for a shape that there cannot be, such as heads that do not divide a width.
+    """
     config = AutoencoderConfig(
         feature_dim=backbone.dim,
         latent_dim=section.latent_dim,
@@ -51,14 +64,19 @@ def build_autoencoder(section: AutoencoderSection, backbone: BackboneSpec) -> Fe
         decoder_num_heads=section.decoder.num_heads,
         kl_weight=section.kl_weight,
     )
-    return FeatureAutoencoder(config)
+    with _named("autoencoder"):
+        return FeatureAutoencoder(config)
 
 
 def build_pixel_decoder(
     section: PixelDecoderSection, backbone: BackboneSpec, image_size: int
 ) -> PixelDecoder:
-    """The section's decoder of this backbone's features to images of side `image_size` [px]."""
-    return PixelDecoder(pixel_decoder_config(section, backbone, image_size))
+    """The section's decoder of this backbone's features to images of side `image_size` [px].
+
+    Raises RecipeError for a shape that there cannot be, such as a grid that does not divide it.
+    """
+    with _named("pixel_decoder"):
+        return PixelDecoder(pixel_decoder_config(section, backbone, image_size))
 
 
 def pixel_decoder_config(
@@ -77,7 +95,7 @@ def pixel_decoder_config(
 def build_generator(section: GeneratorSection, latent_shape: Sequence[int]) -> DiT | StarFlow:
     """The section's network for latents [C, H, W], untrained.
 
-    Raises RecipeError for a size that there is not.
+    Raises RecipeError for a size that there is not, or a shape that there cannot be.
     """
     channels, *grid = latent_shape
     shape = (channels, (grid[0], grid[1]))
@@ -88,7 +106,7 @@ def build_generator(section: GeneratorSection, latent_shape: Sequence[int]) -> D
     }
     if section.width is not None:
         common["width"] = section.width
-    try:
+    with _named("generator"):
         if section.kind == "starflow":
             if section.layers is not None:
                 common["layers"] = tuple(section.layers)
@@ -110,8 +128,6 @@ def build_generator(section: GeneratorSection, latent_shape: Sequence[int]) -> D
             **common,
         )
         return DiT(dit)
-    except ValueError as error:
-        raise RecipeError(f"generator: {error}") from None
 
 
 def network_bytes(*networks: nn.Module) -> int:

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import numpy as np
 
 from fae_core.figures import picture_grid
 
 from ..config import Recipe
 from ..config.sections import GuidanceSection
+from ..data.records import class_name
+from ..storage import paths
 from .image_sampler import ImageSampler
 
 
@@ -19,7 +19,7 @@ def draw_grid(recipe: Recipe, path: str, columns: int = 8, scales: tuple[float, 
     With `scales` each column has another guidance scale, from the same noise.
     """
     sampler = ImageSampler(recipe)
-    classes = recipe.sample.classes or list(range(min(sampler.num_classes, 10)))
+    classes = sampler.classes or list(range(min(sampler.num_classes, 10)))
     settings: list[tuple[str, Recipe]] = [("", recipe)] * columns
     if scales:
         settings = [(f"scale {scale:g}", _with_scale(recipe, scale)) for scale in scales]
@@ -34,7 +34,9 @@ def draw_grid(recipe: Recipe, path: str, columns: int = 8, scales: tuple[float, 
             first = row * columns
             tiles += list(sampler(list(range(first, first + columns)), [label] * columns))
         rows.append(tiles)
-    Path(path).write_bytes(picture_grid(rows, [title for title, _ in settings]))
+    names = [class_name(label, sampler.class_names) for label in classes]
+    figure = picture_grid(rows, [title for title, _ in settings], names_of_rows=names)
+    paths.write_bytes(path, figure)
 
 
 def _with_scale(recipe: Recipe, scale: float) -> Recipe:

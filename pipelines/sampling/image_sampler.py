@@ -7,7 +7,8 @@ import torch
 
 from fae_core.generators.dit import DiT
 
-from ..config import Recipe, RecipeError
+from ..config import Recipe
+from ..data.records import class_number
 from ..networks import load_checkpoint
 from .latent_decoder import LatentDecoder
 from .latent_sampler import LatentSampler, image_noise
@@ -31,15 +32,16 @@ class ImageSampler:
         self.shape = (config.latent_dim, *config.grid)
         self.num_classes: int = config.num_classes
         self.fingerprints = {"generator": loaded.weights_sha256, **self.decoder.fingerprints}
-        wrong = [c for c in recipe.sample.classes or [] if not 0 <= c < self.num_classes]
-        if wrong:
-            raise RecipeError(
-                f"sample.classes: {wrong[0]} is none of the generator's {self.num_classes} classes."
-            )
+        self.class_names = loaded.class_names
+        self.classes = [
+            class_number(given, self.class_names, self.num_classes, "sample.classes:")
+            for given in recipe.sample.classes or []
+        ]
+        """Numbers of the recipe's classes, empty for all of the generator's."""
 
     def labels(self, indices: list[int]) -> list[int]:
         """The class of each image: the recipe's classes in turn."""
-        classes = self.recipe.sample.classes or range(self.num_classes)
+        classes = self.classes or range(self.num_classes)
         return [classes[i % len(classes)] for i in indices]
 
     def __call__(self, indices: list[int], labels: list[int]) -> np.ndarray:

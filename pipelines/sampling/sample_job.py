@@ -32,7 +32,8 @@ def sample(recipe: Recipe, show_progress: bool = True) -> dict[str, Any]:
     started, written = time.monotonic(), recipe.to_yaml()
     recipe = with_absolute_paths(recipe)
     (output,) = recipe.require("sample", "output")
-    parts = sample_parts(recipe)
+    sampler = ImageSampler(recipe)
+    parts = sample_parts(recipe, sampler)
     claim(output, parts)
     paths.write_bytes(paths.join(output, "recipe.yaml"), written.encode())
     num_shards = -(-recipe.sample.num_images // recipe.sample.shard_size)
@@ -46,14 +47,15 @@ def sample(recipe: Recipe, show_progress: bool = True) -> dict[str, Any]:
             progress.add(int(row["rows"]), 0, float(row["drawn_at"]))
         rates = progress.close()
     run = {"seconds": time.monotonic() - started, "shards_drawn": len(todo), **rates}
-    return commit_samples(output, recipe.sample, parts, num_shards, run)
+    return commit_samples(output, recipe.sample, parts, num_shards, run, sampler.class_names)
 
 
-def sample_parts(recipe: Recipe) -> dict[str, Any]:
+def sample_parts(recipe: Recipe, sampler: ImageSampler) -> dict[str, Any]:
     """What decides the images: networks by content, sampler, seed, number, classes, batching."""
     deciding = deciding_values(recipe, ["sample"], addresses=False)
     settings = {name.removeprefix("sample."): value for name, value in deciding.items()}
-    return {"format": FORMAT, "seed": recipe.seed, **ImageSampler(recipe).fingerprints, **settings}
+    settings["classes"] = sampler.classes or None  # a class by name is the class by number
+    return {"format": FORMAT, "seed": recipe.seed, **sampler.fingerprints, **settings}
 
 
 class DrawShards:

@@ -81,11 +81,16 @@ def read_samples(uri: str, num_shards: int) -> Iterator[tuple[np.ndarray, np.nda
 
 
 def commit_samples(
-    output: str, sample: SampleSection, parts: dict[str, Any], num_shards: int, run: dict[str, Any]
+    output: str,
+    sample: SampleSection,
+    parts: dict[str, Any],
+    num_shards: int,
+    run: dict[str, Any],
+    class_names: Sequence[str] = (),
 ) -> dict[str, Any]:
     """Check that every image is there, write samples.npz where it is wanted, then the manifest.
 
-    Returns the manifest.
+    `class_names` are the generator's, in the order of their numbers. Returns the manifest.
     """
     manifest_uri = paths.join(output, "manifest.json")
     if paths.exists(manifest_uri):
@@ -98,6 +103,7 @@ def commit_samples(
         write_npz(output, num_shards, sample.num_images)
     manifest = {
         **parts,
+        "class_names": list(class_names),
         "stored": sample.num_images,
         "shards": [{"name": name, "bytes": sizes[name]} for name in names],
         "run": {**run, "versions": versions()},

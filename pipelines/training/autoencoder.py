@@ -23,13 +23,13 @@ from fae_core.linear_baseline import LinearBaseline
 from ..config import Recipe
 from ..config.sections import AutoencoderSection
 from ..data.records import split_records
-from ..networks import backbone_fingerprints, backbone_of, features_of
+from ..networks import backbone_fingerprints, backbone_of, backbone_spec, features_of
 from ..networks.untrained import build_autoencoder, build_backbone
 from . import run_folder
 from .batches import Batch, random_flips, sample_noise
 from .feature_statistics import fit_statistics, read_baseline, read_statistics
 from .image_feed import blank_images, image_batches, image_feed
-from .job import Job, UntrainedJob
+from .job import Job, UntrainedJob, check_batch
 from .launch import enter_worker, launch
 from .loop import run_job
 
@@ -43,15 +43,24 @@ ACTIVE_KL = 0.01
 def train_autoencoder(recipe: Recipe, callbacks: Sequence[Any] = ()) -> run_folder.TrainResult:
     """Train, resume or, where the run is finished, return at once; `callbacks` are Ray Train's.
 
-    Raises RecipeError for a run of this name with another recipe, SourceError for an unusable
-    source, NonFiniteError.
+    Raises RecipeError for a run of this name with another recipe or a network that there cannot be,
+    TrainingError, SourceError for an unusable source, NonFiniteError.
     """
     run_uri = run_folder.run_folder(recipe)
-    run_folder.claim_run(recipe, run_uri, ("data", "backbone", "autoencoder"))
+    check_settings(recipe)
+    run_folder.begin_on_images(recipe, run_uri, ("data", "backbone", "autoencoder"))
     if run_folder.result(run_uri) is None:
-        run_folder.plan(recipe.data, run_uri)
-        launch(_worker, recipe, recipe.autoencoder.training, callbacks)
+        account = run_folder.read_account(run_uri)
+        launch(_worker, recipe, recipe.autoencoder.training, callbacks, account)
     return run_folder.train_result(run_uri, "autoencoder")
+
+
+def check_settings(recipe: Recipe) -> None:
+    """Raises RecipeError or TrainingError for settings that no autoencoder can be trained with."""
+    training = recipe.autoencoder.training
+    check_batch(training, training.num_workers)
+    with torch.device("meta"):
+        build_autoencoder(recipe.autoencoder, backbone_spec(recipe))
 
 
 def autoencoder_loss(

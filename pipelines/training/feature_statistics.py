@@ -41,7 +41,7 @@ def fit_statistics(
     """Write mean and variance of the features of `records` into the run's folder.
 
     With `num_components`, also the linear PCA with so many. Does nothing where they exist already.
-    Raises TrainingError where no image can be decoded.
+    Raises TrainingError where no image can be decoded, and for features that are not finite.
     """
     if paths.exists(_stats_uri(run_uri)):
         return
@@ -51,7 +51,12 @@ def fit_statistics(
     for images in image_batches(records, data, image_size):
         crops = torch.from_numpy(images).to(device)
         features = features_of(backbone, crops, precision).cpu().numpy()
-        stats.update(features)
+        try:
+            stats.update(features)
+        except ValueError as error:
+            raise TrainingError(
+                f"The backbone's features cannot be standardized: {error} Check backbone.weights."
+            ) from None
         if num_components:
             covariance.update(features)
     if not stats.count:

@@ -24,15 +24,15 @@ from fae_core.generators.starflow import StarFlow, flow_loss
 
 from ..config import Recipe
 from ..config.sections import GeneratorSection
-from ..data.records import label_problem
+from ..data.records import class_name, label_problem
 from ..latents import LatentStore
 from ..networks import backbone_spec
 from ..networks.untrained import build_generator
 from ..sampling import LatentDecoder, LatentSampler, image_noise
-from ..storage import StoreError
+from ..storage import StoreError, paths
 from . import run_folder
 from .batches import Batch
-from .job import Job, UntrainedJob
+from .job import Job, UntrainedJob, check_batch
 from .latent_feed import blank_latents, latent_feed, needed_columns
 from .launch import enter_worker, launch
 from .loop import run_job
@@ -52,14 +52,33 @@ def train_generator(recipe: Recipe, callbacks: Sequence[Any] = ()) -> run_folder
     (latents,) = recipe.require("train generator", "latents=STORE")
     store = LatentStore.open(latents)
     needed_columns(store, recipe.generator)
-    with torch.device("meta"):
-        build_generator(recipe.generator, store.latent_shape)
-    if problem := label_problem(store.labels(), recipe.generator.num_classes):
+    check_settings(recipe)
+    if not len(store):
+        raise StoreError(
+            f"{store.uri} stores no latents: none of its {store.manifest['planned']} images could "
+            "be encoded."
+        )
+    if problem := label_problem(store.labels(), recipe.generator.num_classes, store.class_names):
         raise StoreError(f"{store.uri} cannot train this generator: {problem}")
     run_folder.claim_run(recipe, run_uri, ("latents", "generator"))
     if run_folder.result(run_uri) is None:
-        launch(_worker, recipe, recipe.generator.training, callbacks)
+        launch(_worker, recipe, recipe.generator.training, callbacks, store.account)
     return run_folder.train_result(run_uri, "generator")
+
+
+def check_settings(recipe: Recipe) -> None:
+    """Raises RecipeError or TrainingError for settings that no generator can be trained with."""
+    training = recipe.generator.training
+    check_batch(training, training.num_workers)
+    with torch.device("meta"):
+        build_generator(recipe.generator, latent_shape(recipe))
+
+
+def latent_shape(recipe: Recipe) -> tuple[int, ...]:
+    """[C, H, W] of the recipe's latents: the store's, else what the autoencoder will make."""
+    if recipe.latents is not None and paths.exists(paths.join(recipe.latents, "manifest.json")):
+        return LatentStore.open(recipe.latents).latent_shape
+    return (recipe.autoencoder.latent_dim, *backbone_spec(recipe).grid)
 
 
 def generator_loss(section: GeneratorSection, model: nn.Module, batch: Batch) -> dict[str, Tensor]:
@@ -86,9 +105,9 @@ def untrained_job(recipe: Recipe) -> UntrainedJob:
     requirements.py measures them by their shapes.
     """
     if recipe.latents is not None:
-        shape = LatentStore.open(recipe.latents).latent_shape
+        shape: tuple[int, ...] = LatentStore.open(recipe.latents).latent_shape
     else:
-        shape = (recipe.autoencoder.latent_dim, *backbone_spec(recipe).grid)
+        shape = latent_shape(recipe)
     job = generator_job(recipe.generator, build_generator(recipe.generator, shape))
     return job, functools.partial(blank_latents, shape=shape)
 
@@ -114,6 +133,7 @@ def _worker(config: dict[str, Any]) -> None:
         latent_feed(store, section, recipe.seed),
         _Preview(recipe, store, worker.device) if worker.is_first else None,
         lambda: fingerprints,
+        store.class_names[: section.num_classes],
     )
 
 
@@ -149,8 +169,9 @@ class _Preview:
             else:
                 tiles = _maps(model.normalize(latents).float().cpu().numpy())
         rows = [tiles[i : i + GRID_COLUMNS] for i in range(0, len(tiles), GRID_COLUMNS)]
-        titles = [""] * GRID_COLUMNS
-        return {"sample_std": float(model.normalize(latents).std())}, picture_grid(rows, titles)
+        names = [class_name(row, self.store.class_names) for row in range(len(rows))]
+        figure = picture_grid(rows, [""] * GRID_COLUMNS, names_of_rows=names)
+        return {"sample_std": float(model.normalize(latents).std())}, figure
 
 
 def _maps(latents: np.ndarray) -> list[np.ndarray]:

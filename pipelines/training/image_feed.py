@@ -16,7 +16,7 @@ from ..data import EpochOrder
 from ..data.decoding import WINDOW_BATCHES, decoded
 from ..data.records import ImageRecord
 from .batches import Batch, blank_batch, to_device
-from .job import Feed, TrainingError
+from .job import Feed, check_batch
 
 HELD_OUT_BATCH = 32
 
@@ -40,13 +40,8 @@ def step_parts(
 
     Raises TrainingError where the batch cannot be sliced so.
     """
-    slices = world_size * training.accumulation
-    if training.batch_size % slices:
-        raise TrainingError(
-            f"training.batch_size={training.batch_size} is not divisible by num_workers x "
-            f"accumulation = {world_size} x {training.accumulation}."
-        )
-    size = training.batch_size // slices
+    check_batch(training, world_size)
+    size = training.batch_size // (world_size * training.accumulation)
     items, _ = order.batch(step, training.batch_size, 0, 1)
     starts = [(micro * world_size + rank) * size for micro in range(training.accumulation)]
     return [

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from fae_core.errors import UserError
 
+from ..config.sections import TrainingSection
 from .batches import Batch
 
 Feed = Callable[[int, int, int, torch.device], Iterator[Batch]]
@@ -32,6 +33,15 @@ UntrainedJob = tuple["Job", Callable[[int], Batch]]
 
 class TrainingError(UserError, RuntimeError):
     """A run that cannot start or cannot continue; the message says what to do."""
+
+
+def check_batch(training: TrainingSection, num_workers: int) -> None:
+    """Raises TrainingError where the batch has no equal parts for workers and accumulation."""
+    if training.batch_size % (num_workers * training.accumulation):
+        raise TrainingError(
+            f"training.batch_size={training.batch_size} is not divisible by num_workers x "
+            f"accumulation = {num_workers} x {training.accumulation}."
+        )
 
 
 @dataclass(frozen=True)

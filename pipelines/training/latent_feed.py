@@ -16,7 +16,7 @@ from ..config.sections import GeneratorSection
 from ..latents import NO_LABEL, LatentBatch, LatentStore
 from ..storage import StoreError
 from .batches import Batch, blank_batch, to_device
-from .job import Feed, TrainingError
+from .job import Feed, check_batch
 
 
 def needed_columns(store: LatentStore, generator: GeneratorSection) -> list[str]:
@@ -47,11 +47,7 @@ def latent_feed(store: LatentStore, generator: GeneratorSection, seed: int) -> F
     columns = needed_columns(store, generator)
 
     def batches(start_step: int, rank: int, world_size: int) -> Iterator[Batch]:
-        if training.batch_size % (world_size * training.accumulation):
-            raise TrainingError(
-                f"batch_size={training.batch_size} is not divisible by num_workers x "
-                f"accumulation = {world_size} x {training.accumulation}."
-            )
+        check_batch(training, world_size)
         size = training.batch_size // world_size
         reader = store.reader(
             training.batch_size, seed, rank, world_size, start_step, columns, generator.cache

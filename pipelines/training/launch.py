@@ -7,6 +7,7 @@ node, after which all workers resume; `raised_by_worker` does.
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -19,6 +20,7 @@ from fae_core.errors import UserError
 from ..config import Recipe, with_absolute_paths
 from ..config.facts import flatten
 from ..config.sections import TrainingSection
+from ..data.account import Account
 from ..data.decoding import DECODE_CPUS
 from ..runtime import ray_private
 from ..runtime.session import plain_error, quiet_logs, start_ray
@@ -26,7 +28,7 @@ from ..storage import paths
 from .job import TrainingError
 from .run_folder import run_folder
 from .run_log import say
-from .tracking import Tracker, resolve_uri
+from .tracking import Tracker, account_note, resolve_uri
 
 
 def launch(
@@ -34,12 +36,17 @@ def launch(
     recipe: Recipe,
     training: TrainingSection,
     callbacks: Sequence[Any] = (),
+    account: Account | None = None,
 ) -> None:
-    """Start Ray where it does not run, and `fit` a worker that begins with `enter_worker`."""
+    """Start Ray where it does not run, and `fit` a worker that begins with `enter_worker`.
+
+    `account` is that of the images behind the training, for the run's page in MLflow.
+    """
     start_ray()
     config = {
         "recipe": with_absolute_paths(recipe).model_dump(mode="json"),
         "tracking_uri": resolve_uri(recipe.tracking),
+        "account": account.to_dict() if account else None,
     }
     fit(worker, config, training, run_folder(recipe), callbacks)
 
@@ -55,13 +62,23 @@ class Worker:
     tracking_uri: str
     device: torch.device
     is_first: bool
+    account: Account | None = None
 
     def tracker(self) -> Tracker | None:
         """The run's tracker, opened; the first worker alone has one."""
         if not self.is_first:
             return None
         params = flatten(self.recipe.model_dump(mode="json"))
-        return Tracker(self.recipe.tracking, self.tracking_uri, self.run_uri, params)
+        tracking, account = self.recipe.tracking, self.account
+        if account is None:
+            return Tracker(tracking, self.tracking_uri, self.run_uri, params)
+        params |= {f"source.{name}": count for name, count in account.numbers().items()}
+        # What the run's page shows as its description.
+        tags = {"mlflow.note.content": account_note(account)}
+        tracker = Tracker(tracking, self.tracking_uri, self.run_uri, params, tags=tags)
+        text = json.dumps(account.to_dict(), indent=1, ensure_ascii=False)
+        tracker.log_file(text.encode(), "source.json")
+        return tracker
 
 
 def enter_worker(config: dict[str, Any], network: str) -> Worker:
@@ -82,7 +99,9 @@ def enter_worker(config: dict[str, Any], network: str) -> Worker:
         torch.set_num_threads(training.threads_per_worker or share)
     is_first = context.get_world_rank() == 0
     run_uri = run_folder(recipe)
-    return Worker(network, recipe, training, run_uri, config["tracking_uri"], device, is_first)
+    account = Account.from_dict(config["account"]) if config.get("account") else None
+    tracking_uri = config["tracking_uri"]
+    return Worker(network, recipe, training, run_uri, tracking_uri, device, is_first, account)
 
 
 def fit(

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import copy
 import itertools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import nn
@@ -35,18 +35,21 @@ def run_job(
     feed: Feed,
     validate: Validation | None,
     fingerprints: Callable[[], Mapping[str, str]],
+    class_names: Sequence[str] = (),
 ) -> None:
     """Train `job` to the last step, and write the run's network and result.
 
     The network has the final weights, or their average where the training keeps one. Rank 0 alone
     validates, where there is something to validate on, and writes, with `fingerprints` of what the
-    network was trained with. An error marks the run FAILED in MLflow.
+    network was trained with and `class_names` where its classes have names. An error marks the run
+    FAILED in MLflow.
     """
     tracker = worker.tracker()
     try:
         trained, metrics = _train(worker, job, feed, validate, tracker)
         if tracker:
-            run_folder.finish(worker.run_uri, worker.network, trained, fingerprints(), metrics)
+            marks, network = fingerprints(), worker.network
+            run_folder.finish(worker.run_uri, network, trained, marks, metrics, class_names)
     except Exception:
         if tracker:
             tracker.finish("FAILED")

@@ -19,7 +19,7 @@ from fae_core.autoencoder import FeatureAutoencoder
 from fae_core.backbone import Backbone
 from fae_core.figures import picture_grid
 from fae_core.losses import noise_scale
-from fae_core.metrics.reconstruction import psnr, ssim
+from fae_core.metrics.reconstruction import WINDOW, psnr, ssim
 from fae_core.pixel_decoder import PixelDecoder, from_uint8, to_uint8
 
 from ..config import Recipe, RecipeError
@@ -28,6 +28,7 @@ from ..networks import (
     autoencoder_of,
     backbone_fingerprints,
     backbone_of,
+    backbone_spec,
     check_fingerprints,
     features_of,
     load_checkpoint,
@@ -36,6 +37,7 @@ from ..networks.untrained import build_pixel_decoder, pixel_decoder_config
 from . import run_folder
 from .feature_statistics import fit_statistics, read_statistics
 from .image_feed import image_batches, image_feed
+from .job import check_batch
 from .launch import enter_worker, launch
 from .loop import run_job
 from .pixel_objective import Objective, make_adversary, pixel_decoder_job
@@ -48,8 +50,8 @@ FIGURE_TITLES = ("original", "from features", "from rebuilt features")
 def train_pixel_decoder(recipe: Recipe, callbacks: Sequence[Any] = ()) -> run_folder.TrainResult:
     """Train, resume or, where the run is finished, return at once; `callbacks` are Ray Train's.
 
-    Raises RecipeError, SourceError, CheckpointError for parts that do not belong together,
-    NonFiniteError.
+    Raises RecipeError, TrainingError, SourceError, CheckpointError for parts that do not belong
+    together, NonFiniteError.
     """
     run_uri = run_folder.run_folder(recipe)
     section = recipe.pixel_decoder
@@ -58,11 +60,24 @@ def train_pixel_decoder(recipe: Recipe, callbacks: Sequence[Any] = ()) -> run_fo
             "pixel_decoder.stage=finetune needs pixel_decoder.start_from=FIRST_STAGE and "
             "autoencoder.checkpoint=AUTOENCODER (both .safetensors)."
         )
-    run_folder.claim_run(recipe, run_uri, ("data", "backbone", "pixel_decoder"))
+    check_settings(recipe)
+    run_folder.begin_on_images(recipe, run_uri, ("data", "backbone", "pixel_decoder"))
     if run_folder.result(run_uri) is None:
-        run_folder.plan(recipe.data, run_uri)
-        launch(_worker, recipe, section.training, callbacks)
+        account = run_folder.read_account(run_uri)
+        launch(_worker, recipe, section.training, callbacks, account)
     return run_folder.train_result(run_uri, "pixel_decoder")
+
+
+def check_settings(recipe: Recipe) -> None:
+    """Raises RecipeError or TrainingError for settings that no pixel decoder can train with."""
+    section, size = recipe.pixel_decoder, recipe.image_size
+    check_batch(section.training, section.training.num_workers)
+    with torch.device("meta"):
+        build_pixel_decoder(section, backbone_spec(recipe), size)
+    if size < WINDOW:
+        raise RecipeError(
+            f"image_size={size}: a pixel decoder is validated by SSIM, whose window is {WINDOW} px."
+        )
 
 
 def _worker(config: dict[str, Any]) -> None:

@@ -32,6 +32,13 @@ HELD_OUT_IMAGES = {
 }
 
 
+CHECKS = {
+    "autoencoder": autoencoder.check_settings,
+    "pixel_decoder": pixel_decoder.check_settings,
+    "generator": generator.check_settings,
+}
+
+
 @dataclass(frozen=True)
 class TrainingMemory:
     """Bytes that a training holds; the decoding of images is 0 for a training on latents."""
@@ -65,6 +72,11 @@ def training_of(recipe: Recipe, network: str) -> TrainingSection:
     """How the recipe trains `network`: autoencoder, pixel_decoder or generator."""
     training: TrainingSection = getattr(recipe, network).training
     return training
+
+
+def check_settings(recipe: Recipe, network: str) -> None:
+    """Raises RecipeError or TrainingError for settings that `network` cannot be trained with."""
+    CHECKS[network](recipe)
 
 
 def memory_of(recipe: Recipe, network: str) -> TrainingMemory:

@@ -23,10 +23,14 @@ from fae_core import checkpoint
 
 from ..config import Recipe, RecipeError
 from ..config.facts import deciding_values
-from ..config.sections import DataSection
 from ..data import plan_source
-from ..data.records import ImageRecord
+from ..data.account import Account
+from ..data.records import ImageRecord, records_of, split_records
 from ..storage import differences, paths, refuse_other_work
+from .run_log import say
+
+ACCOUNT = "fae.account"
+"""Key of plan.parquet's metadata with the account of the source, as JSON."""
 
 
 @dataclass(frozen=True)
@@ -84,11 +88,12 @@ def finish(
     module: nn.Module,
     fingerprints: Mapping[str, str],
     metrics: Mapping[str, float],
+    class_names: Sequence[str] = (),
 ) -> None:
     """Write the network as NETWORK.safetensors, then result.json."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "network.safetensors"
-        checkpoint.save(path, module, fingerprints)
+        checkpoint.save(path, module, fingerprints, class_names)
         paths.write_bytes(network_uri(run_uri, network), path.read_bytes())
     # Written last: its presence says that the run is finished.
     text = json.dumps(dict(metrics), indent=1)
@@ -107,15 +112,35 @@ def network_uri(run_uri: str, network: str) -> str:
     return paths.join(run_uri, f"{network}.safetensors")
 
 
-def plan(data: DataSection, run_uri: str) -> None:
-    """List the source once; a resumed run trains on the images that were there when it began."""
-    uri = paths.join(run_uri, "plan.parquet")
-    if paths.exists(uri):
+def begin_on_images(recipe: Recipe, run_uri: str, sections: Sequence[str]) -> None:
+    """Claim the folder for a run on the images of data.path, and write plan.parquet once.
+
+    A resumed run trains on the images that were there when it began. Images that cannot train, and
+    what the source cannot be read for, are refused before the folder is claimed. Raises SourceError
+    and, where the folder is another recipe's, RecipeError.
+    """
+    if paths.exists(paths.join(run_uri, "recipe.yaml")):
+        claim_run(recipe, run_uri, sections)
+    plan_uri = paths.join(run_uri, "plan.parquet")
+    if result(run_uri) is not None or paths.exists(plan_uri):
         return
-    table = plan_source(data).table.select(["key", "uri"])
+    source = plan_source(recipe.data)
+    split_records(records_of(source.table), recipe.data.validation_fraction)
+    say("\n".join(source.account.lines()))
+    claim_run(recipe, run_uri, sections)
     buffer = io.BytesIO()
+    metadata = {ACCOUNT: json.dumps(source.account.to_dict())}
+    table = source.table.select(["key", "uri"]).replace_schema_metadata(metadata)
     pq.write_table(table, buffer)
-    paths.write_bytes(uri, buffer.getvalue())
+    paths.write_bytes(plan_uri, buffer.getvalue())
+
+
+def read_account(run_uri: str) -> Account | None:
+    """The account of the images of the run, None where its plan has none."""
+    data = paths.read_bytes(paths.join(run_uri, "plan.parquet"))
+    metadata = pq.read_schema(io.BytesIO(data)).metadata or {}
+    text = metadata.get(ACCOUNT.encode())
+    return Account.from_dict(json.loads(text)) if text else None
 
 
 def read_plan(run_uri: str) -> list[ImageRecord]:

@@ -21,12 +21,14 @@ from pathlib import Path
 from typing import Any
 
 from ..config.sections import TrackingSection
+from ..data.account import Account
 from ..runtime import versions
 from ..storage import redact
 
 RUN_TAG = "fae.run"
 DEFAULT_URI = "sqlite:///mlflow.db"
 MAX_PARAM_LENGTH = 500
+MAX_NOTE_LENGTH = 4000
 FIRST_PAUSE, LONGEST_PAUSE = 60.0, 3600.0
 MAX_KEPT = 100_000
 METRICS_A_CALL, PARAMS_A_CALL = 1000, 100  # what MLflow takes in one request
@@ -43,6 +45,12 @@ def resolve_uri(tracking: TrackingSection) -> str:
     if path != uri and not path.startswith("/"):
         return f"sqlite:///{Path(path).absolute()}"
     return uri
+
+
+def account_note(account: Account) -> str:
+    """The account of a source as MLflow's pages show it: preformatted, without passwords."""
+    text = redact("\n".join(account.lines()))
+    return f"```\n{text[:MAX_NOTE_LENGTH]}\n```"
 
 
 @functools.cache

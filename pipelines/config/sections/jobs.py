@@ -27,8 +27,9 @@ class SampleSection(ActorPoolSection):
 
     num_images: int = Field(50_000, gt=0)
     """Images to draw; 50,000 is the field's number for FID, and the paper's."""
-    classes: list[int] | None = None
-    """Image i is of class classes[i % len(classes)]; all classes in turn without it."""
+    classes: list[int | str] | None = None
+    """Image i is of class classes[i % len(classes)]; all classes in turn without it. A class is
+    given by its number, or by its name where the images had class names."""
     sampler: Literal["ode", "sde"] = "ode"
     """dit: Euler's method for the ODE, or Euler-Maruyama for the SDE. The paper has the ODE with
     guidance and the SDE without."""
@@ -65,7 +66,9 @@ class PrecomputeSection(DecodingPoolSection):
     """Images of one Parquet shard: the unit of work, of retry and of resume."""
     batch_size: Execution[int] = Field(128, gt=0)
     """Images that an actor's device encodes at once, as parts of a shard."""
-    columns: list[Literal["mean", "logvar", "mean_flip", "logvar_flip"]] = ["mean"]
+    columns: list[Literal["mean", "logvar", "mean_flip", "logvar_flip"]] = Field(
+        ["mean"], min_length=1
+    )
     """What a row stores, each float16 [C, H, W]; `_flip` is of the mirrored image."""
     precision: Literal["fp32", "bf16"] = "bf16"
     """Autocast dtype of backbone and encoder; not in the paper."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Literal
 
-from pydantic import Field
+from pydantic import Field, PositiveInt
 
 from .base import Execution, HashedPath, InputPath, OutputPath, Section
 from .training import TrainingSection
@@ -175,7 +175,7 @@ class GeneratorSection(Section):
     """dit: transformer blocks; the size's without it."""
     num_heads: int | None = Field(None, gt=0)
     """dit: attention heads, which divide the width; the size's without it."""
-    layers: list[int] | None = None
+    layers: list[PositiveInt] | None = Field(None, min_length=1)
     """starflow: layers of each block from the data to the noise; the size's without it."""
     num_classes: int = Field(1000, gt=0)
     """Classes of the labels, which are 0 to num_classes - 1; ImageNet's."""

@@ -8,7 +8,7 @@ from PIL import Image
 
 from fae.pipelines.chain.chain_job import describe, fit_together
 from fae.pipelines.chain.sizes import expected_bytes
-from fae.pipelines.chain.stages import STAGES, check_images, plan_stages, select
+from fae.pipelines.chain.stages import STAGES, check_stages, plan_stages, select
 from fae.pipelines.config.recipe import RecipeError, load_recipe
 
 
@@ -116,7 +116,7 @@ def test_trainings_go_side_by_side_where_the_cluster_holds_both(images):
         (
             (0, 1, 2),
             ["generator.num_classes=1"],
-            "is 2, and generator.num_classes is 1. Set "
+            r"is 2 \(class 2\), and generator.num_classes is 1. Set "
             "generator.num_classes=3, or to train without classes set data.label_column=null",
         ),
         ((0, 1, 2), ["generator.num_classes=2"], "Set generator.num_classes=3"),
@@ -145,7 +145,7 @@ def test_images_that_cannot_serve_a_stage_are_refused_before_the_first_one(
     made = recipe(images, *overrides)
     stages = select(plan_stages(made), made.chain)
     if message is None:
-        check_images(stages)
+        check_stages(stages)
     else:
         with pytest.raises(RecipeError, match=message):
-            check_images(stages)
+            check_stages(stages)

@@ -155,7 +155,7 @@ def test_precompute_says_what_it_needs(photographs, autoencoder, tmp_path):
         precompute(load_recipe("photos-dinov2s"))
     empty = tmp_path / "empty"
     empty.mkdir()
-    with pytest.raises(SourceError, match="no images"):
+    with pytest.raises(SourceError, match="no files"):
         precompute(recipe_for(empty, autoencoder, tmp_path / "out"))
     assert not (tmp_path / "out").exists()
 
