@@ -1,6 +1,7 @@
 """`import fae` in a notebook: the images, latents and samples of the jobs, without Ray, boto3 or
 MLflow."""
 
+import dataclasses
 import io
 import re
 import subprocess
@@ -331,6 +332,18 @@ def test_mistakes_of_sampling_are_explained(runs, model):
         fae.sample(dit, runs / "fae", labels=[0])
     with pytest.raises(CheckpointError, match="needed is dit or starflow"):
         fae.sample(fae.load(runs / "fae"), model, labels=[0])
+
+
+def test_a_class_is_given_by_its_number_or_its_name(runs, model):
+    loaded = fae.load(runs / "dit")
+    assert loaded.class_names == ()
+    named = dataclasses.replace(loaded, class_names=("cat", "dog", "horse"))
+    by_name = fae.sample(named, model, labels=["horse", 0], num_steps=2)
+    assert np.array_equal(by_name, fae.sample(loaded, model, labels=[2, "0"], num_steps=2))
+    with pytest.raises(ValueError, match=r"Label 'hrse' is none .*\(cat … horse\).* mean 'horse'"):
+        fae.sample(named, model, labels=["hrse"])
+    with pytest.raises(ValueError, match="this generator's classes have none"):
+        fae.sample(loaded, model, labels=["cat"])
 
 
 def test_a_generator_of_another_autoencoder_is_refused(runs, model, tmp_path):

@@ -15,6 +15,7 @@ from PIL import Image
 from fae.pipelines.config.recipe import RecipeError, load_recipe
 from fae.pipelines.data.records import ImageRecord, SourceError, split_records
 from fae.pipelines.storage import paths
+from fae.pipelines.training import run_folder
 from fae.pipelines.training.autoencoder import train_autoencoder
 from fae.pipelines.training.run_folder import claim_run
 from fae_core import checkpoint
@@ -65,6 +66,35 @@ def test_a_finished_run_returns_at_once(tmp_path):
     assert result.metrics == {"mse": 0.5} and result.checkpoint.endswith(
         "r/autoencoder.safetensors"
     )
+
+
+def test_images_that_cannot_train_claim_no_run_and_the_same_name_trains_others(
+    tmp_path, monkeypatch
+):
+    told = []
+    monkeypatch.setattr(
+        "fae.pipelines.training.autoencoder.launch", lambda *given: told.append(given)
+    )
+    (tmp_path / "images" / "cat").mkdir(parents=True)
+    for name in ("cat/a.jpg", "notes.md"):
+        (tmp_path / "images" / name).write_bytes(b"x")
+    places = ["run=r", f"storage={tmp_path}/runs", f"data.path={tmp_path}/images"]
+    heads = ["autoencoder.encoder.num_heads=6", "autoencoder.decoder.num_heads=6"]
+
+    def train(*more: str) -> None:
+        train_autoencoder(load_recipe("photos-dinov2s", [*places, *heads, *more]))
+
+    with pytest.raises(SourceError, match="All 1 images fall into the validation split"):
+        train("data.validation_fraction=0.999999")
+    with pytest.raises(RecipeError, match="not divisible by 5 heads"):
+        train("autoencoder.decoder.num_heads=5")
+    assert not (tmp_path / "runs").exists()
+    with pytest.raises(AssertionError):  # nothing was launched, so there is no result
+        train("data.validation_fraction=0")
+    account = told[0][-1]
+    assert (account.num_files, account.num_skipped, account.class_names) == (2, 1, ["cat"])
+    assert run_folder.read_account(f"{tmp_path}/runs/r") == account
+    assert [record.key for record in run_folder.read_plan(f"{tmp_path}/runs/r")] == ["cat/a.jpg"]
 
 
 @pytest.fixture(scope="module")

@@ -20,6 +20,7 @@ import torch
 from PIL import Image
 
 from fae.pipelines.config.recipe import RecipeError, load_recipe
+from fae.pipelines.data.account import Account
 from fae.pipelines.latents.manifest import commit
 from fae.pipelines.latents.plan import ensure_plan
 from fae.pipelines.latents.shards import write_shard
@@ -63,7 +64,8 @@ def store(decoders, tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("latents")
     records = [ImageRecord(f"{i:03d}", f"/x/{i}", label=i % 2) for i in range(NUM_ROWS)]
     parts = {"autoencoder weights": checkpoint.load(decoders["autoencoder"]).weights_sha256}
-    plan = ensure_plan(str(folder), records, 16, parts)
+    account = Account("x", class_names=["cat", "dog"]).to_dict()
+    plan = ensure_plan(str(folder), records, 16, parts, account)
     random = np.random.default_rng(0)
     for shard in range(plan.num_shards):
         rows = plan.shard(shard)
@@ -182,6 +184,7 @@ def test_two_workers_train_the_same_generator_as_one(trained, store, tmp_path, p
 def test_a_generator_carries_the_stores_statistics_and_fingerprints(trained, store, decoders):
     loaded = checkpoint.load(trained[1])
     manifest = json.loads((store / "manifest.json").read_text())
+    assert loaded.class_names == ("cat", "dog")
     assert loaded.fingerprints["latents"] == manifest["fingerprint"]
     assert (
         loaded.fingerprints["autoencoder"]
@@ -299,6 +302,18 @@ def trained_off_ray(decoders, tmp_path) -> Path:
     marks = {"autoencoder": checkpoint.load(decoders["autoencoder"]).weights_sha256}
     checkpoint.save(tmp_path / "generator.safetensors", model, marks)
     return tmp_path / "generator.safetensors"
+
+
+def test_the_rows_of_a_grid_have_the_names_of_their_classes(trained_off_ray, decoders, tmp_path):
+    loaded = checkpoint.load(trained_off_ray)
+    names = ("goldfish", "volcano, a mountain that is on fire")
+    checkpoint.save(tmp_path / "named.safetensors", loaded.module, loaded.fingerprints, names)
+    widths = []
+    for path in (trained_off_ray, tmp_path / "named.safetensors"):
+        recipe = load_recipe("photos-dinov2s", sampling(path, decoders, tmp_path))
+        draw_grid(recipe, str(tmp_path / "new folder" / "grid.png"), columns=3)
+        widths.append(Image.open(tmp_path / "new folder" / "grid.png").width)
+    assert widths[1] > widths[0] + 150
 
 
 def test_what_is_missing_is_asked_for():

@@ -6,6 +6,7 @@ it go and come back without another start, which takes MLflow long.
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import socket
@@ -20,6 +21,7 @@ import torch
 
 from fae.pipelines.config.recipe import load_recipe
 from fae.pipelines.config.sections import TrackingSection
+from fae.pipelines.data.account import Account
 from fae.pipelines.training import tracking
 from fae.pipelines.training.launch import Worker
 from fae.pipelines.training.loop import run_job
@@ -107,6 +109,33 @@ def test_metrics_of_a_server_that_was_away_arrive_later_or_their_loss_is_said(
             assert "2 metrics or figures of this run never reached" in str(warned[-1].message)
         finally:
             server.kill()
+
+
+def test_a_runs_page_shows_the_account_of_its_images(tmp_path: Path) -> None:
+    from mlflow.tracking import MlflowClient
+
+    account = Account("photos", "folder", num_files=9, num_images=7, num_labels=6, num_classes=2)
+    account.class_names, account.labels_from = ["cat", "dog"], "class folders"
+    account.skip("hidden", "photos/.DS_Store", 2)
+    recipe, uri = load_recipe("photos-dinov2s"), f"sqlite:///{tmp_path}/mlflow.db"
+    training, run = recipe.autoencoder.training, f"{tmp_path}/r"
+    first, second = (
+        Worker("autoencoder", recipe, training, run, uri, torch.device("cpu"), first, account)
+        for first in (True, False)
+    )
+    assert second.tracker() is None
+    first.tracker().finish()
+    client = MlflowClient(tracking_uri=uri)
+    (found,) = client.search_runs([client.get_experiment_by_name("fae").experiment_id])
+    counts = {n: v for n, v in found.data.params.items() if n.startswith("source.")}
+    assert counts == {
+        "source.files": "9", "source.skipped": "2", "source.images": "7", "source.labels": "6",
+        "source.classes": "2", "source.captions": "0", "source.losses": "0",
+    }  # fmt: skip
+    note = found.data.tags["mlflow.note.content"]
+    assert "9 listed = 7 read + 2 skipped" in note and "2 classes (cat … dog)" in note
+    path = client.download_artifacts(found.info.run_id, "source.json", str(tmp_path))
+    assert Account.from_dict(json.loads(Path(path).read_text())) == account
 
 
 def test_a_dead_server_is_asked_more_and_more_seldom(monkeypatch: pytest.MonkeyPatch) -> None:

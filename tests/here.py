@@ -1,0 +1,65 @@
+"""Ray Data's part in this process: the same tasks and actors, called one row after the other."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import numpy as np
+import pytest
+
+from fae.pipelines.config.sections import DataSection
+from fae.pipelines.data.decoding import DecodeBatch
+from fae.pipelines.data.records import ImageRecord
+from fae.pipelines.runtime.actor_pool import Row, RowStages
+
+
+def run_rows(
+    rows: Sequence[Row], stages: RowStages, pool: object, keep_order: bool = False
+) -> Iterator[Row]:
+    """What `run_rows` of the runtime gives, without Ray."""
+    actor = stages.actor(*stages.arguments)
+    for row in rows:
+        expanded = [row]
+        if stages.expand is not None:
+            expanded = [_unwrapped(some) for some in stages.expand(_wrapped(row))]
+        for one in expanded:
+            prepared = stages.prepare(one) if stages.prepare else one
+            made = _unwrapped(actor(_wrapped(prepared)))
+            yield stages.finish(made) if stages.finish else made
+
+
+def decoded(
+    parts: Sequence[Sequence[ImageRecord]], data: DataSection, size: int
+) -> Iterator[tuple[np.ndarray, list[int], list[dict[str, str]]]]:
+    """What `decoded` of the data gives, without Ray."""
+    decode = DecodeBatch(data, size)
+    for records in parts:
+        row = decode({"records": json.dumps([[r.key, r.uri] for r in records])})
+        notes = json.loads(row["notes"])
+        yield row["images"][: len(notes["kept"])], notes["kept"], notes["errors"]
+
+
+def leave_ray_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Jobs and feeds work in this process, and starting Ray is an error."""
+
+    def refuse(*_: object, **__: object) -> None:
+        raise AssertionError("Ray was started")
+
+    monkeypatch.setattr("ray.init", refuse)
+    for job in ("latents.precompute_job", "sampling.sample_job"):
+        monkeypatch.setattr(f"fae.pipelines.{job}.run_rows", run_rows)
+    for features in ("features", "probe_features"):
+        monkeypatch.setattr(f"fae.pipelines.evaluation.{features}.run_rows", run_rows)
+    monkeypatch.setattr("fae.pipelines.latents.precompute_job.fan_out", map)
+    monkeypatch.setattr("fae.pipelines.evaluation.evaluate_job.start_ray", lambda: None)
+    monkeypatch.setattr("fae.pipelines.training.image_feed.decoded", decoded)
+
+
+def _wrapped(row: Row) -> dict[str, Any]:
+    return {name: [value] for name, value in row.items()}
+
+
+def _unwrapped(batch: dict[str, Any]) -> Row:
+    return {name: values[0] for name, values in batch.items() if len(values)}
