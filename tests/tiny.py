@@ -72,3 +72,43 @@ def wait_for_checkpoint(process: subprocess.Popen, run: Path) -> None:
     while not list((run / "checkpoints").glob("step_*.pt")):
         assert time.monotonic() < deadline and process.poll() is None, process.stdout.read()
         time.sleep(0.02)
+
+
+def save_text_encoder(folder: Path, kind: str = "bert", seed: int = 0) -> Path:
+    """A random text encoder of 16 channels with a tokenizer of few words; returns `folder`."""
+    import transformers
+    from tokenizers import Tokenizer, models, pre_tokenizers, processors
+
+    words = ["[PAD]", "[UNK]", "[END]"]
+    words += ["a", "red", "green", "blue", "small", "big", "cat", "dog", "house"]
+    tokenizer = Tokenizer(models.WordLevel({w: i for i, w in enumerate(words)}, "[UNK]"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="$A [END]", special_tokens=[("[END]", 2)]
+    )
+    transformers.PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, pad_token="[PAD]", unk_token="[UNK]", eos_token="[END]"
+    ).save_pretrained(folder)
+    sizes = {"vocab_size": len(words), "num_attention_heads": 2, "num_hidden_layers": 2}
+    wide = {**sizes, "hidden_size": 16, "intermediate_size": 32, "max_position_embeddings": 32}
+    networks = {
+        "bert": lambda: transformers.BertModel(transformers.BertConfig(**wide)),
+        "t5": lambda: transformers.T5ForConditionalGeneration(
+            transformers.T5Config(
+                vocab_size=len(words), d_model=16, d_kv=8, d_ff=32, num_layers=2, num_heads=2
+            )
+        ),
+        "clip": lambda: transformers.CLIPModel(
+            transformers.CLIPConfig(
+                text_config={**wide, "eos_token_id": 2, "pad_token_id": 0, "bos_token_id": 2},
+                vision_config={**wide, "image_size": 8, "patch_size": 4},
+                projection_dim=8,
+            )
+        ),
+        "qwen3": lambda: transformers.Qwen3ForCausalLM(
+            transformers.Qwen3Config(**wide, num_key_value_heads=1, head_dim=8)
+        ),
+    }
+    torch.manual_seed(seed)
+    networks[kind]().save_pretrained(folder)
+    return folder
