@@ -217,6 +217,7 @@ MISTAKES = [
     ([*TUNE, "autoencoder.decoder.num_heads=5"], "stage autoencoder cannot run"),
     ([*TUNE, "autoencoder.training.num_workers=7"], "stage autoencoder cannot run"),
     ([*TUNE, "data.path={empty}"], "holds no files"),
+    ([*TUNE, "tune.space.autoencoder.decoder.num_heads.grid=[6,5]"], "not divisible by 5 heads"),
     (["export", "{no_latents}", "--output", "{here}/o", "--format", "npy"], "nothing to export"),
     (["export", "{unlabelled}", "--output", "{here}/o", "--format", "npy"], "has no label"),
     (["export", "{variances}", "--output", "{here}/o", "--format", "npy"], "has no mean"),

@@ -60,7 +60,7 @@ def search(recipe: Recipe) -> dict[str, Any]:
     """
     resolved = _resolved(recipe)
     folder, settings = sweep_folder(resolved), planned_settings(recipe)
-    check_stages(plan_trial(resolved, {}).stages)
+    _check_trials(resolved, settings)
     make_scheduler(resolved)
     paths.write_bytes(paths.join(folder, "recipe.yaml"), recipe.to_yaml().encode())
     start_ray()
@@ -69,14 +69,22 @@ def search(recipe: Recipe) -> dict[str, Any]:
     resolved = with_shared_decoder(resolved)
     planned = {trial.uri: trial for trial in (plan_trial(resolved, one) for one in settings)}
     missing = [trial for trial in planned.values() if trial.result() is None]
-    for trial in missing:
-        check_stages(trial.stages)
     _say(f"{folder}: {len(planned)} trials are planned, {len(planned) - len(missing)} have ended.")
     if missing:
         _run_planned(resolved, list(planned.values()))
     if resolved.tune.algorithm == "optuna" and resolved.tune.space:
         _run_suggested(resolved, folder)
     return _report(recipe, resolved, tracker)
+
+
+def _check_trials(recipe: Recipe, settings: Sequence[Settings]) -> None:
+    """Raises RecipeError where images or settings cannot serve a stage of a planned trial.
+
+    Where no trial is planned, because Optuna suggests all, the recipe itself is checked.
+    """
+    trials = [plan_trial(recipe, one) for one in settings or [{}]]
+    stages = {stage.uri: stage for trial in trials if not trial.result() for stage in trial.stages}
+    check_stages(list(stages.values()))
 
 
 def report(recipe: Recipe) -> dict[str, Any]:

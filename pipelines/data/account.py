@@ -118,9 +118,10 @@ class Account:
         if self.class_names:
             first, last = self.class_names[0], self.class_names[-1]
             names = f" ({first} … {last})" if len(self.class_names) > 1 else f" ({first})"
+        classes = "class" if self.num_classes == 1 else "classes"
         text = (
             f"labels    {self.num_labels:,} of {self.num_images:,} images, "
-            f"{self.num_classes:,} classes{names} from {self.labels_from}"
+            f"{self.num_classes:,} {classes}{names} from {self.labels_from}"
         )
         if self.class_names and set(map(str.lower, self.class_names)) <= SPLIT_NAMES:
             text += (

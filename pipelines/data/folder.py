@@ -15,9 +15,11 @@ from .conventions import number_labels
 from .listing import ends_with, relative_path
 from .records import IMAGE_SUFFIXES, RECORDS
 from .sidecars import Sidecars
+from .tables import LISTS
 
 NOT_AN_IMAGE = "not an image by its name (data.suffixes)"
 NO_SUFFIX = "no suffix (data.suffixes=[''] takes such files)"
+LIST = "a table or a list (data.path=FILE reads it)"
 UNSUPPORTED = {
     (".heic", ".heif"): "HEIC, which Pillow does not read (convert with the package pillow-heif)",
     (".jxl",): "JPEG XL, which Pillow does not read (convert with the package pillow-jxl-plugin)",
@@ -56,6 +58,9 @@ def _count_others(others: pa.ChunkedArray, account: Account) -> None:
         matches = ends_with(others, suffixes)
         _count(others.filter(matches), reason, account)
         others = others.filter(pc.invert(matches))
+    is_list = ends_with(others, LISTS)
+    _count(others.filter(is_list), LIST, account)
+    others = others.filter(pc.invert(is_list))
     has_suffix = pc.match_substring_regex(others, r"\.[^./]*$")
     _count(others.filter(pc.invert(has_suffix)), NO_SUFFIX, account)
     _count(others.filter(has_suffix), NOT_AN_IMAGE, account)

@@ -168,6 +168,8 @@ def test_a_training_on_any_number_of_images_steps_and_counts_the_bad_ones(
         assert batch.weight == pytest.approx((3 - len(batch.errors)) / 3)
         failed += [error["key"] for error in batch.errors]
     assert len(failed) == num_bad * 9 // num_images
+    of_worker = next(batches(0, 2, 3, CPU))  # more workers than images, where there is one
+    assert len(of_worker.samples) == 1
     assert all(torch.isfinite(parameter).all() for parameter in model.parameters())
 
 

@@ -375,6 +375,7 @@ def test_labels_that_pandas_wrote_as_floats_are_integers(tmp_path):
         put(tmp_path / "i" / name, encoded())
     path = put(tmp_path / "list.csv", "uri,label\ni/1.jpg,3.0\ni/2.jpg,\n")
     assert labels(plan(path)) == [3, None]
+    assert skipped(plan(tmp_path)) == {"a table or a list": 1}
 
 
 @pytest.mark.parametrize("kind", ["csv", "tsv", "jsonl"])
