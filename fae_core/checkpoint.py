@@ -34,6 +34,14 @@ MODULES: dict[str, tuple[Any, Any]] = {
     "starflow": (StarFlow, StarFlowConfig),
 }
 
+FILES = {
+    "autoencoder": "autoencoder.safetensors",
+    "pixel_decoder": "pixel_decoder.safetensors",
+    "dit": "generator.safetensors",
+    "starflow": "generator.safetensors",
+}
+"""Kind of network -> the name of its file in the folder of a run, or of a published model."""
+
 
 class CheckpointError(UserError, ValueError):
     """A file that `save` did not write, or that is incomplete or damaged."""

@@ -314,4 +314,4 @@ class _Planner:
 
 
 def _absolute(path: str) -> str:
-    return path if paths.is_s3(path) else paths.filesystem(path)[1]
+    return path if paths.is_remote(path) else paths.filesystem(path)[1]

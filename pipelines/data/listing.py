@@ -32,7 +32,7 @@ def list_addresses(data: DataSection, account: Account) -> pa.ChunkedArray:
     Raises SourceError for links out of the source where `data.follow_links` is not set.
     """
     path = str(data.path)
-    found = _on_s3(path) if paths.is_s3(path) else _on_disk(path, data.follow_links, account)
+    found = _on_remote(path) if paths.is_remote(path) else _on_disk(path, data.follow_links, account)
     chunks = []
     for some in batched(_visible(found, path, account), ROWS_AT_ONCE):
         chunks.append(pa.array(some, pa.large_string()))
@@ -50,7 +50,7 @@ def in_order(table: pa.Table, *columns: str) -> pa.Table:
 
 def relative_path(uri: str, path: str) -> str:
     """`uri` below `path` with forward slashes; its file name where `path` is that file."""
-    root = path.rstrip("/") if uri.startswith("s3://") else paths.filesystem(path)[1].rstrip("/")
+    root = (path if paths.is_remote(uri) else paths.filesystem(path)[1]).rstrip("/")
     return posixpath.basename(uri) if uri == root else uri[len(root) + 1 :]
 
 
@@ -71,7 +71,7 @@ def _visible(uris: Iterator[str], path: str, account: Account) -> Iterator[str]:
             yield uri
 
 
-def _on_s3(path: str) -> Iterator[str]:
+def _on_remote(path: str) -> Iterator[str]:
     return (file.uri for file in paths.list_files(path))
 
 

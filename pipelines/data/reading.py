@@ -57,7 +57,7 @@ def read_records(
             rows.setdefault(match[1], []).append((int(match[2]), index))
         elif match := _RANGE.fullmatch(record.uri):
             ranges.setdefault(match[1], []).append((int(match[2]), int(match[3]), index))
-        elif record.uri.startswith("s3://"):
+        elif paths.is_remote(record.uri):
             remote.append(index)
         else:
             blobs[index] = _attempt(paths.read_bytes, record.uri)
@@ -80,7 +80,7 @@ def _source_filter(data: DataSection) -> Callable[[str], bool]:
     """Whether an address of a plan belongs to the source."""
     if data.path is None or data.format == "list":
         return lambda uri: True
-    remote = paths.is_s3(data.path)
+    remote = paths.is_remote(data.path)
     root = data.path.rstrip("/") if remote else paths.filesystem(data.path)[1].rstrip("/")
     may_be_list = data.format == "auto" and root.lower().endswith(LISTS)
 
@@ -202,7 +202,7 @@ def _read_ranges(
             return ImageError(f"{len(content)} of {size} bytes at {offset} of {uri}")
         return content
 
-    threads = min(THREADS, len(wanted)) if paths.is_s3(uri) else 1
+    threads = min(THREADS, len(wanted)) if paths.is_remote(uri) else 1
     with file, ThreadPoolExecutor(threads) as pool:
         for (_, _, index), content in zip(wanted, pool.map(read, wanted), strict=True):
             blobs[index] = content

@@ -114,7 +114,7 @@ def beside(given: str, folder: str, where: str) -> str:
     path = posixpath.normpath(given)
     address = paths.join(folder, path)
     leaves = path == ".." or path.startswith(("../", "/")) or "://" in given
-    if not leaves and not paths.is_s3(folder):
+    if not leaves and not paths.is_remote(folder):
         root = os.path.realpath(folder).rstrip("/")
         leaves = not os.path.realpath(address).startswith(f"{root}/")
     if leaves:
@@ -342,10 +342,10 @@ def _resolve(given: str, folder: str, where: str) -> str:
     """The address `given` by a file in `folder`; a relative one may not leave that folder."""
     scheme, separator, rest = given.partition("://")
     if separator and scheme.isalnum():
-        if scheme not in ("s3", "file"):
-            raise SourceError(f"{where}: {given!r} is neither a path nor s3://. Download it first.")
+        if scheme not in ("s3", "hf", "file"):
+            raise SourceError(f"{where}: {given!r} is no path, s3:// or hf:// address. Download it first.")
         # RFC 8089: a file URI is percent-encoded, and its host is empty or localhost.
-        return given if scheme == "s3" else unquote(rest.removeprefix("localhost"))
+        return given if scheme != "file" else unquote(rest.removeprefix("localhost"))
     if given.startswith("/"):
         return given
     return beside(given, folder, where)

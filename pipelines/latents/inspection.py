@@ -53,11 +53,7 @@ def inspect(uri: str, verify: bool = False, figure: str | None = None) -> bool:
 
 
 def _show_checkpoint(console: Console, uri: str) -> None:
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(uri)
-        if paths.is_s3(uri):
-            path = Path(folder) / "checkpoint.safetensors"
-            path.write_bytes(paths.read_bytes(uri))
+    with paths.local_copy(uri) as path:
         metadata = checkpoint.read_metadata(path)
         loaded = checkpoint.load(path)
     table = _table(f"{metadata['kind']}  {uri}")

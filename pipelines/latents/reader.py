@@ -196,7 +196,7 @@ class _Rows:
         self._shard = lru_cache(OPEN_SHARDS)(self._open)
         # All of them: labels are compressed in one page, and asking again would decode it again.
         self._labels = lru_cache(None)(self._read_labels)
-        self.remote = paths.is_s3(store.uri) and cache is None
+        self.remote = paths.is_remote(store.uri) and cache is None
         self._pool = ThreadPoolExecutor(READS_IN_FLIGHT) if self.remote else None
 
     def announce(self, items: np.ndarray) -> None:
@@ -251,7 +251,7 @@ class _Rows:
 
     def _open(self, index: int) -> _RemoteFile | _LocalFile:
         path = self._address(index)
-        file = _RemoteFile(path) if paths.is_s3(path) else _LocalFile(path)
+        file = _RemoteFile(path) if paths.is_remote(path) else _LocalFile(path)
         found, entry = file.size(), self.store.manifest["shards"][index]
         if found != entry["bytes"]:
             raise StoreError(
@@ -271,7 +271,7 @@ class _Rows:
 
     def _address(self, index: int) -> str:
         uri = shard_uri(self.store.uri, index)
-        if self.cache is None or not paths.is_s3(uri):
+        if self.cache is None or not paths.is_remote(uri):
             return uri
         folder = self.cache / self.store.manifest["fingerprint"][:16]
         path = folder / f"{self.store.manifest['shards'][index]['etag']}.parquet"

@@ -1,8 +1,11 @@
-"""The networks that a recipe names, loaded from local or s3:// paths and checked to fit."""
+"""The networks that a recipe names, loaded from local paths, S3 or the Hub, and checked to fit.
+
+A checkpoint is named by its .safetensors file, or by the folder that holds it: a finished run's, or
+one that `fae publish` wrote.
+"""
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -18,13 +21,30 @@ from ..storage import paths
 
 
 def load_checkpoint(uri: str, *kinds: str) -> Loaded:
-    """A checkpoint of one of `kinds` from a local path or s3:// address. Raises CheckpointError."""
-    if not paths.is_s3(uri):
-        return checkpoint.load(uri, *kinds)
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "checkpoint.safetensors"
-        path.write_bytes(paths.read_bytes(uri))
+    """A checkpoint of one of `kinds`, of any kind without them.
+
+    `uri` is a local path, an s3:// or an hf:// address: a .safetensors file, or a folder with one.
+    Raises CheckpointError.
+    """
+    with paths.local_copy(_file_of(uri, kinds or tuple(checkpoint.FILES))) as path:
         return checkpoint.load(path, *kinds)
+
+
+def _file_of(uri: str, kinds: tuple[str, ...]) -> str:
+    """The .safetensors file that `uri` is or holds. Raises CheckpointError."""
+    if not paths.is_remote(uri):
+        uri = paths.filesystem(uri)[1]
+    if uri.endswith(".safetensors") or Path(uri).is_file():
+        return uri
+    names = list(dict.fromkeys(checkpoint.FILES[kind] for kind in kinds))
+    there = [name for name in names if paths.exists(paths.join(uri, name))]
+    if len(there) != 1:
+        found = ", ".join(there) or "nothing of the kind"
+        raise CheckpointError(
+            f"{uri}: expected a .safetensors file, or the folder of a finished run or of "
+            f"`fae publish` with one of {', '.join(names)}; found {found}."
+        )
+    return paths.join(uri, there[0])
 
 
 def backbone_of(recipe: Recipe) -> Backbone:

@@ -1,16 +1,19 @@
-"""The one way to open a local or s3:// path: whole reads and writes, listing, Arrow filesystems.
+"""The one way to open a local, s3:// or hf:// path: whole reads and writes, listing, Arrow
+filesystems.
 
 A write is whole or absent: a temporary file renamed into place locally, one PUT on S3; `write_once`
 never replaces (hard link locally, `If-None-Match: *` on S3). s3.py says which environment variables
 apply on S3, and for how long its requests are retried; the first s3:// address imports it, and
-boto3 with it.
+boto3 with it. hub.py does so for hf:// addresses, which are read and not written.
 """
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import hashlib
 import os
+import tempfile
 import uuid
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -41,11 +44,23 @@ class FileInfo:
 
 
 def is_s3(uri: str) -> bool:
-    """Whether `uri` is an s3:// address. Raises StorageError for any scheme but s3 and file."""
+    """Whether `uri` is an s3:// address. Raises StorageError for a scheme that is not supported."""
     scheme, separator, _ = uri.partition("://")
-    if separator and scheme not in ("s3", "file") and scheme.isalnum():
-        raise StorageError(f"{uri}: {scheme}:// is not supported. Give a local path or s3://.")
+    if separator and scheme not in ("s3", "hf", "file") and scheme.isalnum():
+        raise StorageError(
+            f"{uri}: {scheme}:// is not supported. Give a local path, s3:// or hf://."
+        )
     return bool(separator) and scheme == "s3"
+
+
+def is_hub(uri: str) -> bool:
+    """Whether `uri` is an hf:// address, of a repository on the Hugging Face Hub."""
+    return uri.startswith("hf://")
+
+
+def is_remote(uri: str) -> bool:
+    """Whether `uri` is an s3:// or hf:// address. Raises StorageError for another scheme."""
+    return is_s3(uri) or is_hub(uri)
 
 
 def filesystem(uri: str) -> tuple[fs.FileSystem, str]:
@@ -54,6 +69,10 @@ def filesystem(uri: str) -> tuple[fs.FileSystem, str]:
         from . import s3
 
         return s3.arrow_filesystem(), uri.removeprefix("s3://").rstrip("/")
+    if is_hub(uri):
+        from . import hub
+
+        return hub.arrow_filesystem(), hub.path_of(uri)
     return fs.LocalFileSystem(), _local(uri)
 
 
@@ -67,7 +86,7 @@ def open_input(uri: str) -> pa.NativeFile:
     filesystem_, path = filesystem(uri)
     try:
         return filesystem_.open_input_file(path)
-    except OSError as error:
+    except _failures(uri) as error:
         raise storage_error("open", uri, error) from None
 
 
@@ -79,13 +98,47 @@ def read_bytes(uri: str) -> bytes:
             return _ask(
                 "read", lambda client: client.get_object(Bucket=bucket, Key=key)["Body"].read()
             )
+        if is_hub(uri):
+            from . import hub
+
+            return hub.read_bytes(uri)
         return Path(_local(uri)).read_bytes()
     except _failures(uri) as error:
         raise storage_error("read", uri, error) from None
 
 
+@contextlib.contextmanager
+def local_copy(uri: str) -> Iterator[Path]:
+    """`uri` as a local file: itself, a copy that is deleted afterwards (S3), or a cached one (Hub).
+
+    Raises StorageError.
+    """
+    if is_s3(uri):
+        with tempfile.TemporaryDirectory() as folder:
+            path = Path(folder) / (uri.rpartition("/")[2] or "object")
+            path.write_bytes(read_bytes(uri))
+            yield path
+    elif is_hub(uri):
+        from . import hub
+
+        try:
+            path = hub.download(uri)
+        except hub.ERRORS as error:
+            raise storage_error("read", uri, error) from None
+        yield path
+    else:
+        yield Path(_local(uri))
+
+
 def exists(uri: str) -> bool:
     """Whether there is a file, folder or object, or any object below `uri`. Raises StorageError."""
+    if is_hub(uri):
+        from . import hub
+
+        try:
+            return hub.exists(uri)
+        except hub.ERRORS as error:
+            raise storage_error("look up", uri, error) from None
     if not is_s3(uri):
         return os.path.exists(_local(uri))
     bucket, key = _bucket_key(uri)
@@ -162,6 +215,9 @@ def list_files(uri: str, recursive: bool = True) -> Iterator[FileInfo]:
     if is_s3(uri):
         yield from _list_s3(uri, recursive)
         return
+    if is_hub(uri):
+        yield from _list_hub(uri, recursive)
+        return
     root = _local(uri)
     if os.path.isfile(root):
         yield FileInfo(root, os.path.getsize(root))
@@ -173,6 +229,10 @@ def storage_error(operation: str, uri: str, error: Exception) -> StorageError:
     """`error` as a StorageError: operation, address, what to check; no secret, no request id."""
     if isinstance(error, StorageError):
         return error
+    if is_hub(uri):
+        from . import hub
+
+        return StorageError(f"Cannot {operation} {uri}: {hub.advice(error)}")
     if not uri.startswith("s3://"):
         return StorageError(f"Cannot {operation} {uri}: {_advice(error)}")
     from . import s3
@@ -223,6 +283,11 @@ def _advice(error: Exception, code: str = "", unanswered: bool = False) -> str:
 
 
 def _local(uri: str) -> str:
+    if is_hub(uri):
+        raise StorageError(
+            f"{uri}: the Hub is read, and only `fae publish --push` writes there. Give a local "
+            "path or s3://."
+        )
     return os.path.abspath(os.path.expanduser(uri.removeprefix("file://")))
 
 
@@ -272,6 +337,16 @@ def _list_local(folder: str, root: str, recursive: bool) -> Iterator[FileInfo]:
             continue
 
 
+def _list_hub(uri: str, recursive: bool) -> Iterator[FileInfo]:
+    from . import hub
+
+    try:
+        for address, size, content in hub.list_files(uri, recursive):
+            yield FileInfo(address, size, content or None)
+    except hub.ERRORS as error:
+        raise storage_error("list", uri, error) from None
+
+
 def _list_s3(uri: str, recursive: bool) -> Iterator[FileInfo]:
     bucket, key = _bucket_key(uri)
     try:
@@ -316,6 +391,10 @@ def _ask(operation: str, request: Callable[[Any], T]) -> T:
 
 def _failures(uri: str) -> tuple[type[Exception], ...]:
     """What an operation on `uri` raises where it fails."""
+    if is_hub(uri):
+        from . import hub
+
+        return hub.ERRORS
     if not uri.startswith("s3://"):
         return (OSError,)
     from . import s3

@@ -1,0 +1,133 @@
+"""hf:// addresses for paths.py: repositories of models and data sets on the Hugging Face Hub.
+
+An address is hf://[datasets/]OWNER/NAME[@REVISION][/PATH]. HF_ENDPOINT names another server;
+the token is HF_TOKEN, or the one that `hf auth login` stored. huggingface_hub retries requests.
+The Hub is read here and written by `fae publish --push` alone, which calls `upload`.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import HfApi, HfFileSystem, hf_hub_download
+from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+from pyarrow import fs
+
+# The HTTP library differs between versions of huggingface_hub.
+_HTTP_ERROR = next(kind for kind in HfHubHTTPError.__mro__ if kind.__name__ == "HTTPError")
+ERRORS: tuple[type[Exception], ...] = (OSError, ValueError, NotImplementedError, _HTTP_ERROR)
+"""What a request to the Hub raises when it fails; ValueError for a name that cannot be one."""
+
+
+def endpoint() -> str | None:
+    """The server that HF_ENDPOINT names; None stands for the Hub itself."""
+    return os.environ.get("HF_ENDPOINT") or None
+
+
+def token() -> str | None:
+    """The token of the environment; None stands for the one that `hf auth login` stored."""
+    return os.environ.get("HF_TOKEN") or None
+
+
+def filesystem() -> HfFileSystem:
+    """The Hub as a file system of this environment."""
+    return _filesystem(endpoint(), token())
+
+
+@functools.cache
+def _filesystem(server: str | None, secret: str | None) -> HfFileSystem:
+    return HfFileSystem(endpoint=server, token=secret, skip_instance_cache=True)
+
+
+def arrow_filesystem() -> fs.FileSystem:
+    """The Hub as Arrow's file system: a read of a file is a ranged GET."""
+    return fs.PyFileSystem(fs.FSSpecHandler(filesystem()))
+
+
+def path_of(uri: str) -> str:
+    """`uri` as HfFileSystem writes it, without scheme."""
+    return uri.removeprefix("hf://").rstrip("/")
+
+
+def exists(uri: str) -> bool:
+    """Whether there is a file, a folder or a repository at `uri`."""
+    hub = filesystem()
+    hub.invalidate_cache()
+    try:
+        hub.info(path_of(uri), refresh=True)
+    except FileNotFoundError:
+        return False
+    return True
+
+
+def read_bytes(uri: str) -> bytes:
+    """The whole content of the file `uri`."""
+    return bytes(filesystem().cat_file(path_of(uri)))
+
+
+def list_files(uri: str, recursive: bool) -> Iterator[tuple[str, int, str]]:
+    """(address, bytes, content hash) of every file at or below `uri`; nothing if there is none."""
+    hub, path = filesystem(), path_of(uri)
+    hub.invalidate_cache()
+    try:
+        found: dict[str, Any] = hub.find(path, maxdepth=None if recursive else 1, detail=True)
+    except FileNotFoundError:
+        return
+    for name, info in found.items():
+        yield f"hf://{name}", int(info["size"]), str(info.get("blob_id") or "")
+
+
+def download(uri: str) -> Path:
+    """A local copy of the file `uri`, kept in the cache of huggingface_hub."""
+    place = filesystem().resolve_path(path_of(uri))
+    copy = hf_hub_download(
+        place.repo_id,
+        place.path_in_repo,
+        repo_type=place.repo_type,
+        revision=place.revision,
+        endpoint=endpoint(),
+        token=token(),
+    )
+    return Path(copy)
+
+
+def upload(folder: Path, repository: str, private: bool, message: str) -> str:
+    """Send the files of `folder` to the model repository OWNER/NAME; returns the commit's address.
+
+    The repository is created if it does not exist. Files that it has and `folder` lacks stay.
+    """
+    api = HfApi(endpoint=endpoint(), token=token())
+    # An existing repository keeps its visibility.
+    api.create_repo(repository, repo_type="model", private=private, exist_ok=True)
+    commit = api.upload_folder(
+        repo_id=repository, repo_type="model", folder_path=folder, commit_message=message
+    )
+    return str(commit.commit_url)
+
+
+def advice(error: Exception) -> str:
+    """What to check after `error`, in a sentence without addresses that hold a token."""
+    status = getattr(getattr(error, "response", None), "status_code", None)
+    if status in (401, 403):
+        return (
+            f"access denied ({status}). Set HF_TOKEN to a token that may read (to push: write) "
+            "this repository, and accept its conditions on the Hub if it has some."
+        )
+    unanswered = isinstance(error, _HTTP_ERROR) and not isinstance(error, HfHubHTTPError)
+    if unanswered or isinstance(error, LocalEntryNotFoundError | ConnectionError):
+        return (
+            f"no connection ({type(error).__name__}). Check the network and HF_ENDPOINT; "
+            "HF_HUB_OFFLINE=1 allows only files that are in the cache."
+        )
+    if isinstance(error, FileNotFoundError) or status == 404:
+        return (
+            "it is not there (404). Check owner, name, revision and path. A private repository "
+            "needs HF_TOKEN."
+        )
+    if isinstance(error, ValueError | NotImplementedError):
+        return "expected hf://OWNER/NAME/PATH or hf://datasets/OWNER/NAME/PATH."
+    return f"the server answered {status}." if status else f"{type(error).__name__}."
