@@ -464,6 +464,65 @@ def export(
 
 
 @app.command()
+def publish(
+    places: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="RUN...",
+            help="Folders of training runs, of a chain, of a latent store, of scores or samples; "
+            "or .safetensors files. With --push alone: a published folder.",
+        ),
+    ],
+    output: Annotated[
+        str | None, typer.Option(help="The new folder, or with s3:// the new prefix.")
+    ] = None,
+    push: Annotated[
+        str | None,
+        typer.Option(metavar="OWNER/NAME", help="Send the folder to this repository on the Hub."),
+    ] = None,
+    private: Annotated[
+        bool, typer.Option("--private", help="If the repository is new, make it private.")
+    ] = False,
+    license_name: Annotated[
+        str, typer.Option("--license", help="Licence of the weights, as the Hub names it.")
+    ] = "unknown",
+    diffusers: Annotated[
+        bool,
+        typer.Option(
+            "--diffusers/--no-diffusers", help="Also write what diffusers loads, if it can."
+        ),
+    ] = True,
+) -> None:
+    """Write trained networks as a folder that others load, with a card.
+
+    The folder holds weights, configuration, recipe, fingerprints, latent statistics, the SHA-256 of
+    every file, and a model card. This publishes the results of `fae run`:
+
+    \b
+      fae publish runs --output published --license apache-2.0
+
+    This publishes an autoencoder with its pixel decoder, and sends them to the Hub. The token is
+    HF_TOKEN, or the one that `hf auth login` stored:
+
+    \b
+      fae publish runs/first runs/decoder --output published --push OWNER/NAME
+    """
+    from fae.pipelines.publishing import publish as run_publish
+    from fae.pipelines.publishing import push as run_push
+
+    if output is None and (push is None or len(places) != 1):
+        raise typer.BadParameter("Give --output FOLDER, or one published folder and --push.")
+    if output is not None:
+        if push is not None and output.startswith("s3://"):
+            raise typer.BadParameter("--push needs a local --output.")
+        account = run_publish(places, output, license_name, name=push, diffusers=diffusers)
+        networks = ", ".join(account["networks"])
+        typer.echo(f"{output}: {networks}; {len(account['files'])} files")
+    if push is not None:
+        typer.echo(f"pushed: {run_push(output or places[0], push, private)}")
+
+
+@app.command()
 def submit(
     words: Annotated[
         list[str],

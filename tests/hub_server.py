@@ -94,9 +94,7 @@ class _Handler(BaseHTTPRequestHandler):
             self.rfile.readline()
         self.rfile.readline()
 
-    def _send(
-        self, content: Any, status: int = 200, headers: dict[str, str] | None = None
-    ) -> None:
+    def _send(self, content: Any, status: int = 200, headers: dict[str, str] | None = None) -> None:
         data = content if isinstance(content, bytes) else json.dumps(content).encode()
         self.send_response(status)
         for name, value in {"Content-Type": "application/json", **(headers or {})}.items():
@@ -181,9 +179,7 @@ class _Handler(BaseHTTPRequestHandler):
             elif entry["key"] == "lfsFile":
                 files[value["path"]] = self.state.objects[value["oid"]]
         commit = commit_of(files)
-        self._send(
-            {"commitUrl": f"{self.state.url}/{name}/commit/{commit}", "commitOid": commit}
-        )
+        self._send({"commitUrl": f"{self.state.url}/{name}/commit/{commit}", "commitOid": commit})
 
     def repository(self, body: bytes, _: Any, kind: str, name: str, *revision: str) -> None:
         files = self._files(kind, name)
@@ -194,7 +190,8 @@ class _Handler(BaseHTTPRequestHandler):
         about = {"id": name, "sha": commit_of(files), "siblings": siblings, "private": False}
         self._send({**about, "tags": [], "downloads": 0, "likes": 0, "disabled": False})
 
-    def tree(self, body: bytes, query: Any, kind: str, name: str, _: str, below: str | None
+    def tree(
+        self, body: bytes, query: Any, kind: str, name: str, _: str, below: str | None
     ) -> None:
         files, folder = self._files(kind, name), (below or "").strip("/")
         prefix = f"{folder}/" if folder else ""

@@ -6,6 +6,7 @@ from .chain_job import run_chain as run_chain
 from .chain_job import run_stage as run_stage
 from .chain_job import training_resources as training_resources
 from .demo import run_demo as run_demo
+from .report import samples_grid as samples_grid
 from .report import stage_pictures as stage_pictures
 
 __all__ = [
@@ -13,6 +14,7 @@ __all__ = [
     "run_chain",
     "run_demo",
     "run_stage",
+    "samples_grid",
     "stage_pictures",
     "stages",
     "training_resources",

@@ -32,7 +32,9 @@ def list_addresses(data: DataSection, account: Account) -> pa.ChunkedArray:
     Raises SourceError for links out of the source where `data.follow_links` is not set.
     """
     path = str(data.path)
-    found = _on_remote(path) if paths.is_remote(path) else _on_disk(path, data.follow_links, account)
+    found = (
+        _on_remote(path) if paths.is_remote(path) else _on_disk(path, data.follow_links, account)
+    )
     chunks = []
     for some in batched(_visible(found, path, account), ROWS_AT_ONCE):
         chunks.append(pa.array(some, pa.large_string()))

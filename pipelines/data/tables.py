@@ -343,7 +343,9 @@ def _resolve(given: str, folder: str, where: str) -> str:
     scheme, separator, rest = given.partition("://")
     if separator and scheme.isalnum():
         if scheme not in ("s3", "hf", "file"):
-            raise SourceError(f"{where}: {given!r} is no path, s3:// or hf:// address. Download it first.")
+            raise SourceError(
+                f"{where}: {given!r} is neither a path nor s3:// or hf://. Download it first."
+            )
         # RFC 8089: a file URI is percent-encoded, and its host is empty or localhost.
         return given if scheme != "file" else unquote(rest.removeprefix("localhost"))
     if given.startswith("/"):

@@ -130,6 +130,19 @@ def local_copy(uri: str) -> Iterator[Path]:
         yield Path(_local(uri))
 
 
+def push(folder: Path, repository: str, private: bool) -> str:
+    """Send the files of a local folder to the Hub's model repository OWNER/NAME.
+
+    Creates the repository if it does not exist. Returns the commit's address. Raises StorageError.
+    """
+    from . import hub
+
+    try:
+        return hub.upload(folder, repository, private, "fae publish")
+    except hub.ERRORS as error:
+        raise storage_error("push to", f"hf://{repository}", error) from None
+
+
 def exists(uri: str) -> bool:
     """Whether there is a file, folder or object, or any object below `uri`. Raises StorageError."""
     if is_hub(uri):

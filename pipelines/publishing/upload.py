@@ -1,0 +1,42 @@
+"""`fae publish --push`: a published folder, checked against its fae.json, to the Hub."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+from ..storage import paths
+from .findings import PublishError
+
+ACCOUNT = "fae.json"
+
+
+def file_account(path: Path) -> dict[str, Any]:
+    """Size [bytes] and SHA-256 of a file."""
+    with path.open("rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    return {"size": path.stat().st_size, "sha256": digest}
+
+
+def push(folder: str | Path, repository: str, private: bool = False) -> str:
+    """Send a published local folder to the model repository OWNER/NAME; the commit's address.
+
+    The token is HF_TOKEN, or the one that `hf auth login` stored. Raises PublishError for a folder
+    that is incomplete or changed, and StorageError where the Hub refuses.
+    """
+    place = Path(folder).expanduser()
+    if not (place / ACCOUNT).is_file():
+        raise PublishError(f"{place} has no {ACCOUNT}: `fae publish RUN --output FOLDER` makes it.")
+    files = json.loads((place / ACCOUNT).read_text())["files"]
+    changed = [
+        name
+        for name, account in files.items()
+        if not (place / name).is_file() or file_account(place / name) != account
+    ]
+    if changed:
+        raise PublishError(
+            f"{place}: {', '.join(changed)} differ from {ACCOUNT}. Publish into a new folder."
+        )
+    return paths.push(place, repository, private)

@@ -1,0 +1,325 @@
+"""`fae publish`: what the folder holds, and that everybody loads the same networks from it.
+
+The Hub is a server on loopback, and its client is huggingface_hub's own.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+import yaml
+from PIL import Image
+from typer.testing import CliRunner
+
+import fae
+from fae.cli import app
+from fae.pipelines.config import load_recipe
+from fae.pipelines.data.records import ImageRecord
+from fae.pipelines.latents.manifest import commit
+from fae.pipelines.latents.plan import ensure_plan
+from fae.pipelines.latents.shards import write_shard
+from fae.pipelines.networks.loading import autoencoder_of, backbone_fingerprints, backbone_of
+from fae.pipelines.networks.untrained import build_autoencoder
+from fae.pipelines.publishing import PublishError, publish, push
+from fae.pipelines.storage import paths
+from fae.pipelines.storage.paths import StorageError
+from fae_core import checkpoint
+from fae_core.checkpoint import CheckpointError
+from fae_core.generators.dit import DiT, DiTConfig
+from fae_core.generators.starflow import StarFlow, StarFlowConfig
+from fae_core.pixel_decoder import PixelDecoder, PixelDecoderConfig
+from tests.hub_server import TOKEN, HubServer, hub_server
+from tests.tiny import SMALLEST_BACKBONE, TINY
+
+MODEL = "somebody/small-fae"
+
+
+@pytest.fixture
+def hub(monkeypatch, tmp_path):
+    with hub_server() as server:
+        monkeypatch.setenv("HF_ENDPOINT", server.url)
+        monkeypatch.setenv("HF_TOKEN", TOKEN)
+        monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "cache"))
+        monkeypatch.setattr("huggingface_hub.constants.HF_HUB_DISABLE_XET", True)
+        yield server
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory) -> Path:
+    """Folders as runs leave them: fae, decoder, dit, flow, a store and scores."""
+    folder = tmp_path_factory.mktemp("runs")
+    recipe = load_recipe(
+        "photos-dinov2s",
+        [
+            *TINY,
+            *SMALLEST_BACKBONE,
+            "data.path=/home/somebody/secret place/photos",
+            "latents=s3://private-bucket/latents",
+            "tracking.uri=https://me:password@mlflow.example",
+        ],
+    )
+    backbone = backbone_of(recipe)
+    marks = backbone_fingerprints(recipe, backbone)
+    torch.manual_seed(0)
+    autoencoder = build_autoencoder(recipe.autoencoder, backbone.spec)
+    sha256 = checkpoint.save(folder / "fae/autoencoder.safetensors", autoencoder, marks)
+    shape = PixelDecoderConfig(backbone.dim, backbone.grid, 32, width=32, depth=1, num_heads=2)
+    decoder = PixelDecoder(shape)
+    torch.nn.init.normal_(decoder.output.weight, std=0.2)
+    checkpoint.save(folder / "decoder/pixel_decoder.safetensors", decoder, marks)
+    latents = (recipe.autoencoder.latent_dim, backbone.grid)
+    dit = DiT(DiTConfig.preset("S", *latents, num_classes=3, width=32, depth=1, num_heads=2))
+    flow = StarFlow(StarFlowConfig.preset("S", *latents, num_classes=3, width=64, layers=(1, 1)))
+    for name, model in {"dit": dit, "flow": flow}.items():
+        for parameter in model.parameters():
+            torch.nn.init.normal_(parameter, std=0.1)
+        model.set_latent_stats(torch.arange(8) / 8, torch.arange(1, 9) / 4)
+        made_with = {"autoencoder": sha256, "latents": "0"}
+        checkpoint.save(folder / name / "generator.safetensors", model, made_with)
+    for name in ("fae", "decoder", "dit", "flow"):
+        (folder / name / "recipe.yaml").write_text(recipe.to_yaml())
+        (folder / name / "result.json").write_text('{"mse": 0.25}')
+        Image.new("RGB", (8, 8)).save(folder / name / "validation.png")
+        keys = pa.table({"key": ["a", "b"], "uri": ["/a", "/b"]})
+        pq.write_table(keys, folder / name / "plan.parquet")
+    store = str(folder / "store")
+    plan = ensure_plan(
+        store,
+        [ImageRecord(f"{i}", f"/x/{i}") for i in range(4)],
+        4,
+        {"autoencoder weights": sha256},
+    )
+    values = {"mean": np.random.default_rng(0).normal(size=(4, 8, 2, 2)).astype(np.float16)}
+    write_shard(store, 0, plan.shard(0), list(range(4)), values, [], plan.fingerprint)
+    commit(store, plan, {})
+    (folder / "scores").mkdir()
+    scores = {
+        "scores": {"frechet_backbone": 12.5, "num_images": 100},
+        "warnings": [],
+        "inputs": {"scores": ["frechet_backbone"]},
+    }
+    (folder / "scores/scores.json").write_text(json.dumps(scores))
+    return folder
+
+
+def sha256_of(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def front_matter(card: str) -> dict:
+    return yaml.safe_load(card.split("---\n")[1])
+
+
+@pytest.mark.parametrize(
+    ("names", "files"),
+    [
+        (["fae"], {"autoencoder.safetensors"}),
+        (["decoder"], {"pixel_decoder.safetensors"}),
+        (["dit"], {"generator.safetensors"}),
+        (["flow"], {"generator.safetensors"}),
+        (
+            ["fae", "decoder", "dit", "store", "scores"],
+            {"autoencoder.safetensors", "pixel_decoder.safetensors", "generator.safetensors"},
+        ),
+    ],
+    ids=lambda value: "+".join(sorted(value)) if isinstance(value, list) else "",
+)
+def test_a_folder_accounts_for_every_file_and_names_what_it_was_trained_with(
+    runs, tmp_path, names, files
+):
+    output = tmp_path / "published"
+    account = publish([str(runs / name) for name in names], str(output), diffusers=False)
+    assert json.loads((output / "fae.json").read_text()) == account
+    there = {p.relative_to(output).as_posix() for p in output.rglob("*") if p.is_file()}
+    assert there == {*account["files"], "fae.json"}
+    assert files | {"README.md", "config.json", "recipe.yaml"} <= there
+    for name, entry in account["files"].items():
+        path = output / name
+        assert entry == {"size": path.stat().st_size, "sha256": sha256_of(path)}
+    for network in account["networks"].values():
+        loaded = fae.load(output / network["file"])
+        assert network["weights_sha256"] == loaded.weights_sha256
+        assert network["trained_with"] == loaded.fingerprints
+        assert network["num_parameters"] == sum(p.numel() for p in loaded.module.parameters())
+    assert {"fae-ray", "torch", "timm", "python"} <= set(account["versions"])
+    if "dit" in names:
+        assert account["latents"]["std"] == [i / 4 for i in range(1, 9)]
+
+
+def test_the_latent_statistics_of_an_autoencoder_are_those_of_a_store(runs, tmp_path):
+    account = publish([str(runs / "fae"), str(runs / "store")], str(tmp_path / "published"))
+    stats = fae.LatentStore.open(str(runs / "store")).stats
+    assert account["latents"]["mean"] == pytest.approx(np.asarray(stats.mean))
+    assert account["latents"]["shape"] == [8, 2, 2]
+
+
+def test_the_card_says_licences_data_scores_with_commands_pictures_and_how_to_load(runs, tmp_path):
+    places = [str(runs / name) for name in ("fae", "decoder", "dit", "store", "scores")]
+    publish(places, str(tmp_path / "published"), "mit", name=MODEL)
+    card = (tmp_path / "published/README.md").read_text()
+    about = front_matter(card)
+    assert (about["license"], about["base_model"]) == ("mit", "timm/test_vit.r160_in1k")
+    assert "arxiv:2512.07829" in about["tags"]
+    assert "These weights: mit." in card and "have the licence: apache-2.0" in card
+    assert "autoencoder: 2 images planned for training" in card
+    assert "4 images planned = 4 stored + 0 errors" in card
+    assert "| frechet_backbone | 12.5 |" in card and "| mse | 0.25 |" in card
+    assert "evaluate.scores=[frechet_backbone]" in card
+    assert "fae train autoencoder recipe.yaml data.path=IMAGES run=NAME" in card
+    for name in ("autoencoder", "pixel_decoder", "generator"):
+        assert f"(pictures/{name}.png)" in card
+        assert (tmp_path / f"published/pictures/{name}.png").is_file()
+    assert f'from_pretrained("{MODEL}")' in card
+    assert sha256_of(runs / "fae/autoencoder.safetensors") in card
+
+
+def test_recipes_are_published_without_passwords_and_private_places(runs, tmp_path, monkeypatch):
+    monkeypatch.setenv("MY_TOKEN", "secret place")
+    publish([str(runs / "fae"), str(runs / "dit")], str(tmp_path / "published"))
+    for path in (tmp_path / "published").rglob("*"):
+        if path.suffix in (".yaml", ".json", ".md"):
+            text = path.read_text()
+            for private in ("somebody/secret", "secret place", "password", "private-bucket"):
+                assert private not in text, path
+    recipe = yaml.safe_load((tmp_path / "published/recipe.yaml").read_text())
+    assert recipe["data"]["path"] == "photos" and "tracking" not in recipe
+    assert (tmp_path / "published/recipe-generator.yaml").is_file()
+    load_recipe(str(tmp_path / "published/recipe.yaml"), [])
+
+
+def test_the_results_of_a_chain_are_published_from_its_folder(runs, tmp_path):
+    chain = tmp_path / "chain"
+    stages = {
+        "autoencoder-aaa": ("fae", {}),
+        "pixel-decoder-bbb": ("foreign", {}),
+        "finetune-ccc": ("decoder", {}),
+        "latents-ddd": ("store", {}),
+        "generator-eee": ("dit", {}),
+        "evaluation-fff": ("scores", {}),
+    }
+    upstream = dict(name.rsplit("-", 1) for name in stages)
+    for name, (source, parts) in stages.items():
+        if source != "foreign":
+            (chain / name).mkdir(parents=True)
+            for file in (runs / source).rglob("*"):
+                if file.is_file():
+                    place = chain / name / file.relative_to(runs / source)
+                    place.parent.mkdir(parents=True, exist_ok=True)
+                    place.write_bytes(file.read_bytes())
+        else:
+            (chain / name).mkdir()
+            (chain / name / "pixel_decoder.safetensors").write_bytes(b"the noisy stage's")
+        (chain / name / "stage.json").write_text(json.dumps({"parts": parts}))
+    report = chain / "report-000"
+    report.mkdir()
+    (report / "stage.json").write_text(json.dumps({"parts": {"image_size": 32, **upstream}}))
+    (report / "recipe.yaml").write_text((runs / "fae/recipe.yaml").read_text())
+    account = publish([str(chain)], str(tmp_path / "published"))
+    assert set(account["networks"]) == {"autoencoder", "pixel_decoder", "generator"}
+    finetuned = fae.load(runs / "decoder").weights_sha256
+    assert account["networks"]["pixel_decoder"]["weights_sha256"] == finetuned
+    assert "frechet_backbone" in (tmp_path / "published/README.md").read_text()
+
+    (chain / "report-111").mkdir()
+    (chain / "report-111/stage.json").write_text('{"parts": {}}')
+    with pytest.raises(PublishError, match="results of 2 chains.*report-000.*report-111"):
+        publish([str(chain)], str(tmp_path / "again"))
+    named = publish([str(report)], str(tmp_path / "again"))
+    assert named["networks"] == account["networks"]
+
+
+def test_networks_that_do_not_belong_together_are_refused(runs, tmp_path):
+    dit = fae.load(runs / "dit")
+    other = tmp_path / "generator.safetensors"
+    checkpoint.save(other, dit.module, {**dit.fingerprints, "autoencoder": "f" * 64})
+    output = str(tmp_path / "published")
+    with pytest.raises(CheckpointError, match="was trained with autoencoder ffff"):
+        publish([str(runs / "fae"), str(other)], output)
+    with pytest.raises(PublishError, match="are a generator; a folder holds one"):
+        publish([str(runs / "flow"), str(other)], output)
+    with pytest.raises(PublishError, match="holds nothing to publish"):
+        publish([str(tmp_path / "none")], output)
+    assert not Path(output).exists()
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full/file").touch()
+    with pytest.raises(PublishError, match="not empty"):
+        publish([str(runs / "fae")], str(tmp_path / "full"))
+
+
+def test_a_published_folder_is_loaded_by_its_path_or_s3_address(runs, root):
+    place = paths.join(root, "published")
+    publish([str(runs / name) for name in ("fae", "decoder", "dit")], place, diffusers=False)
+    assert_same_networks(place, runs)
+
+
+def assert_same_networks(place: str, runs: Path) -> None:
+    """What is loaded from `place` encodes, decodes and samples as the runs' networks do."""
+    image = np.random.default_rng(0).integers(0, 256, (40, 40, 3), np.uint8)
+    published = fae.FeatureAutoencoder.from_pretrained(place)
+    trained = fae.FeatureAutoencoder.from_pretrained(runs / "fae", pixel_decoder=runs / "decoder")
+    latents = published.encode_images(image)
+    assert torch.equal(latents, trained.encode_images(image))
+    assert np.array_equal(published.decode_images(latents), trained.decode_images(latents))
+    drawn = fae.sample(place, published, labels=[0, 1], num_steps=2)
+    assert np.array_equal(drawn, fae.sample(runs / "dit", trained, labels=[0, 1], num_steps=2))
+
+
+def test_a_pushed_model_is_loaded_by_its_name_on_the_hub(runs, tmp_path, hub: HubServer):
+    output = tmp_path / "published"
+    command = ["publish", *(str(runs / name) for name in ("fae", "decoder", "dit"))]
+    result = CliRunner().invoke(
+        app, [*command, "--output", str(output), "--push", MODEL, "--private", "--no-diffusers"]
+    )
+    assert result.exit_code == 0, result.output
+    assert TOKEN not in result.output and f"{hub.url}/{MODEL}/commit/" in result.output
+    files = hub.repositories[f"models/{MODEL}"]
+    assert files == {
+        p.relative_to(output).as_posix(): p.read_bytes() for p in output.rglob("*") if p.is_file()
+    }
+    assert f"models/{MODEL}" in hub.private
+    for place in (MODEL, f"hf://{MODEL}", f"hf://{MODEL}@main"):
+        assert_same_networks(place, runs)
+    one_file = f"hf://{MODEL}/generator.safetensors"
+    assert fae.load(one_file).weights_sha256 == fae.load(runs / "dit").weights_sha256
+    recipe = load_recipe(
+        "photos-dinov2s",
+        [*TINY, *SMALLEST_BACKBONE, f"autoencoder.checkpoint=hf://{MODEL}"],
+    )
+    loaded = autoencoder_of(recipe, backbone_of(recipe))
+    assert loaded.weights_sha256 == fae.load(runs / "fae").weights_sha256
+    downloads = [
+        p for m, p, _ in hub.requests if m == "GET" and p.endswith("/autoencoder.safetensors")
+    ]
+    assert len(downloads) == 1  # later ones come from the cache
+
+
+def test_a_changed_folder_and_a_refused_token_are_not_pushed(
+    runs, tmp_path, hub: HubServer, monkeypatch
+):
+    output = tmp_path / "published"
+    publish([str(runs / "fae")], str(output))
+    monkeypatch.setenv("HF_TOKEN", "hf_this_token_may_not_write")
+    with pytest.raises(StorageError, match=r"access denied \(401\).*HF_TOKEN") as raised:
+        push(output, MODEL)
+    assert "may_not_write" not in str(raised.value)
+    monkeypatch.setenv("HF_TOKEN", TOKEN)
+    (output / "recipe.yaml").write_text("{}")
+    with pytest.raises(PublishError, match="recipe.yaml differ from fae.json"):
+        push(output, MODEL)
+    assert hub.repositories == {}
+
+
+def test_a_name_that_is_nowhere_is_explained(hub: HubServer, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(CheckpointError, match="runs/frist: no such file or folder here, and .*Hub"):
+        fae.load("runs/frist")
+    with pytest.raises(StorageError, match="only `fae publish --push` writes there"):
+        paths.write_bytes("hf://somebody/model/file", b"")
+    assert all("huggingface.co" not in path for _, path, _ in hub.requests)
