@@ -493,7 +493,7 @@ def publish(
         ),
     ] = True,
 ) -> None:
-    """Write trained networks as a folder that others load, with a card.
+    """Write trained networks as a folder that others load.
 
     The folder holds weights, configuration, recipe, fingerprints, latent statistics, the SHA-256 of
     every file, and a model card. This publishes the results of `fae run`:
@@ -501,8 +501,8 @@ def publish(
     \b
       fae publish runs --output published --license apache-2.0
 
-    This publishes an autoencoder with its pixel decoder, and sends them to the Hub. The token is
-    HF_TOKEN, or the one that `hf auth login` stored:
+    The token for the Hub is HF_TOKEN, or the one that `hf auth login` stored. This publishes an
+    autoencoder with its pixel decoder, and sends them there:
 
     \b
       fae publish runs/first runs/decoder --output published --push OWNER/NAME
