@@ -18,7 +18,6 @@ from typing import Any
 
 import numpy as np
 
-from fae_core.generators.latent_model import LatentModel
 from fae_core.layers import num_parameters
 
 from ..runtime import versions
@@ -80,9 +79,9 @@ def describe(found: Findings) -> dict[str, Any]:
 def latent_statistics(found: Findings) -> dict[str, Any] | None:
     """Per-channel mean and std of the raw latents: the generator's, else the store's."""
     if generator := found.networks.get("generator"):
-        model: LatentModel = generator.loaded.module
+        model = generator.loaded.module
         mean, std = model.latent_mean, model.latent_std
-        shape = [model.config.latent_dim, *model.config.grid]  # type: ignore[union-attr]
+        shape = [model.config.latent_dim, *model.config.grid]
         return {"shape": shape, "mean": mean.tolist(), "std": std.tolist()}
     if found.store is None:
         return None

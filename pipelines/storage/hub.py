@@ -74,7 +74,7 @@ def list_files(uri: str, recursive: bool) -> Iterator[tuple[str, int, str]]:
     hub, path = filesystem(), path_of(uri)
     hub.invalidate_cache()
     try:
-        found: dict[str, Any] = hub.find(path, maxdepth=None if recursive else 1, detail=True)
+        found: Any = hub.find(path, maxdepth=None if recursive else 1, detail=True)
     except FileNotFoundError:
         return
     for name, info in found.items():
@@ -83,7 +83,7 @@ def list_files(uri: str, recursive: bool) -> Iterator[tuple[str, int, str]]:
 
 def download(uri: str) -> Path:
     """A local copy of the file `uri`, kept in the cache of huggingface_hub."""
-    place = filesystem().resolve_path(path_of(uri))
+    place: Any = filesystem().resolve_path(path_of(uri))
     copy = hf_hub_download(
         place.repo_id,
         place.path_in_repo,
