@@ -9,13 +9,13 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file
-from safetensors.torch import save as serialize
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 from fae_core.autoencoder import AutoencoderConfig, FeatureAutoencoder
@@ -57,6 +57,7 @@ def save(
 
     The write is atomic: a temporary file is renamed to `path`. `fingerprints` names what the module
     was trained against, `class_names` a generator's classes in the order of their numbers.
+    Raises OSError, where the disk is full for example.
     """
     kind = next(name for name, (cls, _) in MODULES.items() if isinstance(module, cls))
     config: Any = module.config
@@ -74,8 +75,19 @@ def save(
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    temporary.write_bytes(serialize(tensors, metadata))
-    temporary.replace(path)
+    temporary.touch()
+    mode = temporary.stat().st_mode
+    try:
+        save_file(tensors, temporary, metadata)
+        temporary.chmod(mode)  # safetensors' own leaves other users out
+        temporary.replace(path)
+    except SafetensorError as error:
+        code = re.search(r"\(os error (\d+)\)", str(error))
+        if not code:
+            raise
+        raise OSError(int(code[1]), os.strerror(int(code[1])), str(path)) from None
+    finally:
+        temporary.unlink(missing_ok=True)
     return sha256
 
 

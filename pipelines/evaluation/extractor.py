@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import tempfile
 from pathlib import Path
 
 import numpy as np
@@ -83,7 +82,5 @@ def inception_of(weights: str | None) -> Inception:
     uri = weights or os.environ.get("FAE_INCEPTION_WEIGHTS")
     if uri is None or not paths.is_s3(uri):
         return load_inception(None if uri is None else Path(uri).expanduser())
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / uri.rpartition("/")[2]
-        path.write_bytes(paths.read_bytes(uri))
+    with paths.local_copy(uri) as path:
         return load_inception(path)

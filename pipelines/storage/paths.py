@@ -2,9 +2,11 @@
 filesystems.
 
 A write is whole or absent: a temporary file renamed into place locally, one PUT on S3; `write_once`
-never replaces (hard link locally, `If-None-Match: *` on S3). s3.py says which environment variables
-apply on S3, and for how long its requests are retried; the first s3:// address imports it, and
-boto3 with it. hub.py does so for hf:// addresses, which are read and not written.
+never replaces (hard link locally, `If-None-Match: *` on S3). `writing` and `local_copy` are for
+files of any size, which on S3 pass through a temporary file in parts (transfers.py). s3.py says
+which environment variables apply on S3, and for how long its requests are retried; the first s3://
+address imports it, and boto3 with it. hub.py does so for hf:// addresses, which are read and not
+written.
 """
 
 from __future__ import annotations
@@ -25,8 +27,12 @@ from pyarrow import fs
 
 from fae_core.errors import UserError
 
+from .temporary import temporary_folder
+
 T = TypeVar("T")
 
+TEMPORARY_SUFFIX = ".tmp"
+"""Of the hidden files that local writes rename; those of a killed process stay."""
 _THERE_ALREADY = ("PreconditionFailed", "412", "ConditionalRequestConflict", "409")
 
 
@@ -109,15 +115,24 @@ def read_bytes(uri: str) -> bytes:
 
 @contextlib.contextmanager
 def local_copy(uri: str) -> Iterator[Path]:
-    """`uri` as a local file: itself, a copy that is deleted afterwards (S3), or a cached one (Hub).
+    """`uri`, of any size, as a local file: itself, a copy that is deleted afterwards (S3), or a
+    cached one (Hub).
 
     Raises StorageError.
     """
     if is_s3(uri):
-        with tempfile.TemporaryDirectory() as folder:
-            path = Path(folder) / (uri.rpartition("/")[2] or "object")
-            path.write_bytes(read_bytes(uri))
-            yield path
+        from . import transfers
+
+        bucket, key = _bucket_key(uri)
+        with temporary_folder() as folder:
+            copy = folder / (os.path.basename(key) or "file")
+            try:
+                transfers.download(bucket, key, copy)
+            except transfers.ObjectReplaced as error:
+                raise StorageError(f"{error}. Read it again.") from None
+            except _failures(uri) as error:
+                raise storage_error("read", uri, error) from None
+            yield copy
     elif is_hub(uri):
         from . import hub
 
@@ -181,7 +196,7 @@ def write_bytes(uri: str, data: bytes) -> str:
         except OSError:
             os.unlink(temporary)
             raise
-        _sync_folder(path)
+        _sync(os.path.dirname(path))
     except _failures(uri) as error:
         raise storage_error("write", uri, error) from None
     return hashlib.md5(data, usedforsecurity=False).hexdigest()
@@ -199,12 +214,43 @@ def write_once(uri: str, data: bytes) -> str:
             os.link(temporary, path)
         finally:
             os.unlink(temporary)
-        _sync_folder(path)
+        _sync(os.path.dirname(path))
     except FileExistsError:
         raise FileExistsError(errno.EEXIST, "Written once and there already", uri) from None
     except _failures(uri) as error:
         raise storage_error("write", uri, error) from None
     return hashlib.md5(data, usedforsecurity=False).hexdigest()
+
+
+@contextlib.contextmanager
+def writing(uri: str) -> Iterator[Path]:
+    """A path for a file of any size, which is at `uri` once the block has ended.
+
+    It appears, or replaces what was there, whole. Where the block or the upload fails, `uri` is as
+    it was. A file for S3 lies in the temporary directory (TMPDIR) meanwhile. Raises StorageError.
+    """
+    try:
+        if is_s3(uri):
+            from . import transfers
+
+            bucket, key = _bucket_key(uri)
+            with temporary_folder() as folder:
+                copy = folder / (os.path.basename(key) or "file")
+                yield copy
+                transfers.upload(copy, bucket, key)
+            return
+        path = _local(uri)
+        os.makedirs(os.path.dirname(path), exist_ok=True)
+        temporary = Path(_temporary_beside(path))
+        try:
+            yield temporary
+            _sync(str(temporary))
+            os.replace(temporary, path)
+        finally:
+            temporary.unlink(missing_ok=True)
+        _sync(os.path.dirname(path))
+    except _failures(uri) as error:
+        raise storage_error("write", uri, error) from None
 
 
 def delete(uri: str) -> None:
@@ -251,11 +297,15 @@ def storage_error(operation: str, uri: str, error: Exception) -> StorageError:
     from . import s3
 
     bucket, key = _bucket_key(uri)
-    advice = _advice(error, s3.code_of(error), unanswered=isinstance(error, s3.BotoCoreError))
+    # A disk is full only where a file waits for its upload or was being read.
+    unanswered = isinstance(error, s3.BotoCoreError)
+    advice = _advice(error, s3.code_of(error), unanswered, temporary=True)
     return StorageError(f"Cannot {operation} bucket {bucket!r}, key {key!r}: {advice}")
 
 
-def _advice(error: Exception, code: str = "", unanswered: bool = False) -> str:
+def _advice(
+    error: Exception, code: str = "", unanswered: bool = False, temporary: bool = False
+) -> str:
     text = f"{code} {error}".upper()
     if "CREDENTIAL" in text:
         return "no AWS credentials. Check AWS_PROFILE, AWS_ACCESS_KEY_ID or the machine's role."
@@ -287,7 +337,8 @@ def _advice(error: Exception, code: str = "", unanswered: bool = False) -> str:
             "this machine's clock is not the server's (403). Set the clock, with NTP for example."
         )
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
-        return "no space left there. Free some, then run the same command again: it resumes."
+        place = f"in {tempfile.gettempdir()} (or set TMPDIR)" if temporary else "there"
+        return f"no space left {place}. Free some, then run the same command again: it resumes."
     if code:
         return f"the server answered {code}."
     if isinstance(error, OSError) and error.strerror:
@@ -305,9 +356,8 @@ def _local(uri: str) -> str:
 
 
 def _write_temporary(path: str, data: bytes) -> str:
-    folder, name = os.path.split(path)
-    os.makedirs(folder, exist_ok=True)
-    temporary = os.path.join(folder, f".{name[:100]}.{uuid.uuid4().hex}.tmp")
+    os.makedirs(os.path.dirname(path), exist_ok=True)
+    temporary = _temporary_beside(path)
     try:
         with open(temporary, "xb") as file:
             file.write(data)
@@ -320,9 +370,14 @@ def _write_temporary(path: str, data: bytes) -> str:
     return temporary
 
 
-def _sync_folder(path: str) -> None:
-    # The new name itself survives a power cut only once its folder is synced.
-    descriptor = os.open(os.path.dirname(path), os.O_RDONLY)
+def _temporary_beside(path: str) -> str:
+    folder, name = os.path.split(path)
+    return os.path.join(folder, f".{name[:100]}.{uuid.uuid4().hex}{TEMPORARY_SUFFIX}")
+
+
+def _sync(path: str) -> None:
+    # A new name survives a power cut only once its folder is synced, as the content does its file.
+    descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
     finally:

@@ -8,7 +8,7 @@ from __future__ import annotations
 from ..storage import paths
 from .distributed import is_sharded
 from .job import TrainingError
-from .state import CheckpointDamaged, TrainState
+from .state import CheckpointDamaged, TrainState, write_content
 
 CHECKPOINTS = "checkpoints"
 
@@ -34,11 +34,12 @@ def save_checkpoint(state: TrainState, run_uri: str, keep: int, write: bool = Tr
     """
     if not (write or is_sharded(state.model)):
         return
-    data = state.to_bytes()
+    content = state.content()
     if not write:
         return
-    paths.write_bytes(checkpoint_uri(run_uri, state.step), data)
-    for uri in list_checkpoints(run_uri)[:-keep]:
+    with paths.writing(checkpoint_uri(run_uri, state.step)) as path:
+        write_content(content, path)
+    for uri in [*list_checkpoints(run_uri)[:-keep], *_unfinished(run_uri)]:
         paths.delete(uri)
 
 
@@ -51,7 +52,8 @@ def resume(state: TrainState, run_uri: str) -> str:
     said = ""
     for uri in reversed(found):
         try:
-            state.load_bytes(paths.read_bytes(uri))
+            with paths.local_copy(uri) as path:
+                state.load(path)
         except CheckpointDamaged as error:
             said += f"{uri} is damaged ({error}); trying the one before. "
             continue
@@ -62,3 +64,10 @@ def resume(state: TrainState, run_uri: str) -> str:
             f"Delete {paths.join(run_uri, CHECKPOINTS)} to begin at step 0."
         )
     return ""
+
+
+def _unfinished(run_uri: str) -> list[str]:
+    """Local files of a checkpoint whose writer was killed; a run has one writer at a time."""
+    folder = paths.join(run_uri, CHECKPOINTS)
+    uris = (file.uri for file in paths.list_files(folder))
+    return [uri for uri in uris if uri.endswith(paths.TEMPORARY_SUFFIX)]

@@ -9,10 +9,8 @@ from __future__ import annotations
 
 import io
 import json
-import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -91,10 +89,8 @@ def finish(
     class_names: Sequence[str] = (),
 ) -> None:
     """Write the network as NETWORK.safetensors, then result.json."""
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "network.safetensors"
+    with paths.writing(network_uri(run_uri, network)) as path:
         checkpoint.save(path, module, fingerprints, class_names)
-        paths.write_bytes(network_uri(run_uri, network), path.read_bytes())
     # Written last: its presence says that the run is finished.
     text = json.dumps(dict(metrics), indent=1)
     paths.write_bytes(paths.join(run_uri, "result.json"), text.encode())

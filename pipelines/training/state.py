@@ -1,16 +1,16 @@
 """What a checkpoint holds: networks with their optimizers, moving average, step and RNG.
 
-The loop trains a `TrainState`; checkpoints.py writes it as bytes and reads it back.
+The loop trains a `TrainState`; checkpoints.py writes it to a file and reads it back.
 """
 
 from __future__ import annotations
 
 import contextlib
-import io
 import math
 import pickle
 import zipfile
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -71,27 +71,25 @@ class TrainState:
             parameter.copy_(average)
             average.copy_(kept)
 
-    def to_bytes(self) -> bytes:
-        """The state with gathered tensors, as torch.save writes it.
+    def content(self) -> dict[str, Any]:
+        """What a checkpoint holds, with gathered tensors: those of the state itself, no copies.
 
         All workers of a sharded model must call it together.
         """
-        buffer = io.BytesIO()
-        state = {
+        return {
             "step": self.step,
             "networks": {name: network.state_dict() for name, network in self.networks.items()},
             "ema": gathered(self.ema),
             "rng": torch.get_rng_state(),
         }
-        torch.save(state, buffer)
-        return buffer.getvalue()
 
-    def load_bytes(self, data: bytes) -> None:
-        """Take over what `to_bytes` gave, without unpickling code.
+    def load(self, path: Path) -> None:
+        """Take over what `write_content` wrote, without unpickling code.
 
-        Raises CheckpointDamaged, and the state is then as it was.
+        The file is mapped into memory, not read as a whole. Raises CheckpointDamaged, and the state
+        is then as it was.
         """
-        state = _verified(data)
+        state = _verified(path)
         for name, network in self.networks.items():
             network.load_state_dict(state["networks"][name])
         for average, saved in zip(self.ema, state["ema"], strict=True):
@@ -152,7 +150,7 @@ class TrainedNetwork:
         self.module.load_state_dict(weights)
         ordered = [p for group in self.optimizer.param_groups for p in group["params"]]
         moments = {
-            index: {name: distributed_like(value, ordered[index]) for name, value in values.items()}
+            index: {name: _copy_like(value, ordered[index]) for name, value in values.items()}
             for index, values in state["optimizer"]["state"].items()
         }
         # Learning rates and decays are the recipe's: a resumed run may have others than before.
@@ -169,14 +167,33 @@ def ema_decay(step: int, decay: float) -> float:
     return min(decay, (1 + step) / (10 + step))
 
 
-def _verified(data: bytes) -> dict[str, Any]:
+def _copy_like(value: Tensor, parameter: Tensor) -> Tensor:
+    """A copy of one of AdamW's tensors where `parameter` is; of its step count, where it was."""
+    # AdamW keeps what it is given, which would be the checkpoint's file, mapped into memory.
+    if value.shape != parameter.shape:
+        return value.clone()
+    distributed = distributed_like(value, parameter)
+    return distributed if distributed is not value else value.to(parameter.device, copy=True)
+
+
+def write_content(content: dict[str, Any], path: Path) -> None:
+    """Write what `TrainState.content` gave, tensor by tensor. Raises OSError where it cannot."""
+    with open(path, "wb") as file:
+        try:
+            torch.save(content, file)
+        except RuntimeError as error:
+            # torch fails once more while it closes the file; the first error says why.
+            raise (error.__context__ or error) from None
+
+
+def _verified(path: Path) -> dict[str, Any]:
     # torch.save writes a CRC-32 of each tensor, and torch.load does not check it.
     try:
-        with zipfile.ZipFile(io.BytesIO(data)) as archive:
+        with zipfile.ZipFile(path) as archive:
             damaged = archive.testzip()
         if damaged:
             raise CheckpointDamaged(f"the checksum of {damaged} is wrong")
-        state: Any = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
+        state: Any = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except (zipfile.BadZipFile, pickle.UnpicklingError, RuntimeError, EOFError, OSError) as error:
         if isinstance(error, CheckpointDamaged):
             raise

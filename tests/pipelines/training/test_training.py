@@ -1,6 +1,7 @@
 """Training without Ray: accumulation, schedule, randomness, resume, split of the data."""
 
 import math
+from pathlib import Path
 
 import pytest
 import torch
@@ -14,7 +15,7 @@ from fae.pipelines.training.checkpoints import list_checkpoints, save_checkpoint
 from fae.pipelines.training.image_feed import step_parts
 from fae.pipelines.training.job import TrainingError
 from fae.pipelines.training.launch import fit, raised_by_worker
-from fae.pipelines.training.state import TrainState, ema_decay
+from fae.pipelines.training.state import TrainState, ema_decay, write_content
 from fae.pipelines.training.step import NonFiniteError, learning_rate, train_step
 
 BATCH = 8
@@ -122,8 +123,7 @@ def test_a_resumed_run_ends_at_the_same_bits(tmp_path, killed_at, ema):
     assert len(list_checkpoints(str(tmp_path))) == min(2, killed_at)
     torch.manual_seed(99)
     second = TrainState(nn.Sequential(nn.Linear(12, 16), nn.GELU(), nn.Linear(16, 12)), training)
-    with open(list_checkpoints(str(tmp_path))[-1], "rb") as file:
-        second.load_bytes(file.read())
+    second.load(Path(list_checkpoints(str(tmp_path))[-1]))
     assert second.step == killed_at
     for step in range(killed_at, 6):
         train_step(second, second.model, loss, batches_of(step, 2), training)
@@ -131,11 +131,12 @@ def test_a_resumed_run_ends_at_the_same_bits(tmp_path, killed_at, ema):
     assert all(torch.equal(a, b) for a, b in zip(whole.ema, second.ema, strict=True))
 
 
-def test_a_part_of_a_training_goes_on_with_its_own_rates_and_the_weights_before():
+def test_a_part_of_a_training_goes_on_with_its_own_rates_and_the_weights_before(tmp_path):
     before, now = section(), section(weight_decay=0.2, learning_rate=3e-3, betas=(0.8, 0.9))
     first, second = new_state(before), new_state(now)
     train_step(first, first.model, loss, batches_of(0, 1), before)
-    second.load_bytes(first.to_bytes())
+    write_content(first.content(), tmp_path / "state.pt")
+    second.load(tmp_path / "state.pt")
     assert torch.equal(parameters(first), parameters(second)) and second.step == 1
     old, new = (s.networks["model"].optimizer.state_dict() for s in (first, second))
     assert torch.equal(old["state"][0]["exp_avg"], new["state"][0]["exp_avg"])
