@@ -89,6 +89,14 @@ def doctor(
         bool,
         typer.Option("--fix", help="Add the rule that aborts incomplete uploads to the bucket."),
     ] = False,
+    abort_uploads: Annotated[
+        bool,
+        typer.Option(
+            "--abort-uploads",
+            help="Abort the bucket's unfinished uploads below the prefix; those of running jobs "
+            "then fail.",
+        ),
+    ] = False,
 ) -> None:
     """Check the cluster, its GPUs, a bucket, the tracking server.
 
@@ -102,7 +110,7 @@ def doctor(
     """
     from fae.pipelines.doctor import doctor as run_doctor
 
-    if not run_doctor(words or [], address=address, fix=fix):
+    if not run_doctor(words or [], address=address, fix=fix, abort_uploads=abort_uploads):
         raise typer.Exit(1)
 
 

@@ -11,6 +11,7 @@ import typer
 if TYPE_CHECKING:
     from fae.pipelines.config import Recipe
 
+TRAININGS = ("autoencoder", "pixel_decoder", "generator")
 RESUMES = "If the command fails or is killed, run it again: it resumes."
 
 
@@ -64,7 +65,8 @@ def recipe_command(
     """Decorator that makes a function of the merged recipe the command `name`.
 
     The command takes RECIPE [KEY=VALUE]..., --print-config, the options of the function, and if
-    `memory` is the name of a job also --dry-run, which prints the memory that the job will need.
+    `memory` is the name of a job also --dry-run, which prints the memory that the job will need,
+    and of a training the room for its checkpoints.
     """
 
     def register(job: Callable[..., None]) -> Callable[..., None]:
@@ -77,9 +79,11 @@ def recipe_command(
         ) -> None:
             loaded = merged(recipe, overrides, print_config)
             if dry_run and memory:
-                from fae.pipelines.doctor import memory_of, text
+                from fae.pipelines.doctor import checkpoint_text, memory_of, text
 
                 typer.echo(text(memory_of(loaded, memory)))
+                if memory in TRAININGS:
+                    typer.echo(checkpoint_text(loaded, memory))
                 return
             job(loaded, **options)
 

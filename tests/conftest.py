@@ -12,6 +12,9 @@ import numpy as np
 import pytest
 from moto.server import ThreadedMotoServer
 
+from fae.pipelines.storage import s3
+from tests.fault_proxy import FaultProxy
+
 # A deadline would be one of the machine, which may be busy.
 hypothesis.settings.register_profile("fae", deadline=None)
 hypothesis.settings.load_profile("fae")
@@ -24,6 +27,26 @@ def s3_server() -> Iterator[str]:
     host, port = server.get_host_and_port()
     yield f"http://{host}:{port}"
     server.stop()
+
+
+@pytest.fixture
+def limited_s3(s3_server: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[FaultProxy]:
+    """A proxy before the server with the bucket `large`: 5 MiB for one PUT, as S3 has 5 GiB."""
+    limit = 5 << 20
+    monkeypatch.setattr(s3, "PART_SIZE", limit)
+    monkeypatch.setattr(s3, "RANGE_SIZE", limit)
+    with FaultProxy(s3_server) as proxy:
+        proxy.put_limit = limit
+        for name, value in {
+            "AWS_ENDPOINT_URL": proxy.url,
+            "AWS_ACCESS_KEY_ID": "testing",
+            "AWS_SECRET_ACCESS_KEY": "testing",
+            "AWS_DEFAULT_REGION": "us-east-1",
+            "FAE_S3_PATIENCE": "20",
+        }.items():
+            monkeypatch.setenv(name, value)
+        boto3.client("s3", endpoint_url=s3_server).create_bucket(Bucket="large")
+        yield proxy
 
 
 @pytest.fixture(params=["local", "s3"])

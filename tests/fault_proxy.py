@@ -42,6 +42,8 @@ class FaultProxy:
         """Seconds before each request is passed on."""
         self.busy = False
         """Every request is answered 503 SlowDown while it is set."""
+        self.put_limit: int | None = None
+        """Bytes that one PUT may have; a larger one is answered 400 EntityTooLarge."""
         self.requests: Counter[str] = Counter()
         """By method, and by "METHOD status"."""
         self.bytes_down = 0
@@ -189,6 +191,8 @@ def _handler_of(proxy: FaultProxy) -> type[BaseHTTPRequestHandler]:
                 self.rfile.read(length // 2)
                 return self.reset()
             body = self.read_body(length)
+            if self.command == "PUT" and len(body) > (proxy.put_limit or len(body)):
+                return self.answer(400, {"Content-Type": "application/xml"}, TOO_LARGE, None)
             if fault == "503":
                 return self.answer(503, {"Content-Type": "application/xml"}, SLOW_DOWN, fault)
             upstream = http.client.HTTPConnection(proxy.upstream, timeout=60)
@@ -255,4 +259,8 @@ def _handler_of(proxy: FaultProxy) -> type[BaseHTTPRequestHandler]:
 SLOW_DOWN = (
     b'<?xml version="1.0" encoding="UTF-8"?><Error><Code>SlowDown</Code>'
     b"<Message>Please reduce your request rate.</Message></Error>"
+)
+TOO_LARGE = (
+    b'<?xml version="1.0" encoding="UTF-8"?><Error><Code>EntityTooLarge</Code>'
+    b"<Message>Your proposed upload exceeds the maximum allowed size.</Message></Error>"
 )

@@ -1,7 +1,8 @@
 """What can be known before a job starts: cluster, bucket, tracking server, memory."""
 
+from .checkpoint_room import checkpoint_text as checkpoint_text
 from .diagnosis import doctor as doctor
 from .memory import memory_of as memory_of
 from .memory import text as text
 
-__all__ = ["doctor", "memory_of", "text"]
+__all__ = ["checkpoint_text", "doctor", "memory_of", "text"]

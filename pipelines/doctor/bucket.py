@@ -25,10 +25,11 @@ SKEW_WARNING, SKEW_PROBLEM = 60.0, 300.0
 CONTENT = b"fae doctor wrote this to see whether it can; it may be deleted.\n"
 
 
-def check_bucket(uri: str, fix: bool = False) -> Iterator[Finding]:
+def check_bucket(uri: str, fix: bool = False, abort_uploads: bool = False) -> Iterator[Finding]:
     """Findings about `uri`. They end early where the later checks depend on one that failed.
 
-    With `fix`, the lifecycle rule that aborts incomplete uploads is added where it is missing.
+    With `fix`, the lifecycle rule that aborts incomplete uploads is added where it is missing. With
+    `abort_uploads`, those that are there now are aborted.
     """
     bucket, _, prefix = uri.removeprefix("s3://").rstrip("/").partition("/")
     if not bucket:
@@ -53,6 +54,7 @@ def check_bucket(uri: str, fix: bool = False) -> Iterator[Finding]:
             return
         yield _conditional(client, bucket, probe)
         yield _multipart(client, bucket, f"{probe}.parts")
+        yield from _unfinished_uploads(client, bucket, folder, abort_uploads)
         yield _lifecycle(client, bucket, folder, fix)
     finally:
         yield from _clean(client, bucket, [probe, f"{probe}.parts"])
@@ -171,6 +173,50 @@ def _multipart(client: Any, bucket: str, key: str) -> Finding:
     if error is None:
         return Finding("ok", "multipart", "one upload in parts completed, another was aborted")
     return Finding("problem", "multipart", error)
+
+
+def _unfinished_uploads(client: Any, bucket: str, folder: str, abort: bool) -> Iterator[Finding]:
+    """A finding where uploads in parts below `folder` were begun and neither completed nor aborted.
+
+    Of a killed writer such an upload stays; of a running one it is in work, and S3 tells them apart
+    by their age alone.
+    """
+    uploads: list[dict[str, Any]] = []
+
+    def look() -> None:
+        for page in client.get_paginator("list_multipart_uploads").paginate(
+            Bucket=bucket, Prefix=folder
+        ):
+            uploads.extend(page.get("Uploads", []))
+
+    def remove() -> None:
+        for upload in uploads:
+            client.abort_multipart_upload(
+                Bucket=bucket, Key=upload["Key"], UploadId=upload["UploadId"]
+            )
+
+    if error := _attempt("list the uploads of", bucket, folder, look):
+        yield Finding("warning", "uploads", error)
+    if not uploads:
+        return
+    number = f"{len(uploads)} unfinished upload{'s' if len(uploads) > 1 else ''}"
+    if abort:
+        error = _attempt("abort the uploads of", bucket, folder, remove)
+        yield (
+            Finding("problem", "uploads", error)
+            if error
+            else Finding("ok", "uploads", f"aborted {number}")
+        )
+        return
+    oldest = min(uploads, key=lambda upload: upload["Initiated"])
+    yield Finding(
+        "warning",
+        "uploads",
+        f"{number} below {folder or 'the bucket'}, the oldest of {oldest['Key']} since "
+        f"{oldest['Initiated']:%Y-%m-%d %H:%M} UTC. Killed writers leave parts that are stored and "
+        "paid for. While no job writes there, "
+        f"`fae doctor s3://{bucket}/{folder} --abort-uploads` removes them.",
+    )
 
 
 def _lifecycle(client: Any, bucket: str, folder: str, fix: bool) -> Finding:

@@ -23,7 +23,12 @@ from .finding import Finding
 from .nodes import check_nodes, look_at_nodes
 
 
-def doctor(words: Sequence[str], address: str | None = None, fix: bool = False) -> bool:
+def doctor(
+    words: Sequence[str],
+    address: str | None = None,
+    fix: bool = False,
+    abort_uploads: bool = False,
+) -> bool:
     """Print one line for each finding; returns whether there was no problem.
 
     `words` are [RECIPE [key=value …]] and s3:// prefixes. The recipe's own s3:// `output` and
@@ -46,7 +51,7 @@ def doctor(words: Sequence[str], address: str | None = None, fix: bool = False) 
     if recipe or os.environ.get("MLFLOW_TRACKING_URI"):
         problems += _print(check_tracking(recipe.tracking if recipe else TrackingSection()))
     for bucket in buckets:
-        problems += _print(check_bucket(bucket, fix))
+        problems += _print(check_bucket(bucket, fix, abort_uploads))
     print(f"{problems} problem{'s' if problems != 1 else ''}" if problems else "no problems")
     return problems == 0
 

@@ -25,6 +25,7 @@ from ..data import plan_source
 from ..latents import LatentEncoder
 from ..networks.untrained import build_autoencoder, build_backbone, fake_networks, network_bytes
 from ..sampling import ImageSampler
+from ..storage import paths, s3
 from ..training import requirements
 from .peak import peak_of
 
@@ -118,6 +119,8 @@ def training_memory(recipe: Recipe, network: str) -> list[Process]:
         processes.append(Process("decode task", num_tasks, tasks))
         processes.append(_object_store("crops", needed.decoded_ahead))
     host = {"Python": PYTHON, **needed.host}
+    if paths.is_s3(recipe.storage):
+        host["checkpoint, its parts while it is read"] = s3.TRANSFER_REQUESTS * s3.RANGE_SIZE
     on_host, on_device = (host, needed.step) if training.use_gpu else (host | needed.step, {})
     return [
         *processes,

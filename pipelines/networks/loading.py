@@ -7,6 +7,7 @@ one that `fae publish` wrote.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 
 import torch
 from torch import Tensor

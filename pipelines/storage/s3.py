@@ -42,6 +42,15 @@ CONNECTIONS = 32
 CONNECT_TIMEOUT, READ_TIMEOUT = 5, 30
 FIRST_PAUSE, LONGEST_PAUSE = 0.1, 10.0
 SAID_AFTER = 5.0
+PART_SIZE = 64 << 20
+"""Bytes of an uploaded part; boto3 raises it where a file would need more than MOST_PARTS. A
+smaller file is one PUT."""
+RANGE_SIZE = 16 << 20
+"""Bytes of one ranged read of a large object, of which TRANSFER_REQUESTS are in memory."""
+TRANSFER_REQUESTS = 8
+"""Parts of one file that are sent or read at once."""
+MOST_PARTS, LARGEST_OBJECT = 10_000, 5 << 40
+"""Limits of S3, the second in bytes."""
 ARROW_FIRST_PAUSE = 0.025
 
 _BUSY_STATUS = (429, 500, 502, 503, 504)

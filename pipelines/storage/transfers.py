@@ -18,14 +18,6 @@ from s3transfer.exceptions import RetriesExceededError
 
 from . import s3
 
-MEBI = 1 << 20
-PART_SIZE = 64 * MEBI
-"""Bytes of an uploaded part; boto3 raises it where a file would need more than 10,000 parts. A
-smaller file is one PUT."""
-RANGE_SIZE = 16 * MEBI
-"""Bytes of one ranged read, of which NUM_REQUESTS are in memory."""
-NUM_REQUESTS = 8
-"""Parts that one transfer sends or reads at once."""
 WAITING_CHUNKS = 64
 """Pieces of 256 KiB that were read and wait for the disk at most."""
 
@@ -39,7 +31,7 @@ def upload(path: Path, bucket: str, key: str) -> None:
 
     Raises ClientError, BotoCoreError or OSError; the object is then as it was.
     """
-    with _manager(PART_SIZE) as manager:
+    with _manager(s3.PART_SIZE) as manager:
         manager.upload(str(path), bucket, key).result()
 
 
@@ -49,7 +41,7 @@ def download(bucket: str, key: str, path: Path) -> None:
     Raises ClientError, BotoCoreError or OSError, ObjectReplaced among them.
     """
     try:
-        with _manager(RANGE_SIZE) as manager:
+        with _manager(s3.RANGE_SIZE) as manager:
             manager.download(bucket, key, str(path)).result()
     except RetriesExceededError as error:
         raise error.last_exception from None
@@ -59,7 +51,7 @@ def _manager(part_size: int) -> Any:
     config = TransferConfig(
         multipart_threshold=part_size,
         multipart_chunksize=part_size,
-        max_concurrency=NUM_REQUESTS,
+        max_concurrency=s3.TRANSFER_REQUESTS,
         max_io_queue=WAITING_CHUNKS,
         num_download_attempts=1,  # _RetryingClient has made its own
         preferred_transfer_client="classic",  # the other one has its own client and retries

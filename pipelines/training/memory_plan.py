@@ -33,8 +33,6 @@ class MemoryPlan:
 
     parts: dict[str, int]
     """Of the networks, by name."""
-    checkpoint: int
-    """What a checkpoint holds of them: weights, AdamW's moments and the average."""
     fixed: int
     """Kept for the backward pass whatever the number of images."""
     per_image: int
@@ -102,7 +100,7 @@ def plan_memory(
     image of the batch and for the first two, on torch's fake tensors: these have the shape, dtype
     and device of real ones and no memory, so nothing is computed and no buffer changes.
     """
-    parts, checkpoint = {}, 0
+    parts = {}
     for index, (name, module) in enumerate(trained.items()):
         weights = network_bytes(module)
         learned = sum(p.nbytes for p in module.parameters() if p.requires_grad)
@@ -110,7 +108,6 @@ def plan_memory(
         kept = (ADAM_COPIES + averages) * learned
         parts[f"{name}: weights"] = weights
         parts[f"{name}: gradients, optimizer{', average' if averages else ''}"] = learned + kept
-        checkpoint += weights + kept
     for name, module in frozen.items():
         parts[f"{name}: weights (frozen)"] = network_bytes(module)
     networks = [*trained.values(), *frozen.values()]
@@ -121,9 +118,21 @@ def plan_memory(
         known += [mode.from_tensor(t) for t in known if not isinstance(t, FakeTensor)]
         one = kept_for_backward(lambda: forward(_first(batch, 1)), known)
         if num_images == 1:
-            return MemoryPlan(parts, checkpoint, 0, one, 1)
+            return MemoryPlan(parts, 0, one, 1)
         two = kept_for_backward(lambda: forward(_first(batch, 2)), known)
-    return MemoryPlan(parts, checkpoint, max(0, 2 * one - two), two - one, num_images)
+    return MemoryPlan(parts, max(0, 2 * one - two), two - one, num_images)
+
+
+def checkpoint_bytes(trained: Iterable[nn.Module], has_average: bool) -> int:
+    """What a checkpoint holds of the networks: weights, AdamW's moments, the first one's average.
+
+    The file is larger by some kilobytes.
+    """
+    total = 0
+    for index, module in enumerate(trained):
+        learned = sum(p.nbytes for p in module.parameters() if p.requires_grad)
+        total += network_bytes(module) + (ADAM_COPIES + (has_average and index == 0)) * learned
+    return total
 
 
 def kept_for_backward(forward: Callable[[], Any], known: Iterable[Tensor]) -> int:

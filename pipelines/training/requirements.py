@@ -15,11 +15,11 @@ import torch
 from ..config import Recipe
 from ..config.sections import TrainingSection
 from ..data.decoding import DECODE_CPUS, WINDOW_BATCHES
-from ..networks.untrained import fake_networks
+from ..networks.untrained import fake_networks, network_bytes
 from . import autoencoder, generator, pixel_decoder, pixel_objective
 from .batches import PREFETCH_BATCHES
 from .launch import cluster_resources
-from .memory_plan import memory_plan_of
+from .memory_plan import checkpoint_bytes, memory_plan_of
 
 UNTRAINED_JOBS = {
     "autoencoder": autoencoder.untrained_job,
@@ -92,14 +92,20 @@ def memory_of(recipe: Recipe, network: str) -> TrainingMemory:
         batch = blank_batch(size)
         plan = memory_plan_of(job, training, batch)
     batch_bytes = sum(tensor.nbytes for tensor in batch.tensors.values())
-    host = {
-        # As bytes, and once more while they are taken out of the buffer; rank 0 alone.
-        "checkpoint, while it is written, twice": 2 * plan.checkpoint,
-        "batches made ahead": (PREFETCH_BATCHES + 2) * batch_bytes,
-    }
+    host = {"batches made ahead": (PREFETCH_BATCHES + 2) * batch_bytes}
+    if training.use_gpu:
+        host["network, while its file is written"] = network_bytes(job.model)
     step = {**plan.parts, "kept for the backward pass": plan.kept}
     if network not in HELD_OUT_IMAGES:
         return TrainingMemory(step, host, 0, 0)
     host["held-out images"] = HELD_OUT_IMAGES[network] * 3 * recipe.image_size**2
     waiting = WINDOW_BATCHES * training.num_workers * batch_bytes
     return TrainingMemory(step, host, batch_bytes, waiting)
+
+
+def checkpoint_size(recipe: Recipe, network: str) -> int:
+    """Bytes of a checkpoint of the training of `network`. Raises as `memory_of` does."""
+    with torch.device("meta"):
+        job, _ = UNTRAINED_JOBS[network](recipe)
+    trained = [job.model, *([job.adversary.module] if job.adversary else [])]
+    return checkpoint_bytes(trained, training_of(recipe, network).ema_decay is not None)

@@ -1,9 +1,14 @@
 """The estimate against sums done by hand; test_precompute.py holds it against a run."""
 
+import shutil
+import tempfile
+from types import SimpleNamespace
+
 import pytest
 import torch
 
 from fae.pipelines.config.recipe import load_recipe
+from fae.pipelines.doctor.checkpoint_room import checkpoint_text, num_parts
 from fae.pipelines.doctor.memory import (
     TASK,
     precompute_memory,
@@ -14,7 +19,9 @@ from fae.pipelines.doctor.memory import (
 from fae.pipelines.doctor.peak import Results, peak_of
 from fae.pipelines.latents.encoder import LatentEncoder
 from fae.pipelines.networks.untrained import build_autoencoder, build_backbone, fake_networks
+from fae.pipelines.storage import s3
 from fae.pipelines.training.memory_plan import MEBI
+from fae.pipelines.training.requirements import checkpoint_size
 from tests.tiny import SHARD_SIZE, TINY
 
 CROP = 3 * 32 * 32
@@ -97,6 +104,42 @@ def test_a_worker_holds_the_plan_of_its_micro_batch_and_the_checkpoint_that_it_w
     assert {name: workers[0].host[name] for name in step} == step
     # The file holds weights and two moments; gradients are none of it.
     weights, rest = step["model: weights"], step["model: gradients, optimizer"]
-    assert workers[0].host["checkpoint, while it is written, twice"] == 2 * (
-        weights + rest * 2 // 3
-    )
+    recipe = load_recipe("photos-dinov2s", options)
+    size = checkpoint_size(recipe, "autoencoder")
+    assert size == weights + rest * 2 // 3
+    # It is written tensor by tensor; a network on a GPU is copied to the host for its own file.
+    copies = [sum(size for name, size in w.host.items() if "written" in name) for w in workers]
+    assert copies == [0, weights]
+
+
+@pytest.mark.parametrize("place", ["local", "s3"])
+def test_a_checkpoint_is_compared_with_the_store_and_the_free_disk(tmp_path, monkeypatch, place):
+    storage = "s3://bucket/runs" if place == "s3" else str(tmp_path / "not" / "there" / "yet")
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
+    monkeypatch.setattr(tempfile, "tempdir", None)
+    recipe = load_recipe("photos-dinov2s", [*TINY, f"storage={storage}"])
+    size = checkpoint_size(recipe, "autoencoder")
+    kept = recipe.autoencoder.training.keep_checkpoints
+    needed = size if place == "s3" else (kept + 1) * size
+    for free, fits in ((needed, True), (needed - 1, False)):
+        asked = []
+
+        def usage(path: str, free: int = free, asked: list[str] = asked) -> SimpleNamespace:
+            asked.append(path)
+            return SimpleNamespace(free=free)
+
+        monkeypatch.setattr(shutil, "disk_usage", usage)
+        words = checkpoint_text(recipe, "autoencoder")
+        assert asked == [str(tmp_path)]
+        assert f"{size / MEBI:,.0f}  one checkpoint" in words
+        assert ("This will not fit" in words) != fits
+        assert ("TMPDIR" in words) == (place == "s3" and not fits)
+    monkeypatch.setattr(s3, "LARGEST_OBJECT", size - 1)
+    assert ("S3 will refuse it" in checkpoint_text(recipe, "autoencoder")) == (place == "s3")
+
+
+def test_parts_grow_where_an_object_would_need_more_than_ten_thousand():
+    assert num_parts(11 * 2**30) == 176
+    assert num_parts(10_000 * s3.PART_SIZE) == 10_000
+    assert num_parts(10_000 * s3.PART_SIZE + 1) == 5_001
+    assert num_parts(s3.LARGEST_OBJECT) <= 10_000

@@ -8,6 +8,7 @@ when_required).
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
@@ -31,6 +32,32 @@ pytestmark = pytest.mark.skipif(
     os.environ.get("FAE_TEST_S3") != "1",
     reason="no real S3 server: set FAE_TEST_S3=1 and AWS_ENDPOINT_URL with its credentials",
 )
+
+
+SIX_GIB = """
+import json, os, sys, time
+from fae.pipelines.storage import paths, s3
+
+def peak():
+    with open("/proc/self/status") as status:
+        return next(int(line.split()[1]) << 10 for line in status if line.startswith("VmHWM"))
+
+size, marks = 6 << 30, range(0, 6 << 30, 333_333_333)
+s3.client()
+before, started = peak(), time.monotonic()
+with paths.writing(sys.argv[1]) as path, open(path, "wb") as file:
+    file.truncate(size)
+    for place in marks:
+        file.seek(place)
+        file.write(b"%016d" % place)
+written = time.monotonic()
+with paths.local_copy(sys.argv[1]) as path, open(path, "rb") as file:
+    assert os.path.getsize(path) == size
+    for place in marks:
+        file.seek(place)
+        assert file.read(16) == b"%016d" % place
+print(json.dumps([peak() - before, written - started, time.monotonic() - written]))
+"""
 
 
 @pytest.fixture(scope="module")
@@ -135,6 +162,20 @@ def test_a_killed_driver_resumes_on_a_real_s3(base: str, tmp_path: Path) -> None
         assert (manifest["planned"], manifest["stored"]) == (200, 200)
         etags.append([entry["etag"] for entry in manifest["shards"]])
     assert etags[0] == etags[1]
+
+
+@pytest.mark.faults
+def test_an_object_of_six_gib_is_written_and_read_in_the_memory_of_some_parts(base: str) -> None:
+    """Needs 6 GiB in the server's store and as much in TMPDIR."""
+    result = subprocess.run(
+        [sys.executable, "-c", SIX_GIB, f"{base}/six"], cwd=ROOT, capture_output=True, text=True
+    )
+    assert result.returncode == 0, result.stderr
+    grown, write_s, read_s = json.loads(result.stdout)
+    print(f"grown by {grown >> 20} MiB, written in {write_s:.0f} s, read in {read_s:.0f} s")
+    assert next(paths.list_files(f"{base}/six")).size == 6 << 30
+    paths.delete(f"{base}/six")
+    assert grown < 2 * s3.TRANSFER_REQUESTS * s3.RANGE_SIZE + s3.PART_SIZE
 
 
 def _count(uri: str) -> int:

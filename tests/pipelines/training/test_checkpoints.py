@@ -28,6 +28,8 @@ from fae.pipelines.training.job import TrainingError
 from fae.pipelines.training.state import TrainState
 from tests.fault_proxy import FaultProxy
 
+MOMENTS = ("exp_avg", "exp_avg_sq", "step")
+
 
 class Bomb:
     """Pickled, it makes a file when it is unpickled."""
@@ -39,9 +41,27 @@ class Bomb:
         return os.mkdir, (str(self.path),)
 
 
-def new_state() -> TrainState:
+def new_state(width: int = 200) -> TrainState:
     torch.manual_seed(0)
-    return TrainState(nn.Linear(200, 200), TrainingSection(ema_decay=0.5))
+    return TrainState(nn.Linear(width, width), TrainingSection(ema_decay=0.5))
+
+
+def take_step(state: TrainState, step: int) -> None:
+    network = state.networks["model"]
+    network.prepare(1.0)
+    generator = torch.Generator().manual_seed(step)
+    x = torch.randn(4, state.model.in_features, generator=generator)
+    state.model(x).square().mean().backward()
+    network.optimizer.step()
+    state.step = step + 1
+    state.update_ema()
+
+
+def everything(state: TrainState) -> list[torch.Tensor]:
+    """Weights, averages and AdamW's moments, in an order."""
+    network = state.networks["model"]
+    moments = [network.optimizer.state[p][name] for p in network.parameters for name in MOMENTS]
+    return [*(p.detach() for p in network.parameters), *state.ema, *moments]
 
 
 def write_run(uri: str, steps: tuple[int, ...] = (2, 4)) -> dict[int, torch.Tensor]:
@@ -144,3 +164,53 @@ def test_an_interrupted_upload_leaves_the_checkpoint_before_or_is_sent_again(
         assert list_checkpoints(run) == [checkpoint_uri(run, 4)]
         resume(resumed, run)
         assert resumed.step == 4
+
+
+def test_a_checkpoint_above_the_limit_of_one_put_is_written_and_resumed_to_the_bit(
+    limited_s3: FaultProxy, tmp_path: Path
+) -> None:
+    run = f"s3://large/{tmp_path.name}"
+    whole = new_state(width=900)
+    for step in range(3):
+        take_step(whole, step)
+        if step == 1:
+            limited_s3.inject("cut upload", 2, lambda method, path: "partNumber=2" in path)
+            save_checkpoint(whole, run, keep=1)
+    (uri,) = list_checkpoints(run)
+    assert next(paths.list_files(uri)).size > 2 * (limited_s3.put_limit or 0)
+    with pytest.raises(paths.StorageError, match="EntityTooLarge"), paths.local_copy(uri) as path:
+        paths.write_bytes(f"{run}/one-put", path.read_bytes())
+    resumed = new_state(width=900)
+    limited_s3.inject("cut answer", 2, lambda method, path: method == "GET" and ".pt" in path)
+    assert resume(resumed, run).startswith("resumed at step 2")
+    assert limited_s3.injected == {"cut upload": 2, "cut answer": 2}
+    take_step(resumed, 2)
+    assert all(map(torch.equal, everything(whole), everything(resumed)))
+
+
+def test_a_resumed_state_holds_nothing_of_the_file_it_came_from(tmp_path: Path) -> None:
+    first = new_state()
+    take_step(first, 0)
+    save_checkpoint(first, str(tmp_path), keep=1)
+    (uri,) = list_checkpoints(str(tmp_path))
+    second = new_state()
+    resume(second, str(tmp_path))
+    with open("/proc/self/maps") as maps:
+        assert uri not in maps.read()
+    before = Path(uri).read_bytes()
+    take_step(second, 1)
+    assert Path(uri).read_bytes() == before
+
+
+def test_what_a_killed_writer_left_beside_the_checkpoints_is_removed_by_the_next(
+    tmp_path: Path,
+) -> None:
+    write_run(str(tmp_path), (2,))
+    left = tmp_path / "checkpoints" / ".step_000000004.pt.0123.tmp"
+    left.write_bytes(b"half")
+    write_run(str(tmp_path), (4,))
+    assert [Path(uri).name for uri in list_checkpoints(str(tmp_path))] == [
+        "step_000000002.pt",
+        "step_000000004.pt",
+    ]
+    assert not left.exists()
