@@ -494,12 +494,6 @@ def publish(
     license_name: Annotated[
         str, typer.Option("--license", help="Licence of the weights, as the Hub names it.")
     ] = "unknown",
-    diffusers: Annotated[
-        bool,
-        typer.Option(
-            "--diffusers/--no-diffusers", help="Also write what diffusers loads, if it can."
-        ),
-    ] = True,
 ) -> None:
     """Write trained networks as a folder that others load.
 
@@ -523,7 +517,7 @@ def publish(
     if output is not None:
         if push is not None and output.startswith("s3://"):
             raise typer.BadParameter("--push needs a local --output.")
-        account = run_publish(places, output, license_name, name=push, diffusers=diffusers)
+        account = run_publish(places, output, license_name, name=push)
         networks = ", ".join(account["networks"])
         typer.echo(f"{output}: {networks}; {len(account['files'])} files")
     if push is not None:

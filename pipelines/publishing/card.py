@@ -52,13 +52,13 @@ def model_card(
     """
     backbone = _backbone(found)
     sections = [
-        _front_matter(found, files, backbone, license_name),
+        _front_matter(found, backbone, license_name),
         f"# {title}\n",
         f"Feature Auto-Encoder ([arXiv {PAPER}](https://arxiv.org/abs/{PAPER})), trained with FAE "
         "on Ray.\n",
         _networks(account),
         _licences(backbone, license_name),
-        _loading(found, files, title),
+        _loading(found, title),
         _data(found),
         _scores(found),
         _pictures(found),
@@ -67,16 +67,11 @@ def model_card(
     return "\n".join(section for section in sections if section)
 
 
-def _front_matter(
-    found: Findings,
-    files: Mapping[str, Any],
-    backbone: Mapping[str, str] | None,
-    license_name: str,
-) -> str:
+def _front_matter(found: Findings, backbone: Mapping[str, str] | None, license_name: str) -> str:
     generates = "generator" in found.networks
     values: dict[str, Any] = {
         "license": license_name,
-        "library_name": "diffusers" if _has_diffusers(files) else "fae-ray",
+        "library_name": "fae-ray",
         "pipeline_tag": "unconditional-image-generation"
         if generates
         else "image-feature-extraction",
@@ -85,10 +80,6 @@ def _front_matter(
     if backbone and backbone["repository"]:
         values["base_model"] = backbone["repository"]
     return f"---\n{yaml.safe_dump(values, sort_keys=False)}---\n"
-
-
-def _has_diffusers(files: Mapping[str, Any]) -> bool:
-    return any(name.endswith("diffusion_pytorch_model.safetensors") for name in files)
 
 
 def _backbone(found: Findings) -> dict[str, str] | None:
@@ -134,7 +125,7 @@ def _licences(backbone: Mapping[str, str] | None, license_name: str) -> str:
     return "\n".join([*lines, ""])
 
 
-def _loading(found: Findings, files: Mapping[str, Any], title: str) -> str:
+def _loading(found: Findings, title: str) -> str:
     lines = ["## Load it", "", "With `pip install fae-ray`:", "", "```python", "import fae", ""]
     if "autoencoder" in found.networks:
         lines += [
@@ -148,27 +139,7 @@ def _loading(found: Findings, files: Mapping[str, Any], title: str) -> str:
     else:
         lines.append(f'network = fae.load("{title}").module')
     lines += ["```", ""]
-    if _has_diffusers(files):
-        lines += _loading_with_diffusers(files, title)
     return "\n".join(lines)
-
-
-def _loading_with_diffusers(files: Mapping[str, Any], title: str) -> list[str]:
-    lines = ["With diffusers, whose classes for it are in this repository:", "", "```python"]
-    if "model_index.json" in files:
-        lines += [
-            "from diffusers import DiffusionPipeline",
-            "",
-            f'pipeline = DiffusionPipeline.from_pretrained("{title}", trust_remote_code=True)',
-            "image = pipeline(labels=[0], guidance_scale=2.0).images[0]",
-        ]
-    else:
-        lines += [
-            "from diffusers import AutoModel",
-            "",
-            f'model = AutoModel.from_pretrained("{title}", trust_remote_code=True)',
-        ]
-    return [*lines, "```", ""]
 
 
 def _data(found: Findings) -> str:

@@ -1,8 +1,8 @@
 """`fae publish`: a folder with networks, what they were trained with, and a model card.
 
-The folder holds each network as `fae train` wrote it, README.md, config.json, recipes and pictures;
-if diffusers is installed also what diffusers loads. fae.json has the fingerprints, the latent
-statistics, the versions, and size and SHA-256 of every other file.
+The folder holds each network as `fae train` wrote it, README.md, config.json, recipes and pictures.
+fae.json has the fingerprints, the latent statistics, the versions, and size and SHA-256 of every
+other file.
 """
 
 from __future__ import annotations
@@ -35,7 +35,6 @@ def publish(
     output: str,
     license_name: str = "unknown",
     name: str | None = None,
-    diffusers: bool = True,
 ) -> dict[str, Any]:
     """Write what is at `places` (findings.py) into the new folder `output`; returns its fae.json.
 

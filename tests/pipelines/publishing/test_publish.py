@@ -135,7 +135,7 @@ def test_a_folder_accounts_for_every_file_and_names_what_it_was_trained_with(
     runs, tmp_path, names, files
 ):
     output = tmp_path / "published"
-    account = publish([str(runs / name) for name in names], str(output), diffusers=False)
+    account = publish([str(runs / name) for name in names], str(output))
     assert json.loads((output / "fae.json").read_text()) == account
     there = {p.relative_to(output).as_posix() for p in output.rglob("*") if p.is_file()}
     assert there == {*account["files"], "fae.json"}
@@ -255,7 +255,7 @@ def test_networks_that_do_not_belong_together_are_refused(runs, tmp_path):
 
 def test_a_published_folder_is_loaded_by_its_path_or_s3_address(runs, root):
     place = paths.join(root, "published")
-    publish([str(runs / name) for name in ("fae", "decoder", "dit")], place, diffusers=False)
+    publish([str(runs / name) for name in ("fae", "decoder", "dit")], place)
     assert_same_networks(place, runs)
 
 
@@ -275,7 +275,7 @@ def test_a_pushed_model_is_loaded_by_its_name_on_the_hub(runs, tmp_path, hub: Hu
     output = tmp_path / "published"
     command = ["publish", *(str(runs / name) for name in ("fae", "decoder", "dit"))]
     result = CliRunner().invoke(
-        app, [*command, "--output", str(output), "--push", MODEL, "--private", "--no-diffusers"]
+        app, [*command, "--output", str(output), "--push", MODEL, "--private"]
     )
     assert result.exit_code == 0, result.output
     assert TOKEN not in result.output and f"{hub.url}/{MODEL}/commit/" in result.output
