@@ -12,7 +12,7 @@ import json
 import sys
 import time
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -64,10 +64,7 @@ def evaluate(recipe: Recipe, show_progress: bool = True) -> dict[str, float]:
     if (before := _scores_before(options.output, inputs)) is not None:
         return before
 
-    summaries = {
-        role: _summary(role, side, needs[role], recipe, made_with, show_progress)
-        for role, side in sides
-    }
+    summaries = _summaries(sides, needs, recipe, made_with, show_progress)
     result: dict[str, float] = {}
     if reference is not None and scores & PAIRED - {"rfid"}:
         start_ray()
@@ -128,41 +125,59 @@ def _scores_before(output: str | None, inputs: dict[str, Any]) -> dict[str, floa
     return dict(before["scores"])
 
 
-def _summary(
-    role: str,
-    side: ImageSet,
-    needs: Needs,
+def _summaries(
+    sides: Sequence[tuple[str, ImageSet]],
+    needs: Mapping[str, Needs],
     recipe: Recipe,
     made_with: dict[str, str],
     show_progress: bool,
-) -> Summary:
-    """The set's summary. Its statistics are added to `side` and saved in the output.
+) -> dict[str, Summary]:
+    """The sets' summaries by role. Their statistics are added to the sets and saved in the output.
 
     A job that was interrupted finds them there and does not extract features again, unless a score
     needs more than statistics.
     """
-    if needs == Needs():
-        return Summary()
     output = recipe.evaluate.output
-    identity = {"identity": side.identity, "limit": recipe.evaluate.limit}
-    saved = paths.join(output, f"{role}_statistics.npz") if output else None
-    if saved and not needs.gather and not needs.splits and paths.exists(saved):
-        statistics, theirs, about = read_statistics(saved)
-        same = {k: v for k, v in about.items() if k != "content_sha256"} == identity
-        if same and theirs == made_with and set(needs.moments) <= statistics.keys():
-            side.statistics |= statistics
-            return Summary(content_sha256=about["content_sha256"])
-    if show_progress:
-        print(f"{role}: {len(side.keys)} images of {side.uri}", file=sys.stderr, flush=True)
+    summaries = {role: Summary() for role, _ in sides}
+    missing: dict[str, tuple[ImageSet, Needs]] = {}
+    saved = {role: paths.join(output, f"{role}_statistics.npz") for role in summaries if output}
+    about = {
+        role: {"identity": side.identity, "limit": recipe.evaluate.limit} for role, side in sides
+    }
+    for role, side in sides:
+        if role in saved and (
+            found := _saved(saved[role], side, needs[role], about[role], made_with)
+        ):
+            summaries[role] = found
+        elif needs[role] != Needs():
+            missing[role] = side, needs[role]
+    if not missing:
+        return summaries
     start_ray()
-    networks = {name: made_with[name] for name in needs.networks}
-    summary = summarize(side, needs, recipe, networks, show_progress)
-    made = {name: moments.gaussian() for name, moments in summary.moments.items()}
-    side.statistics |= made
-    if saved and made:
-        about = {**identity, "content_sha256": summary.content_sha256}
-        write_statistics(saved, made, made_with, about)
-    return summary
+    networks = {name: made_with[name] for _, one in missing.values() for name in one.networks}
+    for role, summary in summarize(missing, recipe, networks, show_progress):
+        summaries[role] = summary
+        made = {name: moments.gaussian() for name, moments in summary.moments.items()}
+        missing[role][0].statistics |= made
+        if role in saved and made:
+            described = {**about[role], "content_sha256": summary.content_sha256}
+            write_statistics(saved[role], made, made_with, described)
+    return summaries
+
+
+def _saved(
+    uri: str, side: ImageSet, needs: Needs, about: dict[str, Any], made_with: dict[str, str]
+) -> Summary | None:
+    """The summary that `uri` holds of this set; None where it holds none, or not all of `needs`."""
+    if not needs.moments or needs.gather or needs.splits or not paths.exists(uri):
+        return None
+    statistics, theirs, found = read_statistics(uri)
+    if theirs != made_with or not set(needs.moments) <= statistics.keys():
+        return None
+    if {name: value for name, value in found.items() if name != "content_sha256"} != about:
+        return None
+    side.statistics |= statistics
+    return Summary(content_sha256=found["content_sha256"])
 
 
 def _scores(

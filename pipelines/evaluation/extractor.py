@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Collection
 from pathlib import Path
 
 import numpy as np
@@ -51,8 +52,10 @@ class Extractor:
             self.fingerprints["inception"] = self.inception.weights_sha256
 
     @torch.inference_mode()
-    def __call__(self, images: np.ndarray) -> dict[str, np.ndarray]:
-        """Features float32 [n, D] by name, of uint8 crops [n, S, S, 3].
+    def __call__(
+        self, images: np.ndarray, networks: Collection[str] = ("backbone", "inception")
+    ) -> dict[str, np.ndarray]:
+        """Features float32 [n, D] by name, of uint8 crops [n, S, S, 3], by those of `networks`.
 
         Names are backbone, and of Inception inception, spatial and logits.
         """
@@ -62,12 +65,12 @@ class Extractor:
             some = images[start : start + self.batch_size].copy()
             batch = torch.from_numpy(some).to(self.device)
             features: dict[str, Tensor] = {}
-            if self.backbone is not None:
+            if self.backbone is not None and "backbone" in networks:
                 patches, token = self.backbone.tokens(batch)
                 if self.token == "mean" or token is None:
                     token = patches.mean(dim=1)
                 features["backbone"] = token
-            if self.inception is not None:
+            if self.inception is not None and "inception" in networks:
                 features |= self.inception(batch)
             for name, values in features.items():
                 parts.setdefault(name, []).append(values.float().cpu())

@@ -1,4 +1,4 @@
-"""Features of a set of images, computed by Ray Data and summarized: the input of every score.
+"""Features of sets of images, computed by Ray Data and summarized: the input of every score.
 
 One row is one chunk of images: decode and crop (CPU tasks) -> networks (actor pool) -> float64
 moments, sums of the Inception Score and, where a score needs them, the features themselves. Chunks
@@ -10,10 +10,12 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import partial
+from itertools import islice
 from typing import Any
 
 import numpy as np
@@ -36,6 +38,8 @@ from .image_sets import ImageSet
 from .tasks import decode_chunk
 
 PAIR_SCORES = ("psnr", "ssim", "lpips")
+
+Row = dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -73,32 +77,45 @@ class Summary:
 
 
 def summarize(
-    images: ImageSet,
-    needs: Needs,
+    sets: Mapping[str, tuple[ImageSet, Needs]],
     recipe: Recipe,
     fingerprints: dict[str, str],
     show_progress: bool,
-) -> Summary:
-    """The summary of the whole set, as `needs` says.
+) -> Iterator[tuple[str, Summary]]:
+    """(role, summary) of each of `sets` in turn, when its last chunk is done.
 
-    `fingerprints` are those of the networks on the driver; an actor with other weights raises
-    CheckpointError. Raises EvaluationError where more images than the recipe allows cannot be
-    decoded, or none can.
+    One pool of actors serves all sets. `fingerprints` are those of the networks on the driver; an
+    actor with other weights raises CheckpointError. Raises EvaluationError where more images of a
+    set than the recipe allows cannot be decoded, or none can.
     """
     options = recipe.evaluate
-    pieces = images.pieces(options.chunk_size)
+    size = options.chunk_size
+    pieces = {role: list(images.pieces(size)) for role, (images, _) in sets.items()}
     rows = [
-        {"chunk": i, "start": i * options.chunk_size, "images": json.dumps(piece)}
-        for i, piece in enumerate(pieces)
+        {"role": role, "chunk": i, "start": i * size, "images": json.dumps(piece)}
+        for role, of_set in pieces.items()
+        for i, piece in enumerate(of_set)
     ]
-    arguments = (options, recipe.backbone, needs, len(images.keys), fingerprints)
-    progress = Progress(len(rows), len(images.keys), show_progress)
+    shapes = {role: (needs, len(images.keys)) for role, (images, needs) in sets.items()}
+    finished = _run(rows, SummarizeChunks, (options, recipe.backbone, shapes, fingerprints), recipe)
+    for role, (images, needs) in sets.items():
+        if show_progress:
+            print(f"{role}: {len(images.keys)} images of {images.uri}", file=sys.stderr, flush=True)
+        of_set = islice(finished, len(pieces[role]))
+        progress = Progress(len(pieces[role]), len(images.keys), show_progress)
+        yield role, _summary(images, needs, of_set, options.max_error_rate, progress)
+
+
+def _summary(
+    images: ImageSet, needs: Needs, rows: Iterable[Row], max_error_rate: float, progress: Progress
+) -> Summary:
+    """The summary of a set of which `rows` are the chunks, in order."""
     whole, contents = Summary(), hashlib.sha256()
     errors: list[dict[str, str]] = []
-    for row in _run(rows, SummarizeChunks, arguments, recipe):
+    for row in rows:
         found = json.loads(str(row["errors"]))
         errors += found
-        _check_errors(images, errors, options.max_error_rate)
+        _check_errors(images, errors, max_error_rate)
         contents.update(row["digests"])
         progress.add(int(row["rows"]), len(found), float(row["done_at"]))
         if row["rows"]:
@@ -138,9 +155,7 @@ def compare_pairs(
     return {name: total / count for name, total in sums.items()}
 
 
-def _run(
-    rows: list[dict[str, Any]], actor: type, arguments: tuple[Any, ...], recipe: Recipe
-) -> Iterator[dict[str, Any]]:
+def _run(rows: list[Row], actor: type, arguments: tuple[Any, ...], recipe: Recipe) -> Iterator[Row]:
     """The rows of the finished chunks, in order."""
     decode = partial(decode_chunk, data=recipe.data, image_size=recipe.image_size)
     stages = RowStages(actor, arguments, prepare=decode)
@@ -150,45 +165,52 @@ def _run(
 class SummarizeChunks:
     """The actor of `summarize`: it loads the networks once, on its GPU or its node's CPU.
 
-    It makes one row of each chunk: rows (images decoded), errors, digests (SHA-256 of each crop),
-    and what `needs` asks for. Raises CheckpointError where its weights are not the driver's.
+    `sets` are what each set needs and how many images it has, by role. It makes one row of each
+    chunk: rows (images decoded), errors, digests (SHA-256 of each crop), and what its set needs.
+    Raises CheckpointError where its weights are not the driver's.
     """
 
     def __init__(
         self,
         options: EvaluateSection,
         backbone: BackboneSection,
-        needs: Needs,
-        num_images: int,
+        sets: dict[str, tuple[Needs, int]],
         fingerprints: dict[str, str],
     ) -> None:
-        self.needs, self.options = needs, options
-        self.extract = Extractor(options, backbone, needs.networks, _device(options))
+        self.options = options
+        self.needs = {role: needs for role, (needs, _) in sets.items()}
+        self.splits = {
+            role: split_numbers(num_images, options.inception_splits, options.seed)
+            for role, (_, num_images) in sets.items()
+        }
+        networks = {name for needs in self.needs.values() for name in needs.networks}
+        self.extract = Extractor(options, backbone, networks, _device(options))
         for name, value in self.extract.fingerprints.items():
             if fingerprints[name] != value:
                 raise CheckpointError(
                     f"The weights of {name} on this node are not those that the job started with."
                 )
-        self.splits = split_numbers(num_images, options.inception_splits, options.seed)
 
     def __call__(self, batch: dict[str, np.ndarray]) -> dict[str, Any]:
+        role = str(batch["role"][0])
+        needs = self.needs[role]
         images, kept = np.asarray(batch["images"][0]), np.asarray(batch["kept"][0], dtype=np.int64)
         row: dict[str, Any] = {
             "rows": [len(images)],
             "errors": batch["errors"],
             "digests": [b"".join(hashlib.sha256(image.tobytes()).digest() for image in images)],
         }
-        features = self.extract(images)
+        features = self.extract(images, needs.networks)
         for name, values in features.items():
             if not np.isfinite(values).all():
                 raise EvaluationError(f"The features {name} are not finite. Check the weights.")
-        for name in self.needs.moments if len(images) else ():
+        for name in needs.moments if len(images) else ():
             moments = Moments.of(features[name])
             row |= {f"{name}_mean": [moments.mean], f"{name}_scatter": [moments.scatter]}
-        if self.needs.gather and len(images):
-            row["features"] = [features[self.needs.gather]]
-        if self.needs.splits and len(images):
-            numbers = self.splits[int(batch["start"][0]) + kept]
+        if needs.gather and len(images):
+            row["features"] = [features[needs.gather]]
+        if needs.splits and len(images):
+            numbers = self.splits[role][int(batch["start"][0]) + kept]
             sums = SplitSums.of(features["logits"], numbers, self.options.inception_splits)
             row |= {f"split_{name}": [value] for name, value in vars(sums).items()}
         return {**row, "done_at": [time.time()]}
@@ -231,7 +253,7 @@ def _device(options: EvaluateSection) -> str:
     return "cpu"
 
 
-def _merge(whole: Summary, row: dict[str, Any], needs: Needs) -> None:
+def _merge(whole: Summary, row: Row, needs: Needs) -> None:
     """Add the row of a chunk to the summary."""
     count = int(row["rows"])
     whole.count += count
