@@ -3,8 +3,12 @@ module."""
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from pathlib import Path
+
+# Read when torch is imported. The tests' processes share few cores, and waiting threads would spin.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import boto3
 import hypothesis
@@ -64,6 +68,14 @@ def root(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.Mon
     client = boto3.client("s3", endpoint_url=endpoint)
     client.create_bucket(Bucket="bucket")
     return f"s3://bucket/{tmp_path.name}"
+
+
+@pytest.fixture
+def without_ray(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ray Data's jobs run in this process: for tests of what becomes of their rows."""
+    from tests.here import leave_ray_out
+
+    leave_ray_out(monkeypatch)
 
 
 @pytest.fixture(scope="session")

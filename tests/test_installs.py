@@ -84,7 +84,7 @@ class Environment:
     def run(self, *command: str, folder: Path, **variables: str) -> tuple[int, str]:
         """The command's process id and standard output; it must succeed."""
         with self.started(*command, folder=folder, **variables) as process:
-            output, errors = process.communicate(timeout=120)
+            output, errors = process.communicate(timeout=300)
         assert process.returncode == 0, output + errors
         return process.pid, output
 

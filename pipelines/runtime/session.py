@@ -16,11 +16,14 @@ from fae_core.errors import UserError
 
 from .ray_private import AUTHENTICATION_LOGGER, PROGRESS_LOGGER
 
-QUIET = {
+VARIABLES = {
     "RAY_DATA_DISABLE_PROGRESS_BARS": "1",
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
     "RAY_TRAIN_ENABLE_PRINT_PATCH": "0",  # else every print of a worker appears twice
+    # Threads that wait by spinning take the cores from the other processes of a node.
+    "OMP_WAIT_POLICY": "PASSIVE",
 }
+"""Environment variables of a job's processes, where the user has not set them."""
 CONNECT_SECONDS = 10.0
 HTTP2_GREETING = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + bytes([0, 0, 0, 4, 0, 0, 0, 0, 0])
 """RFC 9113: the client's preface and an empty SETTINGS frame (type 4), which a server answers."""
@@ -34,7 +37,7 @@ def start_ray(**local: Any) -> None:
 
     Raises UserError where no server of Ray's kind answers at RAY_ADDRESS.
     """
-    for key, value in QUIET.items():
+    for key, value in VARIABLES.items():
         os.environ.setdefault(key, value)
     import ray
     import ray.data  # it sets its own log levels when imported; ours come after
@@ -43,7 +46,7 @@ def start_ray(**local: Any) -> None:
         prepare_data()  # a trial's process is connected by Ray Tune
         return
     quiet_logs()
-    for_tasks = {key: os.environ[key] for key in QUIET}
+    for_tasks = {key: os.environ[key] for key in VARIABLES}
     if address := os.environ.get("RAY_ADDRESS"):
         _refuse_silence(address)
         local = {}

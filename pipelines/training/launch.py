@@ -7,6 +7,7 @@ node, after which all workers resume; `raised_by_worker` does.
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 from collections.abc import Callable, Sequence
@@ -25,6 +26,7 @@ from ..data.decoding import DECODE_CPUS
 from ..runtime import ray_private
 from ..runtime.session import plain_error, quiet_logs, start_ray
 from ..storage import paths
+from .entry import run_worker
 from .job import TrainingError
 from .run_folder import run_folder
 from .run_log import say
@@ -40,7 +42,8 @@ def launch(
 ) -> None:
     """Start Ray where it does not run, and `fit` a worker that begins with `enter_worker`.
 
-    `account` is that of the images behind the training, for the run's page in MLflow.
+    `worker` is a function of a module's top level. `account` is that of the images behind the
+    training, for the run's page in MLflow.
     """
     start_ray()
     config = {
@@ -48,7 +51,8 @@ def launch(
         "tracking_uri": resolve_uri(recipe.tracking),
         "account": account.to_dict() if account else None,
     }
-    fit(worker, config, training, run_folder(recipe), callbacks)
+    called = functools.partial(run_worker, worker.__module__, worker.__name__)
+    fit(called, config, training, run_folder(recipe), callbacks)
 
 
 @dataclass(frozen=True)

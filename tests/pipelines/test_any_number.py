@@ -47,18 +47,13 @@ from fae.pipelines.training.state import TrainState
 from fae.pipelines.training.step import train_step
 from fae_core import checkpoint
 from fae_core.generators.dit import DiT, DiTConfig
-from tests.here import leave_ray_out
 from tests.tiny import SMALLEST_BACKBONE, TINY
 
+pytestmark = pytest.mark.usefixtures("without_ray")
 CPU = torch.device("cpu")
 SETS = pytest.mark.parametrize(
     ("num_images", "num_bad"), [(9, 0), (9, 1), (9, 5), (9, 9), (1, 0), (1, 1)]
 )
-
-
-@pytest.fixture(autouse=True)
-def without_ray(monkeypatch: pytest.MonkeyPatch) -> None:
-    leave_ray_out(monkeypatch)
 
 
 def recipe_of(*overrides: object) -> Recipe:

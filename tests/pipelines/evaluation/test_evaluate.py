@@ -230,9 +230,8 @@ def test_scores_have_the_same_bits_on_one_and_four_actors_and_are_those_of_the_f
     assert one["num_images"] == one["num_reference"] == 48
 
 
-@pytest.mark.integration
 def test_scores_of_finished_work_are_returned_and_those_of_other_work_are_not(
-    ray_session: None, originals: Path, damaged: Path, tmp_path: Path,
+    without_ray: None, originals: Path, damaged: Path, tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
 ) -> None:  # fmt: skip
     output = tmp_path / "scores"
@@ -270,9 +269,8 @@ def test_saved_settings_that_decide_nothing_are_no_difference(tmp_path: Path) ->
         _scores_before(str(tmp_path), {**inputs, "images": "def"})
 
 
-@pytest.mark.integration
 def test_inceptions_scores_are_torch_fidelitys_own(
-    ray_session: None, originals: Path, damaged: Path, inception_weights: Path, tmp_path: Path
+    without_ray: None, originals: Path, damaged: Path, inception_weights: Path, tmp_path: Path
 ) -> None:
     """torch-fidelity reads the same folders with the same weights, which are random."""
     theirs = torch_fidelity.calculate_metrics(
@@ -306,9 +304,8 @@ def test_inceptions_scores_are_torch_fidelitys_own(
     assert saved["mu"].shape == (2048,) and saved["sigma"].shape == (2048, 2048)
 
 
-@pytest.mark.integration
 def test_an_image_that_cannot_be_decoded_ends_the_job_or_is_left_out(
-    ray_session: None, crops: np.ndarray, originals: Path, tmp_path: Path
+    without_ray: None, crops: np.ndarray, originals: Path, tmp_path: Path
 ) -> None:
     folder = write_folder(tmp_path / "some", crops)
     broken = (folder / "011.png").read_bytes()

@@ -234,9 +234,8 @@ def ray_session() -> Iterator[None]:
     ray.shutdown()
 
 
-@pytest.mark.integration
 def test_an_identity_retains_everything_and_a_finished_probe_is_not_repeated(
-    ray_session, class_folders, tmp_path
+    without_ray, class_folders, tmp_path
 ):
     autoencoder = save_autoencoder(tmp_path / "identity.safetensors", 192, identity=True)
     output = tmp_path / "probe"

@@ -364,8 +364,7 @@ def test_awkward_images_end_the_same_with_either_decoder(tmp_path):
     assert np.abs(fast.astype(int) - exact).max() <= 2
 
 
-@pytest.mark.integration
-def test_every_awkward_image_ends_in_exactly_one_place(autoencoder, tmp_path, ray_session):
+def test_every_awkward_image_ends_in_exactly_one_place(autoencoder, tmp_path, without_ray):
     good, bad = write_awkward_images(tmp_path / "images")
     more = ["precompute.max_error_rate=1", "precompute.shard_size=5"]
     output = tmp_path / "store"
@@ -383,10 +382,9 @@ def test_every_awkward_image_ends_in_exactly_one_place(autoencoder, tmp_path, ra
     assert verify_store(str(output)) == []
 
 
-@pytest.mark.integration
 @pytest.mark.parametrize("num_good", [0, 1])
 def test_shards_without_one_good_image_are_stored_with_their_errors(
-    autoencoder, tmp_path, ray_session, num_good
+    autoencoder, tmp_path, without_ray, num_good
 ):
     images = tmp_path / "images"
     images.mkdir()
@@ -436,9 +434,8 @@ def test_one_row_group_for_all_images_gives_the_latents_of_small_groups(
     assert latents["one"] == latents["small"]
 
 
-@pytest.mark.integration
 def test_a_file_that_vanishes_after_planning_is_an_error_of_that_image(
-    photographs, autoencoder, tmp_path, ray_session
+    photographs, autoencoder, tmp_path, without_ray
 ):
     images, output = tmp_path / "images", tmp_path / "store"
     shutil.copytree(photographs, images)
@@ -454,9 +451,8 @@ def test_a_file_that_vanishes_after_planning_is_an_error_of_that_image(
     assert (error["key"], error["stage"]) == ("coffee 03.jpg", "read")
 
 
-@pytest.mark.integration
 def test_too_many_errors_commit_nothing_and_lose_nothing(
-    photographs, autoencoder, tmp_path, ray_session
+    photographs, autoencoder, tmp_path, without_ray
 ):
     images, output = tmp_path / "images", tmp_path / "store"
     shutil.copytree(photographs, images)

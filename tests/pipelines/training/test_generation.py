@@ -34,6 +34,7 @@ from fae_core import checkpoint
 from fae_core.autoencoder import AutoencoderConfig, FeatureAutoencoder
 from fae_core.checkpoint import CheckpointError
 from fae_core.pixel_decoder import PixelDecoder, PixelDecoderConfig
+from tests.here import leave_ray_out
 from tests.tiny import ROOT, wait_for_checkpoint
 
 SHAPE = (4, 4, 4)
@@ -209,8 +210,11 @@ def pictures(output: Path) -> np.ndarray:
 
 @pytest.fixture(scope="module")
 def drawn(trained, decoders, tmp_path_factory) -> Path:
+    """Samples that no Ray has drawn."""
     output = tmp_path_factory.mktemp("samples")
-    sample(load_recipe("photos-dinov2s", sampling(trained[1], decoders, output)), False)
+    with pytest.MonkeyPatch.context() as patch:
+        leave_ray_out(patch)
+        sample(load_recipe("photos-dinov2s", sampling(trained[1], decoders, output)), False)
     return output
 
 
