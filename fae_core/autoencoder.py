@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from fae_core.attention import attention
 from fae_core.layers import (
     Block,
     RMSNorm,
@@ -129,7 +130,7 @@ class FeatureEncoder(nn.Module):
         x = self.norm(features)
         if self.kind == "attention":
             q, k, v = split_heads(self.qkv(x), self.num_heads)
-            attended = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+            attended = attention(q, k, v).transpose(1, 2).flatten(2)
             x = self.activation(attended + self.skip(x))
         elif self.kind == "transformer":
             for block in self.blocks:

@@ -13,6 +13,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from fae_core.attention import attention
+
 
 def sincos_position_table(dim: int, grid: tuple[int, int]) -> Tensor:
     """Fixed 2-D sine-cosine table [H*W, dim] float32 for a grid (H, W).
@@ -107,9 +109,7 @@ class Block(nn.Module):
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         q, k, v = split_heads(self.qkv(self.norm_attention(x)), self.num_heads)
-        attended = F.scaled_dot_product_attention(
-            apply_rope(q, cos, sin), apply_rope(k, cos, sin), v
-        )
+        attended = attention(apply_rope(q, cos, sin), apply_rope(k, cos, sin), v)
         x = x + self.output(attended.transpose(1, 2).flatten(2))
         return x + self.mlp(self.norm_mlp(x))
 

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint as recompute
 
+from fae_core.attention import attention
 from fae_core.generators.latent_model import LatentModel
 from fae_core.layers import (
     RMSNorm,
@@ -147,7 +148,7 @@ class DiTBlock(nn.Module):
         q, k = self.norm_q(q), self.norm_k(k)
         if self.rope:
             q, k = apply_rope(q, cos, sin), apply_rope(k, cos, sin)
-        attended = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+        attended = attention(q, k, v).transpose(1, 2).flatten(2)
         x = x + gate_attention[:, None] * self.output(attended)
         h = modulate(self.norm_mlp(x), shift_mlp, scale_mlp)
         return x + gate_mlp[:, None] * self.mlp(h)

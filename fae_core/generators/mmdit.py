@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint as recompute
 
+from fae_core.attention import attention
 from fae_core.generators.dit import TimestepEmbedding, modulate
 from fae_core.generators.latent_model import LatentModel
 from fae_core.layers import (
@@ -131,7 +132,7 @@ class MMDiTBlock(nn.Module):
         text_q, text_k, text_v = self.text.project(text, of_text)
         keys, values = torch.cat([text_k, k], dim=2), torch.cat([text_v, v], dim=2)
         queries = q if self.last else torch.cat([text_q, q], dim=2)
-        attended = F.scaled_dot_product_attention(queries, keys, values, attn_mask=mask)
+        attended = attention(queries, keys, values, mask)
         attended = attended.transpose(1, 2).flatten(2)
         if self.last:
             return self.latent.update(x, attended, of_latent), text

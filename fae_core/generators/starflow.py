@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint as recompute
 
+from fae_core.attention import attention
 from fae_core.generators.latent_model import LatentModel
 from fae_core.layers import RMSNorm, apply_rope, init_linear, rope_table, split_heads
 
@@ -105,7 +106,7 @@ class CausalLayer(nn.Module):
         causal = cache is None or cache.length == 0
         if cache is not None:
             k, v = cache.extend(k, v)
-        attended = F.scaled_dot_product_attention(q, k, v, is_causal=causal)
+        attended = attention(q, k, v, causal=causal)
         x = x + self.output(attended.transpose(1, 2).flatten(2))
         return x + self.mlp(self.norm_mlp(x))
 

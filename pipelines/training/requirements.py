@@ -8,9 +8,12 @@ their weights nor their memory.
 from __future__ import annotations
 
 from collections.abc import Iterable
+from contextlib import nullcontext
 from dataclasses import dataclass
 
 import torch
+
+from fae_core.attention import fused_attention
 
 from ..config import Recipe
 from ..config.sections import TrainingSection
@@ -88,7 +91,8 @@ def memory_of(recipe: Recipe, network: str) -> TrainingMemory:
     size = max(1, training.batch_size // (training.num_workers * training.accumulation))
     with torch.device("meta"):
         job, blank_batch = UNTRAINED_JOBS[network](recipe)
-    with fake_networks(*job.networks):
+    as_on_a_gpu = fused_attention() if training.use_gpu else nullcontext()
+    with fake_networks(*job.networks), as_on_a_gpu:
         batch = blank_batch(size)
         plan = memory_plan_of(job, training, batch)
     batch_bytes = sum(tensor.nbytes for tensor in batch.tensors.values())
