@@ -29,6 +29,7 @@ from fae.pipelines.storage.paths import StorageError
 from fae_core.backbone import Backbone, load_backbone
 from fae_core.checkpoint import FILES, CheckpointError, Loaded
 from fae_core.generators.starflow import StarFlow
+from fae_core.precision import settled_precision
 from fae_core.weights import WeightsError
 
 Images: TypeAlias = Image.Image | np.ndarray | Sequence[Image.Image | np.ndarray]
@@ -104,7 +105,8 @@ class FeatureAutoencoder:
             decoder = LatentDecoder.join(loaded, pixels, decoder_uri, place)
         loaded.module.to(place)
         default = settings("precompute.precision", PrecomputeSection().precision)
-        return cls(backbone.to(place), loaded, decoder, place, precision or default)
+        chosen = settled_precision(precision or default, place.type == "cuda")
+        return cls(backbone.to(place), loaded, decoder, place, chosen)
 
     @torch.no_grad()
     def features(self, images: Images, batch_size: int = 32) -> Tensor:

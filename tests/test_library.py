@@ -41,7 +41,8 @@ HEAVY = ("torch", "ray", "boto3", "botocore", "mlflow", "timm", "PIL", "pyarrow"
 
 
 def run_recipe(*more: str) -> Recipe:
-    return load_recipe("photos-dinov2s", [*TINY, *SMALLEST_BACKBONE, *more])
+    fixed = ["precompute.precision=fp32"]
+    return load_recipe("photos-dinov2s", [*TINY, *SMALLEST_BACKBONE, *fixed, *more])
 
 
 @pytest.fixture(scope="module")

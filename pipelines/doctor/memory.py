@@ -18,6 +18,7 @@ from torch import Tensor
 
 from fae_core.generators.dit import DiT
 from fae_core.generators.starflow import FlowBlock, StarFlow
+from fae_core.precision import settled_precision
 
 from ..config import Recipe
 from ..config.sections import DataSection, PrecomputeSection, SampleSection
@@ -74,7 +75,12 @@ def precompute_memory(recipe: Recipe) -> list[Process]:
         autoencoder = build_autoencoder(recipe.autoencoder, backbone.spec)
     cpu = torch.device("cpu")
     encoder = LatentEncoder(
-        backbone, autoencoder, "", list(section.columns), section.precision, cpu
+        backbone,
+        autoencoder,
+        "",
+        list(section.columns),
+        settled_precision(section.precision, section.gpus_per_actor),
+        cpu,
     )
     with fake_networks(backbone, autoencoder):
         crops = [torch.zeros(n, side, side, 3, dtype=torch.uint8) for n in (1, 2)]
@@ -141,7 +147,7 @@ def sample_memory(recipe: Recipe) -> list[Process]:
         results = peak_of(lambda n: decoder(torch.zeros(n, *sampler.shape)), size)
         if isinstance(model, DiT):
             rows = size * (1 if section.guidance == "none" else 2)
-            bf16 = section.precision == "bf16"
+            bf16 = settled_precision(section.precision, section.gpus_per_actor) == "bf16"
             results = max(
                 results, peak_of(lambda n: _velocity(model, n, sampler.shape, bf16), rows)
             )

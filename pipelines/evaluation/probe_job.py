@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -21,6 +22,7 @@ from fae_core.metrics.probes import (
     match_patches,
     object_patches,
 )
+from fae_core.precision import settled_precision
 from fae_core.similarity_figures import MatchedPair, matching_figure, similarity_rows
 
 from ..config import Recipe, with_absolute_paths
@@ -60,6 +62,8 @@ def probe(recipe: Recipe, show_progress: bool = True) -> dict[str, float]:
     options = recipe.probe
     records = list_images(recipe.data)
     split = split_images(options, records, source)
+    before = _report(options.output).get("parts", {}).get("probe.precision")
+    options.precision = settled_precision(options.precision, options.gpus_per_actor, before)
     networks = Networks.of(recipe)
     parts = probe_parts(recipe, networks, records)
     if found := _finished(options.output, parts):
@@ -120,11 +124,17 @@ def probe_parts(
     }
 
 
+def _report(output: str | None) -> dict[str, Any]:
+    """probe.json of `output`, empty where there is none."""
+    if output is None or not paths.exists(uri := paths.join(output, "probe.json")):
+        return {}
+    return dict(json.loads(paths.read_bytes(uri)))
+
+
 def _finished(output: str | None, parts: dict[str, str]) -> dict[str, float] | None:
     """The scores that `output` holds already. Raises StoreMismatch where they are of others."""
-    if output is None or not paths.exists(uri := paths.join(output, "probe.json")):
+    if not (report := _report(output)):
         return None
-    report = json.loads(paths.read_bytes(uri))
     differing = differences(report["parts"], parts)
     refuse_other_work(f"{output} holds another probe", differing, "Choose another probe.output=….")
     return dict(report["scores"])

@@ -14,6 +14,7 @@ from torch.nn import functional as F
 
 from fae_core.backbone import Backbone
 from fae_core.checkpoint import CheckpointError
+from fae_core.precision import settled_precision
 
 from ..config import Recipe
 from ..networks import autoencoder_of, backbone_of
@@ -46,7 +47,7 @@ class LatentEncoder:
             loaded.module.to(device),
             loaded.weights_sha256,
             list(recipe.precompute.columns),
-            recipe.precompute.precision,
+            settled_precision(recipe.precompute.precision, device == "cuda"),
             torch.device(device),
             recipe.precompute.compile,
         )

@@ -20,6 +20,7 @@ import numpy as np
 import pyarrow as pa
 
 from fae_core.errors import UserError
+from fae_core.precision import settled_precision
 
 from ..config import Recipe, with_absolute_paths
 from ..data import plan_source
@@ -30,7 +31,7 @@ from ..runtime import Progress, RowStages, fan_out, metrics, run_rows
 from ..storage import paths
 from .encoder import LatentEncoder
 from .manifest import commit, missing_shards
-from .plan import Plan, ensure_plan
+from .plan import PLAN, Plan, ensure_plan, open_plan
 from .shards import read_errors
 from .tasks import decode_shard, plan_of, read_shards, store_shard
 
@@ -55,6 +56,11 @@ def precompute(recipe: Recipe, show_progress: bool = True) -> dict[str, Any]:
     if show_progress:
         print("\n".join(source.account.lines()), file=sys.stderr, flush=True)
     _check_losses(source.account, recipe.precompute.max_error_rate)
+    section = recipe.precompute
+    begun = open_plan(output).parts if paths.exists(paths.join(output, PLAN)) else {}
+    section.precision = settled_precision(
+        section.precision, section.gpus_per_actor, begun.get("precision")
+    )
     parts = fingerprint_parts(recipe)
     size = recipe.precompute.shard_size
     plan = ensure_plan(output, source.table, size, parts, source.account.to_dict())
@@ -88,7 +94,7 @@ def fingerprint_parts(recipe: Recipe) -> dict[str, str]:
         "image size": str(recipe.image_size),
         "crop": crop_version(recipe.data),
         "columns": ",".join(recipe.precompute.columns),
-        "precision": recipe.precompute.precision,
+        "precision": encoder.precision,
     }
 
 

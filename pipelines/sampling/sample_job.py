@@ -15,12 +15,21 @@ from typing import Any
 
 import numpy as np
 
+from fae_core.precision import settled_precision
+
 from ..config import Recipe, with_absolute_paths
 from ..config.facts import deciding_values
 from ..runtime import Progress, RowStages, run_rows
 from ..storage import paths
 from .image_sampler import ImageSampler
-from .sample_store import FORMAT, claim, commit_samples, missing_shards, write_sample_shard
+from .sample_store import (
+    FORMAT,
+    claim,
+    claimed,
+    commit_samples,
+    missing_shards,
+    write_sample_shard,
+)
 
 
 def sample(recipe: Recipe, show_progress: bool = True) -> dict[str, Any]:
@@ -32,6 +41,9 @@ def sample(recipe: Recipe, show_progress: bool = True) -> dict[str, Any]:
     started, written = time.monotonic(), recipe.to_yaml()
     recipe = with_absolute_paths(recipe)
     (output,) = recipe.require("sample", "output")
+    section = recipe.sample
+    before = claimed(output).get("precision")
+    section.precision = settled_precision(section.precision, section.gpus_per_actor, before)
     sampler = ImageSampler(recipe)
     parts = sample_parts(recipe, sampler)
     claim(output, parts)

@@ -21,18 +21,23 @@ from ..runtime import versions
 from ..storage import StoreError, differences, paths, refuse_other_work
 
 FORMAT = "fae-samples-1"
+PLAN = "plan.json"
 
 
 def claim(uri: str, parts: dict[str, Any]) -> None:
     """Write what decides the pictures, or raise StoreMismatch where something else is there."""
-    plan_uri = paths.join(uri, "plan.json")
     try:
-        paths.write_once(plan_uri, json.dumps(parts, indent=1).encode())
+        paths.write_once(paths.join(uri, PLAN), json.dumps(parts, indent=1).encode())
         return
     except FileExistsError:
-        before = json.loads(paths.read_bytes(plan_uri))
-    differing = differences(before, parts)
+        differing = differences(claimed(uri), parts)
     refuse_other_work(f"{uri} holds other samples", differing, "Choose another output=….")
+
+
+def claimed(uri: str) -> dict[str, Any]:
+    """What decides the pictures that are drawn there already; empty for a new output."""
+    plan_uri = paths.join(uri, PLAN)
+    return dict(json.loads(paths.read_bytes(plan_uri))) if paths.exists(plan_uri) else {}
 
 
 def missing_shards(uri: str, num_shards: int) -> list[int]:

@@ -48,6 +48,7 @@ def train_autoencoder(recipe: Recipe, callbacks: Sequence[Any] = ()) -> run_fold
     """
     run_uri = run_folder.run_folder(recipe)
     check_settings(recipe)
+    recipe = run_folder.settle_precision(recipe, "autoencoder", run_uri)
     run_folder.begin_on_images(recipe, run_uri, ("data", "backbone", "autoencoder"))
     if run_folder.result(run_uri) is None:
         account = run_folder.read_account(run_uri)

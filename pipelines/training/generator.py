@@ -60,6 +60,7 @@ def train_generator(recipe: Recipe, callbacks: Sequence[Any] = ()) -> run_folder
         )
     if problem := label_problem(store.labels(), recipe.generator.num_classes, store.class_names):
         raise StoreError(f"{store.uri} cannot train this generator: {problem}")
+    recipe = run_folder.settle_precision(recipe, "generator", run_uri)
     run_folder.claim_run(recipe, run_uri, ("latents", "generator"))
     if run_folder.result(run_uri) is None:
         launch(_worker, recipe, recipe.generator.training, callbacks, store.account)

@@ -61,6 +61,7 @@ def train_pixel_decoder(recipe: Recipe, callbacks: Sequence[Any] = ()) -> run_fo
             "autoencoder.checkpoint=AUTOENCODER (both .safetensors)."
         )
     check_settings(recipe)
+    recipe = run_folder.settle_precision(recipe, "pixel_decoder", run_uri)
     run_folder.begin_on_images(recipe, run_uri, ("data", "backbone", "pixel_decoder"))
     if run_folder.result(run_uri) is None:
         account = run_folder.read_account(run_uri)

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 import torch
 
 from fae_core.attention import fused_attention
+from fae_core.precision import settled_precision
 
 from ..config import Recipe
 from ..config.sections import TrainingSection
@@ -87,7 +88,8 @@ def memory_of(recipe: Recipe, network: str) -> TrainingMemory:
 
     Raises StoreError for a generator's store, UserError where LPIPS has no weights here.
     """
-    training = training_of(recipe, network)
+    training = training_of(recipe, network).model_copy()
+    training.precision = settled_precision(training.precision, training.use_gpu)
     size = max(1, training.batch_size // (training.num_workers * training.accumulation))
     with torch.device("meta"):
         job, blank_batch = UNTRAINED_JOBS[network](recipe)

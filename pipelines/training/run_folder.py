@@ -18,9 +18,11 @@ from omegaconf import OmegaConf
 from torch import nn
 
 from fae_core import checkpoint
+from fae_core.precision import settled_precision
 
 from ..config import Recipe, RecipeError
 from ..config.facts import deciding_values
+from ..config.sections import TrainingSection
 from ..data import plan_source
 from ..data.account import Account
 from ..data.records import ImageRecord, records_of, split_records
@@ -72,6 +74,25 @@ def claim_run(recipe: Recipe, run_uri: str, sections: Sequence[str]) -> None:
         "Choose another run=NAME, or give the same values.",
         RecipeError,
     )
+
+
+def settle_precision(recipe: Recipe, network: str, run_uri: str) -> Recipe:
+    """The recipe with the precision of the run's training of `network`, where it says `auto`.
+
+    It is what the run began with, and of a new run what suits its device.
+    """
+    uri = paths.join(run_uri, "recipe.yaml")
+    key = f"{network}.training.precision"
+    before = None
+    if paths.exists(uri):
+        before = OmegaConf.select(OmegaConf.create(paths.read_bytes(uri).decode()), key)
+    made = recipe.model_copy(deep=True)
+    training: TrainingSection = getattr(made, network).training
+    asked = training.precision
+    training.precision = settled_precision(asked, training.use_gpu, before)
+    if asked == "auto":
+        say(f"{key}=auto: {training.precision}")
+    return made
 
 
 def result(run_uri: str) -> dict[str, float] | None:

@@ -49,6 +49,8 @@ OutputPath = Annotated[T, Place("output", decides=False)]
 """A local path or s3:// address that a job writes."""
 Secret = Annotated[T, HoldsPassword()]
 """A value that may hold credentials."""
+Precision = Literal["auto", "fp32", "bf16"]
+"""The dtype of autocast: `auto` is bf16 where the device multiplies matrices faster in it."""
 
 
 class Section(BaseModel):

@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, PositiveFloat
 
-from .base import Execution, InputPath, OutputPath, Place, Secret, Section
+from .base import Execution, InputPath, OutputPath, Place, Precision, Secret, Section
 from .pool import ActorPoolSection, DecodingPoolSection
 
 
@@ -52,7 +52,7 @@ class SampleSection(ActorPoolSection):
     and so decides the last bits of an image."""
     batch_size: int = Field(64, gt=0)
     """Images that the device draws at once. Another size changes the last bits of an image."""
-    precision: Literal["fp32", "bf16"] = "fp32"
+    precision: Precision = "fp32"
     """Autocast dtype of the generator's network; state and flow inversion are float32 always. Not
     in the paper."""
     compile: Execution[bool] = False
@@ -70,7 +70,7 @@ class PrecomputeSection(DecodingPoolSection):
         ["mean"], min_length=1
     )
     """What a row stores, each float16 [C, H, W]; `_flip` is of the mirrored image."""
-    precision: Literal["fp32", "bf16"] = "bf16"
+    precision: Precision = "bf16"
     """Autocast dtype of backbone and encoder; not in the paper."""
     compile: Execution[bool] = False
     """torch.compile backbone and encoder, for one batch size: minutes at the start of an actor.
@@ -178,7 +178,7 @@ class ProbeSection(DecodingPoolSection):
     """Images or pairs in a figure."""
     batch_size: int = Field(32, gt=1)
     """Images that an actor holds at once: the unit of work. Only pooled features leave it."""
-    precision: Literal["fp32", "bf16"] = "fp32"
+    precision: Precision = "fp32"
     """Autocast dtype of the networks; fp32, because a probe compares small differences."""
 
 

@@ -6,7 +6,7 @@ from typing import Literal
 
 from pydantic import Field
 
-from .base import Execution, Section
+from .base import Execution, Precision, Section
 
 
 class TrainingSection(Section):
@@ -41,8 +41,10 @@ class TrainingSection(Section):
     ema_decay: float | None = Field(None, gt=0.0, lt=1.0)
     """Decay of the moving average of the weights, which is shorter in the first steps; null keeps
     none. Not in the paper."""
-    precision: Literal["fp32", "bf16"] = "bf16"
-    """Autocast dtype of the forward passes; weights and optimizer are float32. Not in the paper."""
+    precision: Precision = "bf16"
+    """Autocast dtype of forward passes; weights and optimizer are float32. auto is bf16 on a GPU
+    and on a CPU with instructions for it, else fp32; a resumed run keeps what it began with. Not in
+    the paper."""
     compile: Execution[bool] = False
     """torch.compile the network and the frozen ones beside it: minutes at the start, faster steps
     after."""

@@ -17,7 +17,7 @@ from fae.pipelines.data.records import ImageRecord, SourceError, split_records
 from fae.pipelines.storage import paths
 from fae.pipelines.training import run_folder
 from fae.pipelines.training.autoencoder import train_autoencoder
-from fae.pipelines.training.run_folder import claim_run
+from fae.pipelines.training.run_folder import claim_run, settle_precision
 from fae_core import checkpoint
 from tests.tiny import ROOT, wait_for_checkpoint
 
@@ -53,13 +53,27 @@ def test_a_run_of_another_recipe_is_refused_and_names_the_keys(tmp_path):
     assert "steps" not in str(error.value)
 
 
+def test_a_resumed_run_keeps_the_precision_that_it_began_with(tmp_path, capsys):
+    uri, key = str(tmp_path / "r"), "autoencoder.training.precision"
+    recipe = load_recipe("photos-dinov2s", ["run=r"])
+    assert recipe.autoencoder.training.precision == "auto"
+    begun = settle_precision(recipe, "autoencoder", uri)
+    other = {"fp32": "bf16", "bf16": "fp32"}[begun.autoencoder.training.precision]
+    claim_run(load_recipe("photos-dinov2s", ["run=r", f"{key}={other}"]), uri, SECTIONS)
+    resumed = settle_precision(recipe, "autoencoder", uri)
+    assert resumed.autoencoder.training.precision == other
+    assert f"{key}=auto: {other}" in capsys.readouterr().out
+    claim_run(resumed, uri, SECTIONS)
+
+
 def test_a_run_needs_a_name():
     with pytest.raises(RecipeError, match="run=NAME"):
         train_autoencoder(load_recipe("photos-dinov2s"))
 
 
 def test_a_finished_run_returns_at_once(tmp_path):
-    recipe = load_recipe("photos-dinov2s", ["run=r", f"storage={tmp_path}"])
+    fixed = ["run=r", f"storage={tmp_path}", "autoencoder.training.precision=fp32"]
+    recipe = load_recipe("photos-dinov2s", fixed)
     claim_run(recipe, paths.join(str(tmp_path), "r"), SECTIONS)
     paths.write_bytes(f"{tmp_path}/r/result.json", b'{"mse": 0.5}')
     result = train_autoencoder(recipe)

@@ -1,0 +1,27 @@
+"""The precision `auto`: bf16 where a device multiplies matrices in it faster than in float32."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+
+INSTRUCTIONS = ("amx_bf16", "avx512_bf16")
+"""Of CPUs that multiply bfloat16 matrices. Others convert every number and are many times slower
+than in float32 (docs/benchmarks.md)."""
+
+
+def settled_precision(
+    precision: str, gpus: float = 0.0, before: object = None
+) -> Literal["fp32", "bf16"]:
+    """What `precision` (auto, fp32 or bf16) means for a job with so many `gpus` a process.
+
+    `auto` is what the job has begun with (`before`), so that a resumed job keeps it. A new job
+    takes bf16 on GPUs and where this machine's processor has instructions for it, else fp32.
+    """
+    wanted = before if precision == "auto" and before in ("fp32", "bf16") else precision
+    if wanted == "auto":
+        found = torch.cpu.get_capabilities()
+        is_fast = gpus > 0 or any(found.get(name) for name in INSTRUCTIONS)
+        wanted = "bf16" if is_fast else "fp32"
+    return "bf16" if wanted == "bf16" else "fp32"
