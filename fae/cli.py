@@ -115,15 +115,31 @@ def doctor(
 
 
 @app.command()
-def recipes() -> None:
+def recipes(
+    backbones: Annotated[
+        bool, typer.Option("--backbones", help="List the presets of backbone.name instead.")
+    ] = False,
+) -> None:
     """List the shipped recipes and what each needs.
 
-    A recipe is the first argument of most commands. This lists them, and prints one of them whole:
+    A recipe is the first argument of most commands. This lists them, prints one of them whole, and
+    lists the backbones with the size of their features and latents:
 
     \b
       fae recipes
       fae precompute photos-dinov2s --print-config
+      fae recipes --backbones
     """
+    if backbones:
+        from fae.pipelines.config import Recipe
+        from fae_core.backbone_presets import preset_rows
+
+        header = ["backbone.name", "px", "features", "latent bytes", "licence"]
+        rows = [header, *preset_rows(Recipe().autoencoder.latent_dim)]
+        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+        for row in rows:
+            typer.echo("  ".join(map(str.ljust, row, widths)).rstrip())
+        return
     from fae.pipelines.config.explain import describe_recipes
 
     for recipe in describe_recipes():

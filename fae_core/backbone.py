@@ -1,15 +1,12 @@
 """The frozen visual encoder: canonical uint8 crops in, patch features out.
 
-Any timm ViT by name. Resize, normalization and cast run on the module's own device, so only uint8
-crosses processes. Presets name the encoders of arXiv 2512.07829 (DINOv2 and SigLIP2) and DINOv2's
-smaller sizes.
+Any timm ViT by name, or a preset of `fae_core.backbone_presets`. Resize, normalization and cast run
+on the module's own device, so only uint8 crosses processes.
 """
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
 from typing import Any
 
 import timm
@@ -19,77 +16,9 @@ from timm.layers import resample_abs_pos_embed
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from fae_core.backbone_presets import BackboneSpec, resolve_spec
 from fae_core.hashing import tensors_sha256
 from fae_core.weights import WeightsError, load_weights
-
-
-@dataclass(frozen=True)
-class BackboneSpec:
-    """A timm model and the side [px] of its input; `load_backbone` checks `dim` and `patch`."""
-
-    timm_name: str
-    image_size: int
-    patch: int
-    dim: int
-    antialias_positions: bool = False
-    """Whether resampling the position table is antialiased: DINOv2's authors do so for the models
-    with registers only."""
-
-    @property
-    def grid(self) -> tuple[int, int]:
-        """Rows and columns of patches."""
-        return self.image_size // self.patch, self.image_size // self.patch
-
-
-def _dinov2(size: str, dim: int, registers: bool) -> BackboneSpec:
-    middle = "_reg4" if registers else ""
-    return BackboneSpec(f"vit_{size}_patch14{middle}_dinov2.lvd142m", 224, 14, dim, registers)
-
-
-PRESETS = {
-    "dinov2_vits14": _dinov2("small", 384, False),
-    "dinov2_vitb14": _dinov2("base", 768, False),
-    "dinov2_vitl14": _dinov2("large", 1024, False),
-    "dinov2_vitg14": _dinov2("giant", 1536, False),
-    "dinov2_vits14_reg": _dinov2("small", 384, True),
-    "dinov2_vitb14_reg": _dinov2("base", 768, True),
-    "dinov2_vitl14_reg": _dinov2("large", 1024, True),
-    "dinov2_vitg14_reg": _dinov2("giant", 1536, True),
-    "siglip2_b16": BackboneSpec("vit_base_patch16_siglip_256.v2_webli", 256, 16, 768),
-    "siglip2_l16": BackboneSpec("vit_large_patch16_siglip_256.v2_webli", 256, 16, 1024),
-    "siglip2_so400m16": BackboneSpec("vit_so400m_patch16_siglip_256.v2_webli", 256, 16, 1152),
-    "siglip2_gopt16": BackboneSpec("vit_giantopt_patch16_siglip_256.v2_webli", 256, 16, 1536),
-}
-
-
-def resolve_spec(name: str, image_size: int | None = None) -> BackboneSpec:
-    """The preset `name`, or a spec read off the timm ViT of that name.
-
-    `image_size` [px], a multiple of the patch, replaces its own. Raises WeightsError.
-    """
-    spec = PRESETS.get(name) or _timm_spec(name)
-    if image_size is None:
-        return spec
-    if image_size % spec.patch:
-        raise WeightsError(
-            f"Image size {image_size} is not a multiple of {name}'s patch, {spec.patch}."
-        )
-    return replace(spec, image_size=image_size)
-
-
-def _timm_spec(name: str) -> BackboneSpec:
-    if not timm.is_model(name):
-        near = difflib.get_close_matches(name, [*PRESETS, *timm.list_models("vit_*")], n=3)
-        raise WeightsError(
-            f"No backbone {name!r}. Near it: {', '.join(near) or 'nothing'}. "
-            f"Presets: {', '.join(PRESETS)}."
-        )
-    with torch.device("meta"):
-        model: Any = timm.create_model(name, num_classes=0)
-    if not hasattr(model, "patch_embed") or not hasattr(model, "num_prefix_tokens"):
-        raise WeightsError(f"{name} is no ViT: it has no patch tokens.")
-    size, patch = model.patch_embed.img_size[0], model.patch_embed.patch_size[0]
-    return BackboneSpec(name, size, patch, model.embed_dim)
 
 
 class Backbone(nn.Module):
@@ -101,15 +30,14 @@ class Backbone(nn.Module):
     def __init__(self, spec: BackboneSpec, model: nn.Module, weights_sha256: str) -> None:
         super().__init__()
         config = resolve_model_data_config(model)
+        mean, std = spec.normalization or (config["mean"], config["std"])
         self.spec = spec
         self.model: Any = model
         self.weights_sha256 = weights_sha256
         self.dim = spec.dim
         self.grid = spec.grid
-        self.register_buffer(
-            "mean", torch.tensor(config["mean"]).view(1, 3, 1, 1), persistent=False
-        )
-        self.register_buffer("std", torch.tensor(config["std"]).view(1, 3, 1, 1), persistent=False)
+        self.register_buffer("mean", torch.tensor(mean).view(1, 3, 1, 1), persistent=False)
+        self.register_buffer("std", torch.tensor(std).view(1, 3, 1, 1), persistent=False)
         self.requires_grad_(False)
         super().train(False)
 
@@ -156,29 +84,40 @@ class Backbone(nn.Module):
     def tokens(self, images: Tensor) -> tuple[Tensor, Tensor | None]:
         """Patch features [B, N, D] after the final norm, and the class token [B, D] or None.
 
-        `images` are uint8 crops [B, S, S, 3].
+        `images` are uint8 crops [B, S, S, 3]. With `spec.layers` = k above 1 the features are the
+        sum of the last k blocks' outputs, each after the model's final norm; the class token is
+        always the last block's.
         """
-        x = self.model.forward_features(self.preprocess(images))
-        num_prefix = self.model.num_prefix_tokens
+        x = self.preprocess(images)
+        if self.spec.layers > 1:
+            x, blocks = self.model.forward_intermediates(
+                x, indices=self.spec.layers, norm=True, output_fmt="NLC"
+            )
+            patches = torch.stack(blocks).sum(dim=0)
+        else:
+            x = self.model.forward_features(x)
+            patches = x[:, self.model.num_prefix_tokens :]
         class_token = x[:, 0] if getattr(self.model, "cls_token", None) is not None else None
-        return x[:, num_prefix:], class_token
+        return patches, class_token
 
     def forward(self, images: Tensor) -> Tensor:
         """Patch features [B, N, D] of uint8 crops [B, S, S, 3]; no class or register tokens."""
         return self.tokens(images)[0]
 
 
-def load_backbone(name: str, weights: str = "hub", image_size: int | None = None) -> Backbone:
+def load_backbone(
+    name: str, weights: str = "hub", image_size: int | None = None, layers: int = 1
+) -> Backbone:
     """The frozen backbone `name` with weights from `weights` (see `fae_core.weights`) on the CPU.
 
     `image_size` [px], a multiple of the patch, replaces the preset's; the position table is
-    resampled to its grid. Raises WeightsError.
+    resampled to its grid. `layers` last blocks are summed. Raises WeightsError.
     """
-    spec = resolve_spec(name, image_size)
+    spec = resolve_spec(name, image_size, layers)
+    model = _timm_model(spec)
     state = load_weights(spec.timm_name, weights)
     sha256 = tensors_sha256(state)
-    model = _timm_model(spec)
-    num_prefix = 0 if model.no_embed_class else model.num_prefix_tokens
+    num_prefix = 0 if getattr(model, "no_embed_class", False) else model.num_prefix_tokens
     if "pos_embed" in state:
         table = resample_abs_pos_embed(
             state["pos_embed"],
@@ -205,4 +144,20 @@ def _timm_model(spec: BackboneSpec) -> Any:
     model: Any = timm.create_model(spec.timm_name, img_size=spec.image_size, num_classes=0)
     if (model.embed_dim, model.patch_embed.patch_size[0]) != (spec.dim, spec.patch):
         raise WeightsError(f"{spec.timm_name} is {model.embed_dim} wide, not {spec.dim}.")
+    own_size = model.pretrained_cfg["input_size"][-1]
+    relative = any("relative_position_bias_table" in key for key in model.state_dict())
+    if relative and spec.image_size != own_size:
+        raise WeightsError(
+            f"{spec.timm_name} has relative positions, which are not resampled here: it runs at "
+            f"its own {own_size} px alone, not at backbone.image_size={spec.image_size}."
+        )
+    if spec.layers > len(model.blocks):
+        raise WeightsError(
+            f"backbone.layers={spec.layers}: {spec.timm_name} has {len(model.blocks)} blocks."
+        )
+    if spec.layers > 1 and isinstance(model.norm, nn.Identity):
+        raise WeightsError(
+            f"backbone.layers={spec.layers} sums normalized blocks, and {spec.timm_name} has no "
+            "norm after its blocks. Set backbone.layers=1."
+        )
     return model

@@ -10,9 +10,11 @@ from pathlib import Path
 import pytest
 import typer
 from typer.core import TyperGroup
+from typer.testing import CliRunner
 
 from fae.cli import app
-from fae.pipelines.config import load_recipe
+from fae.pipelines.config import Recipe, load_recipe
+from fae_core.backbone_presets import preset_rows
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -104,3 +106,12 @@ def test_image_tags_repeat_the_version_of_the_package():
     files = [path for path in (ROOT / "cluster").rglob("*") if path.suffix in (".md", ".yaml")]
     text = "".join(path.read_text() for path in [*files, *PAGES])
     assert set(re.findall(r"fae-ray:([\d.]+\d)", text)) == {version}
+
+
+def test_the_page_of_backbones_lists_the_presets():
+    page = (ROOT / "docs/backbones.md").read_text()
+    listed = [line.strip("| ").split(" | ") for line in re.findall(r"^\| `\w+` \|.*$", page, re.M)]
+    presets = preset_rows(Recipe().autoencoder.latent_dim)
+    assert listed == [[f"`{name}`", *values] for name, *values in presets]
+    printed = CliRunner().invoke(app, ["recipes", "--backbones"]).output.splitlines()
+    assert [line.split() for line in printed[1:]] == presets

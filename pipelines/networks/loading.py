@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from fae_core import checkpoint
-from fae_core.backbone import Backbone, BackboneSpec, load_backbone, resolve_spec
+from fae_core.backbone import Backbone, load_backbone
+from fae_core.backbone_presets import BackboneSpec, backbone_label, resolve_spec
 from fae_core.checkpoint import CheckpointError, Loaded
 
 from ..config import Recipe
@@ -50,21 +51,23 @@ def _file_of(uri: str, kinds: tuple[str, ...]) -> str:
 def backbone_of(recipe: Recipe) -> Backbone:
     """The recipe's frozen backbone on the CPU. Raises WeightsError."""
     section = recipe.backbone
-    return load_backbone(section.name, section.weights, section.image_size)
+    return load_backbone(section.name, section.weights, section.image_size, section.layers)
 
 
 def backbone_spec(recipe: Recipe) -> BackboneSpec:
     """Width and grid of the recipe's backbone without its weights. Raises WeightsError."""
-    return resolve_spec(recipe.backbone.name, recipe.backbone.image_size)
+    section = recipe.backbone
+    return resolve_spec(section.name, section.image_size, section.layers)
 
 
 def backbone_fingerprints(recipe: Recipe, backbone: Backbone) -> dict[str, str]:
-    """What decides an image's features: backbone, its weights, its input size, the crop's size."""
-    name = recipe.backbone.name
-    if recipe.backbone.image_size is not None:
-        name += f"@{recipe.backbone.image_size}"
+    """What decides an image's features: backbone, its weights, its input size and summed
+    layers, the crop's size.
+    """
+    section = recipe.backbone
+    label = backbone_label(section.name, section.image_size, section.layers)
     return {
-        "backbone": f"{name}:{backbone.weights_sha256}",
+        "backbone": f"{label}:{backbone.weights_sha256}",
         "image_size": str(recipe.image_size),
     }
 

@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from fae_core.autoencoder import AutoencoderConfig, FeatureAutoencoder
-from fae_core.backbone import Backbone, BackboneSpec, resolve_spec, untrained_backbone
+from fae_core.backbone import Backbone, untrained_backbone
+from fae_core.backbone_presets import BackboneSpec, resolve_spec
 from fae_core.generators.dit import DiT, DiTConfig
 from fae_core.generators.starflow import StarFlow, StarFlowConfig
 from fae_core.pixel_decoder import PixelDecoder, PixelDecoderConfig
@@ -42,7 +43,7 @@ def build_backbone(section: BackboneSection) -> Backbone:
 
     Raises WeightsError for a name or an image size that there is not.
     """
-    return untrained_backbone(resolve_spec(section.name, section.image_size))
+    return untrained_backbone(resolve_spec(section.name, section.image_size, section.layers))
 
 
 def build_autoencoder(section: AutoencoderSection, backbone: BackboneSpec) -> FeatureAutoencoder:

