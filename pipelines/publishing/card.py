@@ -9,7 +9,7 @@ from typing import Any
 import timm
 import yaml
 
-from fae_core.backbone import resolve_spec
+from fae_core.backbone_presets import parse_backbone_label, resolve_spec
 from fae_core.weights import WeightsError
 
 from ..data.account import Account
@@ -91,7 +91,7 @@ def _backbone(found: Findings) -> dict[str, str] | None:
     full_name, _, sha256 = mark.rpartition(":")
     about = {"name": full_name, "sha256": sha256, "license": "", "repository": ""}
     try:
-        spec = resolve_spec(full_name.partition("@")[0])
+        spec = resolve_spec(*parse_backbone_label(full_name))
         config = timm.get_pretrained_cfg(spec.timm_name)
     except (WeightsError, RuntimeError):
         return about
