@@ -187,7 +187,7 @@ def _timm_spec(name: str, warn: bool) -> BackboneSpec:
         )
     with torch.device("meta"):
         model: Any = timm.create_model(name, num_classes=0)
-    patches = getattr(model, "patch_embed", None)
+    patches: Any = getattr(model, "patch_embed", None)
     if getattr(patches, "patch_size", None) is None or not hasattr(model, "num_prefix_tokens"):
         raise WeightsError(f"{name} is no ViT: it has no patch tokens.")
     if not hasattr(model, "blocks") or not hasattr(model, "forward_intermediates"):
