@@ -146,11 +146,15 @@ def test_a_killed_driver_resumes_on_a_real_s3(base: str, tmp_path: Path) -> None
         environment = {k: v for k, v in os.environ.items() if k != "RAY_ADDRESS"}
         if output.endswith("killed"):
             first = subprocess.Popen(command, cwd=ROOT, env=environment, stderr=subprocess.DEVNULL)
-            wait_for(
-                lambda first=first: _count(f"{base}/killed/shards") >= 3 or first.poll() is not None
-            )
-            first.kill()
-            first.wait()
+            try:
+                wait_for(
+                    lambda first=first: (
+                        _count(f"{base}/killed/shards") >= 3 or first.poll() is not None
+                    )
+                )
+            finally:
+                first.kill()
+                first.wait()
             done = _count(f"{output}/shards")
             assert 3 <= done < 200 // SHARD_SIZE and not paths.exists(f"{output}/manifest.json")
         finished = subprocess.run(
