@@ -23,7 +23,9 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+import torch
 
+from fae_core.draws import sample_generator
 from fae_core.latent_stats import ChannelStats
 
 from ..data import EpochOrder
@@ -46,7 +48,8 @@ class LatentBatch:
     """What the training reader yields.
 
     `latents[column]` float16 [n, C, H, W] as stored (not normalized); `labels` int64 [n], NO_LABEL
-    where there is none; `rows` int64 [n] in the store's order; `epochs` int64 [n].
+    where there is none; `rows` int64 [n] in the store's order; `epochs` int64 [n]. `captions` are
+    one of each image, None where there is none; the whole is None unless they were asked for.
     """
 
     step: int
@@ -54,6 +57,7 @@ class LatentBatch:
     labels: np.ndarray
     rows: np.ndarray
     epochs: np.ndarray
+    captions: list[str | None] | None = None
 
 
 class LatentStore:
@@ -147,13 +151,15 @@ class LatentStore:
         start_step: int = 0,
         columns: Sequence[str] = ("mean",),
         cache: str | None = None,
+        captions: bool = False,
     ) -> Iterator[LatentBatch]:
         """Batches for ever: worker `rank`'s equal slice of each global batch from `start_step` on.
 
         The order is a permutation of the whole store each epoch, the same for any `world_size`;
         `start_step` may lie anywhere in an epoch. With `cache`, a local folder, shards from S3 are
-        copied there when first needed. Raises ValueError for a batch that does not divide,
-        StoreError for an empty store and for a column that is not stored.
+        copied there when first needed. With `captions` batches have them; of an image's several,
+        (seed, epoch, row) draw one. Raises ValueError for a batch that does not divide, StoreError
+        for an empty store and for a column that is not stored.
         """
         absent = [name for name in columns if name not in self.columns]
         if absent:
@@ -175,7 +181,8 @@ class LatentStore:
                     rows.announce(ahead[-1][0])
                 items, epochs = ahead.popleft()
                 latents, labels = rows.take(items)
-                yield LatentBatch(step, latents, labels, items, epochs)
+                texts = rows.captions(items, epochs, seed) if captions else None
+                yield LatentBatch(step, latents, labels, items, epochs, texts)
 
         return batches()
 
@@ -196,6 +203,7 @@ class _Rows:
         self._shard = lru_cache(OPEN_SHARDS)(self._open)
         # All of them: labels are compressed in one page, and asking again would decode it again.
         self._labels = lru_cache(None)(self._read_labels)
+        self._captions = lru_cache(OPEN_SHARDS)(self._read_captions)
         self.remote = paths.is_remote(store.uri) and cache is None
         self._pool = ThreadPoolExecutor(READS_IN_FLIGHT) if self.remote else None
 
@@ -231,6 +239,23 @@ class _Rows:
             self._labels(shard)[row] for shard, row in zip(numbers, rows.tolist(), strict=True)
         ]
         return latents, np.array(labels, np.int64)
+
+    def captions(self, items: np.ndarray, epochs: np.ndarray, seed: int) -> list[str | None]:
+        """A caption of each of the rows `items`, in their order."""
+        shards, rows = self._places(items)
+        numbers = shards.tolist()
+        self._each(self._captions, sorted(set(numbers)))
+        chosen: list[str | None] = []
+        for item, epoch, shard, row in zip(
+            items.tolist(), epochs.tolist(), numbers, rows.tolist(), strict=True
+        ):
+            several = self._captions(shard)[row]
+            draw = 0
+            if len(several) > 1:
+                generator = sample_generator(seed, "caption", epoch, item)
+                draw = int(torch.randint(len(several), (), generator=generator))
+            chosen.append(several[draw] if several else None)
+        return chosen
 
     def _places(self, items: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Shard and row in it of each item."""
@@ -268,6 +293,20 @@ class _Rows:
         # A hundred million labels of a thousand classes are 0.2 GB so, and 0.8 GB as they were.
         smallest = (t for t in (np.int16, np.int32, np.int64) if _all_fit(labels, t))
         return labels.astype(next(smallest))
+
+    def _read_captions(self, index: int) -> list[tuple[str, ...]]:
+        """All captions of each row of shard `index`."""
+        self._shard(index)  # of the right size
+        with paths.open_input(self._address(index)) as file:
+            parquet = pq.ParquetFile(file)
+            names = ["caption", "captions"][: 1 + ("captions" in parquet.schema_arrow.names)]
+            table = parquet.read(columns=names, use_threads=False)
+        words = {name: table[name].cast(WORD_COLUMNS[name]).to_pylist() for name in names}
+        several = words.get("captions", [None] * len(table))
+        return [
+            tuple(many) if many else (one,) if one is not None else ()
+            for one, many in zip(words["caption"], several, strict=True)
+        ]
 
     def _address(self, index: int) -> str:
         uri = shard_uri(self.store.uri, index)

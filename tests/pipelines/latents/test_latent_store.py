@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from fae.pipelines.data.records import ImageRecord
 from fae.pipelines.latents.manifest import commit, missing_shards
 from fae.pipelines.latents.plan import Plan, ensure_plan, open_plan
-from fae.pipelines.latents.reader import NO_LABEL, LatentStore
+from fae.pipelines.latents.reader import NO_LABEL, LatentBatch, LatentStore
 from fae.pipelines.latents.shards import read_errors, write_shard
 from fae.pipelines.latents.verify import verify_store
 from fae.pipelines.storage import paths
@@ -301,6 +301,44 @@ def test_opening_what_is_no_store_says_what_it_is(tmp_path):
     (tmp_path / "manifest.json").write_text('{"format": "other"}')
     with pytest.raises(StoreError, match="not of format"):
         LatentStore.open(str(tmp_path))
+
+
+def test_the_reader_draws_one_of_several_captions_by_seed_epoch_and_row(tmp_path):
+    captions = {"0": ("a", "b", "c"), "1": ("only",), "2": (), "3": ("d", "e")}
+    images = [
+        ImageRecord(key, f"/x/{key}", None, (*texts, None)[0], texts if len(texts) > 1 else None)
+        for key, texts in captions.items()
+    ]
+    plan = ensure_plan(str(tmp_path), images, 3, PARTS)
+    for shard in range(plan.num_shards):
+        rows = plan.shard(shard)
+        values = {"mean": np.zeros((len(rows), *SHAPE), np.float16)}
+        kept = list(range(len(rows)))
+        write_shard(str(tmp_path), shard, rows, kept, values, [], plan.fingerprint, True)
+    commit(str(tmp_path), plan, {})
+    store = LatentStore.open(str(tmp_path))
+    assert next(store.reader(2, seed=0)).captions is None
+    batches = list(islice(store.reader(2, seed=0, captions=True), 40))
+
+    def drawn(some: list[LatentBatch]) -> dict[int, dict[int, str | None]]:
+        """Captions by row and epoch."""
+        found: dict[int, dict[int, str | None]] = {row: {} for row in range(4)}
+        for batch in some:
+            for row, epoch, text in zip(batch.rows, batch.epochs, batch.captions, strict=True):
+                found[int(row)][int(epoch)] = text
+        return found
+
+    seen = drawn(batches)
+    assert {row: set(texts.values()) for row, texts in seen.items()} == {
+        int(key): set(texts or (None,)) for key, texts in captions.items()
+    }
+    # Neither workers nor a later start change what is drawn.
+    for step in (3, 17):
+        halves = [
+            next(store.reader(2, 0, rank, 2, start_step=step, captions=True)) for rank in (0, 1)
+        ]
+        assert [text for half in halves for text in half.captions] == batches[step].captions
+    assert drawn(list(islice(store.reader(2, seed=1, captions=True), 40)))[0] != seen[0]
 
 
 def test_the_reader_gives_each_row_once_an_epoch_and_the_same_to_any_workers(tmp_path):
