@@ -96,6 +96,7 @@ def overrides(images: Path | str, autoencoder: Path, output: Path | str, *more: 
         f"data.path={images}",
         f"autoencoder.checkpoint={autoencoder}",
         f"output={output}",
+        "precompute.precision=fp32",
         *more,
     ]
 
@@ -300,6 +301,16 @@ def test_actors_in_several_lanes_write_the_same_bytes(
     manifest = precompute(recipe, show_progress=False)
     assert manifest["run"]["shards_encoded"] == 12
     assert content(tmp_path) == content(uninterrupted)
+
+
+def test_a_store_is_resumed_with_the_precision_that_it_began_with(
+    photographs, autoencoder, uninterrupted, without_ray, monkeypatch
+):
+    monkeypatch.setattr("torch.cpu.get_capabilities", lambda: {"amx_bf16": True})
+    before = content(uninterrupted)
+    auto = recipe_for(photographs, autoencoder, uninterrupted, "precompute.precision=auto")
+    precompute(auto, show_progress=False)  # of a store in fp32, on a processor that prefers bf16
+    assert content(uninterrupted) == before
 
 
 # Bad images
