@@ -35,6 +35,18 @@ def commands(program: str) -> list:
     return found
 
 
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+def test_lines_have_100_columns(page):
+    """But for tables, pictures, addresses and the keys of the generated reference."""
+    free = ("|", "![", "- `")
+    long = [
+        line
+        for line in page.read_text().splitlines()
+        if len(line) > 100 and not line.startswith(free) and "://" not in line
+    ]
+    assert not long
+
+
 @pytest.mark.parametrize("words", commands("fae"))
 def test_a_command_of_the_pages_is_understood(words):
     words = list(words)
