@@ -40,6 +40,7 @@ from fae_core.flow_matching import flow_matching_loss
 from fae_core.generators.dit import DiT, DiTConfig
 from fae_core.generators.starflow import StarFlow, StarFlowConfig, flow_loss
 from fae_core.pixel_decoder import PixelDecoder, PixelDecoderConfig
+from fae_core.precision import autocast
 from fae_core.samplers import PAPER_GUIDANCE, sample_ode
 
 BOUNDS = {"fp32": 1e-3, "bf16": 5e-2}
@@ -80,7 +81,7 @@ def result_and_gradient(
 ) -> Tensor:
     """The loss and the gradients of all parameters as one vector, float32 on `device`."""
     network.to(device).zero_grad(set_to_none=True)
-    with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
+    with autocast(precision, device):
         value = loss(network, *(t.to(device) for t in inputs))
     value.backward()
     gradients = [p.grad.flatten().float() for p in network.parameters() if p.grad is not None]

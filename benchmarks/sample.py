@@ -30,6 +30,7 @@ from fae.pipelines.sampling.latent_decoder import LatentDecoder
 from fae.pipelines.sampling.latent_sampler import LatentSampler, image_noise, intervals
 from fae_core.generators.dit import DiT
 from fae_core.generators.starflow import StarFlow
+from fae_core.precision import autocast
 from fae_core.samplers import guidance_scale, timestep_grid
 
 SMALL = ("generator.size=S", "pixel_decoder.size=S", "sample.guidance=paper")
@@ -40,10 +41,7 @@ def network_alone(
     model: DiT | StarFlow, recipe: Recipe, x: torch.Tensor, labels: torch.Tensor
 ) -> None:
     """The evaluations of the network that one sample takes, without the sampler."""
-    precision = torch.autocast(
-        x.device.type, torch.bfloat16, enabled=recipe.sample.precision == "bf16"
-    )
-    with torch.inference_mode(), precision:
+    with torch.inference_mode(), autocast(recipe.sample.precision, x.device):
         if isinstance(model, StarFlow):
             model(x, labels)
             return

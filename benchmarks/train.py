@@ -54,6 +54,7 @@ from fae.pipelines.training.pixel_objective import (
 from fae.pipelines.training.state import TrainState
 from fae.pipelines.training.step import train_step
 from fae_core.layers import num_parameters
+from fae_core.precision import autocast, settled_precision
 
 NETWORKS = ("autoencoder", "pixel_decoder", "dit", "starflow")
 LATENT_SHAPE = (32, 16, 16)
@@ -182,10 +183,7 @@ def measure(name: str, case: Case, steps: int, rate: float, device: torch.device
     duration = seconds(lambda: step(case.batch), device, steps)
     frozen = ""
     if case.frozen is not None:
-        precision = torch.autocast(
-            device.type, torch.bfloat16, enabled=case.training.precision == "bf16"
-        )
-        with precision, torch.no_grad():
+        with autocast(case.training.precision, device), torch.no_grad():
             share = seconds(lambda: case.frozen and case.frozen(case.batch), device, 3) / duration
         frozen = f"{share:.2f}"
     ratio = waiting = ""
@@ -235,7 +233,8 @@ def main() -> None:
     device = torch.device(arguments.device)
     recipe = load_recipe(arguments.recipe, [*SMALL, *overrides])
     rows = []
-    dtype = torch.bfloat16 if recipe.generator.training.precision == "bf16" else torch.float32
+    precision = settled_precision(recipe.generator.training.precision, device.type == "cuda")
+    dtype = torch.bfloat16 if precision == "bf16" else torch.float32
     rate = matrix_rate(device, dtype)
     with tempfile.TemporaryDirectory() as folder:
         write_store(Path(folder), STORE_ROWS)

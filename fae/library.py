@@ -30,7 +30,7 @@ from fae_core.backbone import Backbone, load_backbone
 from fae_core.backbone_presets import parse_backbone_label
 from fae_core.checkpoint import FILES, CheckpointError, Loaded
 from fae_core.generators.starflow import StarFlow
-from fae_core.precision import settled_precision
+from fae_core.precision import autocast, settled_precision
 from fae_core.weights import WeightsError
 
 Images: TypeAlias = Image.Image | np.ndarray | Sequence[Image.Image | np.ndarray]
@@ -157,7 +157,7 @@ class FeatureAutoencoder:
 
     def _latents(self, crops: Tensor) -> Tensor:
         features = self._features(crops)
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == "bf16"):
+        with autocast(self.precision, self.device):
             mean = self.autoencoder.encode(features).mean
         return mean.float().transpose(1, 2).unflatten(2, self.backbone.grid)
 

@@ -25,3 +25,9 @@ def settled_precision(
         is_fast = gpus > 0 or any(found.get(name) for name in INSTRUCTIONS)
         wanted = "bf16" if is_fast else "fp32"
     return "bf16" if wanted == "bf16" else "fp32"
+
+
+def autocast(precision: str, device: torch.device) -> torch.autocast:
+    """A context in which `device` computes in `precision`: auto, fp32 or bf16."""
+    enabled = settled_precision(precision, device.type == "cuda") == "bf16"
+    return torch.autocast(device.type, torch.bfloat16, enabled=enabled)

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from fae_core.generators.dit import DiT
 from fae_core.generators.starflow import FlowBlock, StarFlow
-from fae_core.precision import settled_precision
+from fae_core.precision import autocast, settled_precision
 
 from ..config import Recipe
 from ..config.sections import DataSection, PrecomputeSection, SampleSection
@@ -147,9 +147,9 @@ def sample_memory(recipe: Recipe) -> list[Process]:
         results = peak_of(lambda n: decoder(torch.zeros(n, *sampler.shape)), size)
         if isinstance(model, DiT):
             rows = size * (1 if section.guidance == "none" else 2)
-            bf16 = settled_precision(section.precision, section.gpus_per_actor) == "bf16"
+            precision = settled_precision(section.precision, section.gpus_per_actor)
             results = max(
-                results, peak_of(lambda n: _velocity(model, n, sampler.shape, bf16), rows)
+                results, peak_of(lambda n: _velocity(model, n, sampler.shape, precision), rows)
             )
         else:
             guided = section.flow_guidance > 0
@@ -187,8 +187,8 @@ def text(processes: list[Process]) -> str:
     return "\n".join(lines)
 
 
-def _velocity(model: DiT, num: int, shape: tuple[int, ...], bf16: bool) -> Tensor:
-    with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+def _velocity(model: DiT, num: int, shape: tuple[int, ...], precision: str) -> Tensor:
+    with autocast(precision, torch.device("cpu")):
         labels = torch.zeros(num, dtype=torch.int64)
         velocity: Tensor = model(torch.zeros(num, *shape), torch.ones(num), labels)
         return velocity

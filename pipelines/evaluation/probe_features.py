@@ -24,6 +24,7 @@ from fae_core.metrics.probes import (
     similarity_correlation,
     within_one_patch,
 )
+from fae_core.precision import autocast
 
 from ..config import Recipe
 from ..config.sections import ProbeSection
@@ -128,8 +129,7 @@ class Networks:
             return {k: np.zeros(s, np.float32) for k, s in zip(KINDS, shapes, strict=True)}
         (batch,) = encoder.micro_batches(images, len(images))
         features = features_of(encoder.backbone, batch, encoder.precision)
-        enabled = encoder.precision == "bf16"
-        with torch.autocast(encoder.device.type, torch.bfloat16, enabled=enabled):
+        with autocast(encoder.precision, encoder.device):
             latents = encoder.autoencoder.encode(features).mode()
             rebuilt = encoder.autoencoder.decode(latents)
         found = dict(zip(KINDS, (features, rebuilt, latents), strict=True))

@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 from fae_core.backbone import Backbone
 from fae_core.checkpoint import CheckpointError
-from fae_core.precision import settled_precision
+from fae_core.precision import autocast, settled_precision
 
 from ..config import Recipe
 from ..networks import autoencoder_of, backbone_of
@@ -108,13 +108,10 @@ class LatentEncoder:
     def encode_batch(self, batch: Tensor) -> dict[str, Tensor]:
         """Columns float16 [b, C, H, W] of uint8 crops [b, S, S, 3] on the device."""
         columns: dict[str, Tensor] = {}
-        autocast = torch.autocast(
-            self.device.type, dtype=torch.bfloat16, enabled=self.precision == "bf16"
-        )
         for suffix in ("", "_flip"):
             if not {"mean" + suffix, "logvar" + suffix} & set(self.columns):
                 continue
-            with autocast:
+            with autocast(self.precision, self.device):
                 mean, logvar = self.network(batch.flip(2) if suffix else batch)
             for name, values in (("mean" + suffix, mean), ("logvar" + suffix, logvar)):
                 if name in self.columns:

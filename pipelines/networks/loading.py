@@ -9,13 +9,13 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 
-import torch
 from torch import Tensor
 
 from fae_core import checkpoint
 from fae_core.backbone import Backbone, load_backbone
 from fae_core.backbone_presets import BackboneSpec, backbone_label, resolve_spec
 from fae_core.checkpoint import CheckpointError, Loaded
+from fae_core.precision import autocast
 
 from ..config import Recipe
 from ..storage import paths
@@ -94,5 +94,5 @@ def autoencoder_of(recipe: Recipe, backbone: Backbone) -> Loaded:
 
 def features_of(backbone: Backbone, images: Tensor, precision: str) -> Tensor:
     """Patch features [B, N, D] float32 of uint8 crops, computed in `precision`."""
-    with torch.autocast(images.device.type, torch.bfloat16, enabled=precision == "bf16"):
+    with autocast(precision, images.device):
         return backbone(images).float()

@@ -14,6 +14,7 @@ from torch import Tensor
 from fae_core.draws import normal_draws
 from fae_core.generators.dit import DiT
 from fae_core.generators.starflow import StarFlow
+from fae_core.precision import autocast
 from fae_core.samplers import PAPER_GUIDANCE, GuidanceInterval, sample_ode, sample_sde
 
 from ..config.sections import SampleSection
@@ -54,7 +55,7 @@ class LatentSampler:
                     x = model.denoise(x.clone(), labels.clone())
             return model.denormalize(x)
         guidance, null = intervals(sample), model.null_class
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=sample.precision == "bf16"):
+        with autocast(sample.precision, self.device):
             if sample.sampler == "ode":
                 x = sample_ode(model, noise, labels, sample.num_steps, sample.shift, guidance, null)
             else:

@@ -19,6 +19,7 @@ from fae_core.autoencoder import FeatureAutoencoder
 from fae_core.backbone import Backbone
 from fae_core.figures import picture_grid, reconstruction_rows
 from fae_core.linear_baseline import LinearBaseline
+from fae_core.precision import autocast
 
 from ..config import Recipe
 from ..config.sections import AutoencoderSection
@@ -186,12 +187,9 @@ class _Validation:
         errors = _Errors(model.feature_std)
         channel_kl = torch.zeros(model.config.latent_dim, dtype=torch.float64)
         figure: bytes | None = None
-        precision = torch.autocast(
-            self.device.type, torch.bfloat16, enabled=self.precision == "bf16"
-        )
         for array in self.images:
             features = self._features(array)
-            with precision:
+            with autocast(self.precision, self.device):
                 posterior = model.encode(features)
                 latents = posterior.mode()
                 output = model.decode(latents).float()

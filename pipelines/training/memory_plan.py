@@ -17,6 +17,8 @@ from torch._guards import detect_fake_mode
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from fae_core.precision import autocast
+
 from ..config.sections import TrainingSection
 from ..networks.untrained import network_bytes, tensors_of
 from .batches import Batch
@@ -77,8 +79,7 @@ def memory_plan_of(job: Job, training: TrainingSection, batch: Batch) -> MemoryP
 
     def forward(some: Batch) -> Any:
         some = replace(some, step=training.steps - 1)
-        bf16 = training.precision == "bf16"
-        with torch.autocast(some.device.type, torch.bfloat16, enabled=bf16):
+        with autocast(training.precision, some.device):
             terms = job.loss(job.model, some)
             return terms, adversary.loss(adversary.module, some) if adversary else None
 

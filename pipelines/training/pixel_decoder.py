@@ -21,6 +21,7 @@ from fae_core.figures import picture_grid
 from fae_core.losses import noise_scale
 from fae_core.metrics.reconstruction import WINDOW, psnr, ssim
 from fae_core.pixel_decoder import PixelDecoder, from_uint8, to_uint8
+from fae_core.precision import autocast
 
 from ..config import Recipe, RecipeError
 from ..data.records import split_records
@@ -165,7 +166,7 @@ class _Validation:
                 sources["rebuilt_"] = autoencoder.decode(autoencoder.encode(features).mode())
             shown: list[np.ndarray] = [array]
             for prefix, source in sources.items():
-                with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
+                with autocast(precision, device):
                     output = model(source).clamp(0.0, 1.0)
                 for name, value in self._scores(output, target).items():
                     sums[prefix + name] = sums.get(prefix + name, 0.0) + value

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 
 from fae_core.errors import UserError
+from fae_core.precision import autocast
 
 from ..config.sections import TrainingSection
 from .batches import Batch
@@ -68,16 +69,14 @@ def train_step(
     for index, batch in enumerate(batches):
         last = index == len(batches) - 1
         scale = batch.weight / len(batches)
-        autocast = torch.autocast(
-            batch.device.type, torch.bfloat16, enabled=training.precision == "bf16"
-        )
+        lower = autocast(training.precision, batch.device)
         with _synchronized(wrapped, last):
-            with autocast:
+            with lower:
                 terms = loss(wrapped, batch)
             (terms["loss"] * scale).backward()
         if wrapped_adversary is not None and adversary_loss is not None:
             with _synchronized(wrapped_adversary, last):
-                with autocast:
+                with lower:
                     judged = adversary_loss(wrapped_adversary, batch)
                 if judged is not None:
                     (judged["adversary_loss"] * scale).backward()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from fae_core.precision import settled_precision
+from fae_core.precision import autocast, settled_precision
 
 
 @pytest.mark.parametrize(
@@ -28,3 +28,11 @@ def test_a_cpu_takes_bf16_where_it_multiplies_in_it(
     assert settled_precision("auto", before="auto") == expected
     for asked in ("fp32", "bf16"):
         assert settled_precision(asked, gpus=1.0, before="bf16") == asked
+
+
+def test_autocast_follows_the_precision_that_is_settled(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"amx_bf16": True})
+    cpu, x = torch.device("cpu"), torch.ones(2, 2)
+    for precision, dtype in (("auto", torch.bfloat16), ("fp32", torch.float32)):
+        with autocast(precision, cpu):
+            assert (x @ x).dtype == dtype
