@@ -11,7 +11,6 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-import torch
 from PIL import Image
 
 from fae.cli import main
@@ -21,10 +20,8 @@ from fae.pipelines.latents.manifest import commit
 from fae.pipelines.latents.plan import ensure_plan
 from fae.pipelines.latents.shards import write_shard
 from fae_core import checkpoint
-from fae_core.autoencoder import AutoencoderConfig, FeatureAutoencoder
 from fae_core.generators.dit import DiT, DiTConfig
-from fae_core.pixel_decoder import PixelDecoder, PixelDecoderConfig
-from tests.tiny import SMALLEST_BACKBONE, TINY
+from tests.tiny import SMALLEST_BACKBONE, TINY, save_decoders
 
 SHAPE = (4, 3, 3)
 CLASSES = ("cat", "dog", "horse")
@@ -58,15 +55,7 @@ def write_store(folder: Path, labels: list[int | None], kept: bool = True, *colu
 
 def write_networks(folder: Path) -> None:
     """Untrained networks that sample together; the generator knows the names of its classes."""
-    torch.manual_seed(0)
-    autoencoder = FeatureAutoencoder(
-        AutoencoderConfig(24, SHAPE[0], SHAPE[1:], encoder_num_heads=2, encoder_head_dim=8,
-                          decoder_depth=1, decoder_num_heads=2)
-    )  # fmt: skip
-    decoder = PixelDecoder(PixelDecoderConfig(24, SHAPE[1:], 12, width=24, depth=1, num_heads=2))
-    marks = {"backbone": "tiny:0", "image_size": "12"}
-    sha256 = checkpoint.save(folder / "autoencoder.safetensors", autoencoder, marks)
-    checkpoint.save(folder / "pixel_decoder.safetensors", decoder, marks)
+    sha256 = save_decoders(folder, SHAPE, 12)
     config = DiTConfig(SHAPE[0], SHAPE[1:], width=32, depth=1, num_heads=2, num_classes=3)
     generator, marks = DiT(config), {"autoencoder": sha256}
     checkpoint.save(folder / "generator.safetensors", generator, marks, CLASSES)

@@ -17,6 +17,8 @@ from fae.pipelines.config.recipe import load_recipe
 from fae.pipelines.networks.loading import backbone_fingerprints, backbone_of
 from fae.pipelines.networks.untrained import build_autoencoder
 from fae_core import checkpoint
+from fae_core.autoencoder import AutoencoderConfig, FeatureAutoencoder
+from fae_core.pixel_decoder import PixelDecoder, PixelDecoderConfig
 
 ROOT = Path(__file__).parents[1]
 SHARD_SIZE = 8
@@ -49,6 +51,23 @@ def save_autoencoder(path: Path) -> Path:
     model = build_autoencoder(recipe.autoencoder, backbone.spec)
     checkpoint.save(path, model, backbone_fingerprints(recipe, backbone))
     return path
+
+
+def save_decoders(folder: Path, shape: tuple[int, int, int], image_size: int) -> str:
+    """Untrained autoencoder and pixel decoder of latents [C, H, W] that belong together.
+
+    Returns the autoencoder's SHA-256.
+    """
+    torch.manual_seed(0)
+    grid = shape[1:]
+    autoencoder = FeatureAutoencoder(
+        AutoencoderConfig(24, shape[0], grid, encoder_num_heads=2, encoder_head_dim=8,
+                          decoder_depth=1, decoder_num_heads=2)
+    )  # fmt: skip
+    config = PixelDecoderConfig(24, grid, image_size, width=24, depth=1, num_heads=2)
+    marks = {"backbone": "tiny:0", "image_size": str(image_size)}
+    checkpoint.save(folder / "pixel_decoder.safetensors", PixelDecoder(config), marks)
+    return checkpoint.save(folder / "autoencoder.safetensors", autoencoder, marks)
 
 
 def noisy_jpegs(count: int) -> Iterator[bytes]:

@@ -33,9 +33,8 @@ from fae.pipelines.training.pixel_decoder import train_pixel_decoder
 from fae_core import checkpoint
 from fae_core.autoencoder import AutoencoderConfig, FeatureAutoencoder
 from fae_core.checkpoint import CheckpointError
-from fae_core.pixel_decoder import PixelDecoder, PixelDecoderConfig
 from tests.here import leave_ray_out
-from tests.tiny import ROOT, wait_for_checkpoint
+from tests.tiny import ROOT, save_decoders, wait_for_checkpoint
 
 SHAPE = (4, 4, 4)
 NUM_ROWS = 48
@@ -45,15 +44,7 @@ NUM_ROWS = 48
 def decoders(tmp_path_factory) -> dict[str, str]:
     """Untrained autoencoder and pixel decoder that belong together."""
     folder = tmp_path_factory.mktemp("decoders")
-    torch.manual_seed(0)
-    autoencoder = FeatureAutoencoder(
-        AutoencoderConfig(24, SHAPE[0], SHAPE[1:], encoder_num_heads=2, encoder_head_dim=8,
-                          decoder_depth=1, decoder_num_heads=2)
-    )  # fmt: skip
-    decoder = PixelDecoder(PixelDecoderConfig(24, SHAPE[1:], 32, width=24, depth=1, num_heads=2))
-    marks = {"backbone": "tiny:0", "image_size": "32"}
-    checkpoint.save(folder / "autoencoder.safetensors", autoencoder, marks)
-    checkpoint.save(folder / "pixel_decoder.safetensors", decoder, marks)
+    save_decoders(folder, SHAPE, 32)
     return {name: str(folder / f"{name}.safetensors") for name in ("autoencoder", "pixel_decoder")}
 
 
