@@ -139,6 +139,8 @@ MISTAKES = [
     ),
     ([*AUTOENCODER, FLAT, "backbone.image_size=33"], "33"),
     ([*AUTOENCODER, FLAT, "backbone.name=no_such_vit"], "no_such_vit"),
+    ([*AUTOENCODER, FLAT, "backbone.layers=99"], "backbone.layers=99: test_vit has 6 blocks"),
+    ([*PIXELS, FLAT, "backbone.layers=99"], "backbone.layers=99: test_vit has 6 blocks"),
     ([*PIXELS, FLAT, "pixel_decoder.num_heads=5"], "not divisible by 5 heads"),
     ([*PIXELS, FLAT, "pixel_decoder.width=90", "pixel_decoder.num_heads=2"], "divisible by 4"),
     ([*PIXELS, FLAT, "image_size=31"], "a square grid that divides the image"),

@@ -72,7 +72,10 @@ def plan_source(data: DataSection) -> Source:
         table = in_order(table, "key", "uri")
     if not len(table):
         if not account.num_files:
-            raise SourceError(f"data.path={data.path!r} holds no files.")
+            raise SourceError(
+                f"data.path={data.path!r} holds no files. Give a folder of images, Parquet files, "
+                "tar shards or a list."
+            )
         reasons = "; ".join(f"{s.count} {reason}" for reason, s in account.skipped.items())
         raise SourceError(
             f"data.path={data.path!r} holds no images (0 of {account.num_files} files; read as "
