@@ -466,6 +466,40 @@ def inspect(
 
 
 @app.command()
+def status(
+    places: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="FOLDER...",
+            help="The folder of a run, a latent store, samples, a chain or a sweep; or s3://.",
+        ),
+    ],
+    as_json: Annotated[
+        bool, typer.Option("--json", help="Print everything that is known as JSON.")
+    ] = False,
+) -> None:
+    """Say how far a job is, from its folder alone.
+
+    It reads what the job has written: steps or shards done, rate, time left, losses and errors. It
+    needs no Ray, and works from another terminal or machine:
+
+    \b
+      fae status runs/first
+      fae status s3://bucket/latents runs/tune/sizes
+    """
+    from fae.pipelines.status import print_status, status_of
+    from fae.tune import status_of_sweep
+
+    found = [status_of_sweep(place) or status_of(place) for place in places]
+    if as_json:
+        described = [one.to_dict() for one in found]
+        typer.echo(json.dumps(described[0] if len(described) == 1 else described, indent=1))
+        return
+    for one in found:
+        print_status(one)
+
+
+@app.command()
 def export(
     uri: Annotated[str, typer.Argument(help="A finished latent store.")],
     output: Annotated[str, typer.Option(help="An empty folder or s3:// prefix.")],

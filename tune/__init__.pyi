@@ -3,5 +3,6 @@
 from .sweep import SearchError as SearchError
 from .sweep import report as report
 from .sweep import search as search
+from .sweep_status import status_of_sweep as status_of_sweep
 
-__all__ = ["SearchError", "report", "search"]
+__all__ = ["SearchError", "report", "search", "status_of_sweep"]

@@ -10,8 +10,9 @@ from typing import Any
 from fae.pipelines.config import Recipe, RecipeError
 
 from . import study
+from .records import FAILED, UNFINISHED, recorded
 from .spaces import tune_space
-from .trials import FAILED, STEP, UNFINISHED, recorded
+from .trials import STEP
 
 
 def make_scheduler(recipe: Recipe) -> Any:

@@ -9,8 +9,9 @@ from typing import Any
 
 from fae.pipelines.config.sections import ObjectiveSection
 
+from .records import FINISHED, RecordedTrial
 from .spaces import label
-from .trials import FINISHED, LATENT_DIM, SEED, RecordedTrial
+from .trials import LATENT_DIM, SEED
 
 PANELS = (
     ("autoencoder/mse", "feature error (MSE)"),

@@ -15,8 +15,8 @@ import numpy as np
 
 from fae.pipelines.config.sections import ObjectiveSection
 
+from .records import RecordedTrial
 from .spaces import Settings
-from .trials import RecordedTrial
 
 if TYPE_CHECKING:
     from optuna import Study

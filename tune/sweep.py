@@ -29,22 +29,12 @@ from fae_core.errors import UserError
 
 from .algorithms import make_scheduler, make_searcher
 from .concurrency import concurrent_trials, cores_of_each, cpus_of_nodes, with_shared_cores
+from .records import FAILED, FINISHED, STOPPED, recorded
 from .spaces import Settings, label, planned_settings
 from .stage_lock import stage_lock
 from .sweep_report import write_sweep_report
 from .sweep_tracking import log_stage, star_trials, sweep_tracker, trial_tracker
-from .trials import (
-    FAILED,
-    FINISHED,
-    STEP,
-    STOPPED,
-    Trial,
-    plan_trial,
-    recorded,
-    recorded_trials,
-    stage_of,
-    sweep_folder,
-)
+from .trials import STEP, Trial, plan_trial, recorded_trials, stage_of, sweep_folder
 
 SETTINGS = "settings"
 

@@ -17,10 +17,11 @@ from fae.pipelines.config.sections import ObjectiveSection
 from fae.pipelines.storage import paths
 from fae.pipelines.training.tracking import Tracker
 
+from .records import FINISHED, RecordedTrial
 from .report_figures import PANELS, importance_figure, trials_figure
 from .spaces import Settings, apply, label
 from .study import has_values, importance, pareto_front
-from .trials import FINISHED, SEED, RecordedTrial, recorded_trials, sweep_folder
+from .trials import SEED, recorded_trials, sweep_folder
 
 IMPORTANCE_NOTE = (
     "The numbers are fANOVA's importance of a setting for an objective, computed by Optuna from "

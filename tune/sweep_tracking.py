@@ -16,8 +16,9 @@ from fae.pipelines.storage import paths
 from fae.pipelines.training.metrics_log import read_metrics_log
 from fae.pipelines.training.tracking import Tracker, resolve_uri
 
+from .records import FAILED, UNFINISHED
 from .spaces import label
-from .trials import FAILED, UNFINISHED, Trial, sweep_folder
+from .trials import Trial, sweep_folder
 
 
 def sweep_tracker(recipe: Recipe) -> Tracker:

@@ -22,17 +22,12 @@ from fae.pipelines.data.records import ImageRecord
 from fae.pipelines.storage import fingerprint_of, paths
 from fae.pipelines.training.metrics_log import read_metrics_log
 
+from .records import FAILED, RecordedTrial, recorded
 from .spaces import Settings, apply
 
 STEP = "autoencoder/step"
 LATENT_DIM, SEED = "autoencoder.latent_dim", "seed"
 """Settings that the report tells from the others."""
-FINISHED, STOPPED = "finished", "stopped early"
-"""States of a trial that has ended: all stages ran, or the scheduler stopped it."""
-UNFINISHED, FAILED = "unfinished", "failed"
-"""States of a trial that the same command continues: it runs or was interrupted, or a stage
-failed.
-"""
 
 
 @dataclass(frozen=True)
@@ -104,17 +99,6 @@ class Trial:
         _write(self.uri, "result.json", json.dumps(result, indent=1))
 
 
-@dataclass(frozen=True)
-class RecordedTrial:
-    """A trial as its folder records it; `metrics` are named STAGE/NAME."""
-
-    key: str
-    state: str
-    settings: Settings
-    metrics: Mapping[str, float]
-    latent_dim: int
-
-
 def sweep_folder(recipe: Recipe) -> str:
     """STORAGE/tune/NAME. Raises RecipeError where the sweep has no usable name."""
     name = recipe.tune.name
@@ -149,20 +133,6 @@ def plan_trial(recipe: Recipe, settings: Settings) -> Trial:
     stages = [stage for stage in needed_stages(planned, wanted) if stage.name != "report"]
     key = fingerprint_of({stage.name: stage.key for stage in stages})[:KEY_LENGTH]
     return Trial(settings, varied, stages, paths.join(sweep_folder(recipe), "trials", key))
-
-
-def recorded(folder: str) -> dict[str, dict[str, Any]]:
-    """Every trial of the sweep by key: its result, its failure, or its settings as `UNFINISHED`."""
-    found: dict[str, dict[str, Any]] = {}
-    ended = ("result.json", "failure.json")
-    for file in paths.list_files(paths.join(folder, "trials")):
-        *_, key, name = file.uri.split("/")
-        if name in ended and found.get(key, {}).get("state") not in (FINISHED, STOPPED):
-            found[key] = json.loads(paths.read_bytes(file.uri))
-        elif name == "settings.json" and key not in found:
-            settings = json.loads(paths.read_bytes(file.uri))
-            found[key] = {"state": UNFINISHED, "settings": settings, "metrics": {}}
-    return dict(sorted(found.items()))
 
 
 def recorded_trials(recipe: Recipe, folder: str) -> list[RecordedTrial]:

@@ -27,7 +27,8 @@ from ..data import plan_source
 from ..data.account import Account
 from ..data.crops import crop_version
 from ..networks import backbone_fingerprints
-from ..runtime import Progress, RowStages, fan_out, metrics, run_rows
+from ..runtime import RowStages, fan_out, metrics, run_rows
+from ..runtime.progress import Progress
 from ..storage import paths
 from .encoder import LatentEncoder
 from .manifest import commit, missing_shards

@@ -19,7 +19,8 @@ from fae_core.precision import settled_precision
 
 from ..config import Recipe, with_absolute_paths
 from ..config.facts import deciding_values
-from ..runtime import Progress, RowStages, run_rows
+from ..runtime import RowStages, run_rows
+from ..runtime.progress import Progress
 from ..storage import paths
 from .image_sampler import ImageSampler
 from .sample_store import (

@@ -42,11 +42,15 @@ class StorageError(UserError, OSError):
 
 @dataclass(frozen=True, slots=True)
 class FileInfo:
-    """One file or object: its whole address, its bytes, and on S3 its ETag."""
+    """One file or object: its whole address, its bytes, on S3 its ETag, and when it was written.
+
+    `modified` is in seconds since 1970, None on the Hub.
+    """
 
     uri: str
     size: int
     etag: str | None = None
+    modified: float | None = None
 
 
 def is_s3(uri: str) -> bool:
@@ -279,9 +283,37 @@ def list_files(uri: str, recursive: bool = True) -> Iterator[FileInfo]:
         return
     root = _local(uri)
     if os.path.isfile(root):
-        yield FileInfo(root, os.path.getsize(root))
+        yield _local_info(root, os.stat(root))
     elif os.path.isdir(root):
         yield from _list_local(root, os.path.realpath(root), recursive)
+
+
+def list_folders(uri: str) -> list[str]:
+    """Names of the folders directly under `uri`, sorted; of links to folders none.
+
+    Raises StorageError.
+    """
+    if is_s3(uri):
+        bucket, key = _bucket_key(uri)
+        below = f"{key}/" if key else ""
+        try:
+            pages = list(_pages(bucket, below, recursive=False))
+        except _failures(uri) as error:
+            raise storage_error("list", uri, error) from None
+        found = [item["Prefix"] for page in pages for item in page.get("CommonPrefixes", [])]
+        return sorted(prefix[len(below) :].rstrip("/") for prefix in found)
+    if is_hub(uri):
+        below = f"{uri.rstrip('/')}/"
+        inner = (file.uri[len(below) :].split("/") for file in list_files(uri))
+        return sorted({parts[0] for parts in inner if len(parts) > 1})
+    root = _local(uri)
+    if not os.path.isdir(root):
+        return []
+    try:
+        with os.scandir(root) as entries:
+            return sorted(e.name for e in entries if e.is_dir(follow_symlinks=False))
+    except OSError as error:
+        raise storage_error("list", uri, error) from None
 
 
 def storage_error(operation: str, uri: str, error: Exception) -> StorageError:
@@ -400,9 +432,13 @@ def _list_local(folder: str, root: str, recursive: bool) -> Iterator[FileInfo]:
             continue
         try:
             if entry.is_file():
-                yield FileInfo(entry.path, entry.stat().st_size)
+                yield _local_info(entry.path, entry.stat())
         except FileNotFoundError:
             continue
+
+
+def _local_info(path: str, status: os.stat_result) -> FileInfo:
+    return FileInfo(path, status.st_size, modified=status.st_mtime)
 
 
 def _list_hub(uri: str, recursive: bool) -> Iterator[FileInfo]:
@@ -422,14 +458,19 @@ def _list_s3(uri: str, recursive: bool) -> Iterator[FileInfo]:
             page = _first_page(bucket, key)
             for item in page.get("Contents", []):
                 if item["Key"] == key:
-                    yield FileInfo(f"s3://{bucket}/{key}", item["Size"], _etag(item))
+                    yield _s3_info(bucket, item)
         for page in _pages(bucket, f"{key}/" if key else "", recursive):
             for item in page.get("Contents", []):
                 # Consoles mark a folder with an empty object whose name ends in a slash.
                 if not item["Key"].endswith("/"):
-                    yield FileInfo(f"s3://{bucket}/{item['Key']}", item["Size"], _etag(item))
+                    yield _s3_info(bucket, item)
     except _failures(uri) as error:
         raise storage_error("list", uri, error) from None
+
+
+def _s3_info(bucket: str, item: dict[str, Any]) -> FileInfo:
+    written = item["LastModified"].timestamp()
+    return FileInfo(f"s3://{bucket}/{item['Key']}", item["Size"], _etag(item), written)
 
 
 def _first_page(bucket: str, prefix: str) -> dict[str, Any]:

@@ -13,7 +13,8 @@ import torch
 from fae_core.draws import normal_draws, uniform_draws
 
 from ..config.sections import GeneratorSection
-from ..latents import NO_LABEL, LatentBatch, LatentStore
+from ..latents import LatentStore
+from ..latents.reader import NO_LABEL, LatentBatch
 from ..storage import StoreError
 from .batches import Batch, blank_batch, to_device
 from .job import Feed, check_batch

@@ -115,6 +115,7 @@ def _train(
             metrics["learning_rate"] = learning_rate(step - 1, training)
             if log:
                 log.add("train", f"step {step}/{training.steps}", metrics, step)
+                log.metrics_log.publish()
         validates = step % training.validate_every == 0 and not last
         if validates:
             with state.averaged():

@@ -8,9 +8,9 @@ import pytest
 
 from fae.pipelines.config.recipe import RecipeError, load_recipe
 from fae.pipelines.config.sections import ObjectiveSection
+from fae.tune.records import RecordedTrial
 from fae.tune.study import importance, make_study, pareto_front
 from fae.tune.sweep_report import best_settings, write_sweep_report
-from fae.tune.trials import RecordedTrial
 
 DIM, KIND = "autoencoder.latent_dim", "autoencoder.encoder.kind"
 OBJECTIVES = [

@@ -21,7 +21,8 @@ from fae.pipelines.config.recipe import RecipeError, load_recipe
 from fae.tune import search
 from fae.tune.algorithms import make_searcher
 from fae.tune.concurrency import concurrent_trials, cores_of_each, with_shared_cores
-from fae.tune.trials import FINISHED, plan_trial
+from fae.tune.records import FINISHED
+from fae.tune.trials import plan_trial
 from tests.tiny import ROOT
 
 RECIPE = str(ROOT / "tests" / "tiny_chain.yaml")
@@ -261,8 +262,8 @@ def test_a_failed_trial_names_its_cause_in_its_record_and_in_mlflow(
 ):
     from mlflow.tracking import MlflowClient
 
+    from fae.tune.records import FAILED, recorded
     from fae.tune.sweep import run_trial
-    from fae.tune.trials import FAILED, recorded
     from fae_core.errors import UserError
 
     def no_room(*_):
