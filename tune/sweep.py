@@ -20,11 +20,12 @@ from ray.tune import Callback
 from ray.tune.integration.ray_train import TuneReportCallback
 
 from fae.pipelines.chain import run_stage
-from fae.pipelines.chain.stages import check_stages, needed_stages, plan_stages
+from fae.pipelines.chain.stages import PLACES, check_stages, needed_stages, plan_stages
 from fae.pipelines.config import Recipe, with_absolute_paths
+from fae.pipelines.runtime.places import check_places
 from fae.pipelines.runtime.session import plain_error, quiet_logs, start_ray
 from fae.pipelines.storage import paths
-from fae.pipelines.training.tracking import Tracker, resolve_uri
+from fae.pipelines.training.tracking import Tracker, resolve_uri, shared_tracking
 from fae_core.errors import UserError
 
 from .algorithms import make_scheduler, make_searcher
@@ -50,6 +51,8 @@ def search(recipe: Recipe) -> dict[str, Any]:
     """
     resolved = _resolved(recipe)
     folder, settings = sweep_folder(resolved), planned_settings(recipe)
+    check_places(resolved, PLACES)
+    resolved.tracking = shared_tracking(recipe.tracking)
     _check_trials(resolved, settings)
     make_scheduler(resolved)
     paths.write_bytes(paths.join(folder, "recipe.yaml"), recipe.to_yaml().encode())

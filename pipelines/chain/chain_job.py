@@ -21,6 +21,7 @@ from ..config import Recipe
 from ..evaluation import evaluate, probe
 from ..latents import precompute
 from ..networks import load_checkpoint
+from ..runtime.places import check_places
 from ..runtime.session import start_ray
 from ..sampling import sample
 from ..storage import paths
@@ -31,9 +32,10 @@ from ..training import (
     train_generator,
     train_pixel_decoder,
 )
+from ..training.tracking import shared_tracking
 from .report import write_report
 from .sizes import expected_bytes, latent_bytes
-from .stages import Stage, check_stages, plan_stages, select, training_of
+from .stages import PLACES, Stage, check_stages, plan_stages, select, training_of
 
 TRAINERS: dict[str, Callable[..., TrainResult]] = {
     "autoencoder": train_autoencoder,
@@ -50,6 +52,8 @@ def run_chain(recipe: Recipe) -> dict[str, dict[str, float]]:
 
     Raises what the stages' jobs raise.
     """
+    check_places(recipe, PLACES)
+    recipe = recipe.model_copy(update={"tracking": shared_tracking(recipe.tracking)})
     stages = select(plan_stages(recipe), recipe.chain)
     check_stages(stages)
     todo = [stage for stage in stages if stage.result() is None]

@@ -35,6 +35,8 @@ from ..training import requirements
 from ..training.tracking import resolve_uri
 
 STAGES: tuple[StageName, ...] = get_args(StageName)
+PLACES = ("storage", "data.path", "backbone.weights", "evaluate.reference")
+"""Keys of the places that most stages use; each stage's job asks for its own too."""
 KEY_LENGTH = 12
 """Hex digits of a stage's fingerprint that name its folder."""
 NETWORKS = {

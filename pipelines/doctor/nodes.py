@@ -12,10 +12,8 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from ..runtime import versions
+from ..runtime.lanes import ask_every_node
 from .finding import Finding, size_text
-
-PROBE_SECONDS = 60.0
-"""How long all nodes together have to run one small task each."""
 
 
 @dataclass(frozen=True)
@@ -43,40 +41,27 @@ class Node:
 def look_at_nodes() -> tuple[list[Node], list[Finding]]:
     """The alive nodes of the connected cluster, and what is wrong with any of them.
 
-    A small task runs on each node. A node that does not run it within PROBE_SECONDS is a problem.
+    A small task runs on each node. A node that does not run it is a problem.
     """
     import ray
-    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-    alive = [node for node in ray.nodes() if node["Alive"]]
-    dead = len(ray.nodes()) - len(alive)
-    facts = ray.remote(num_cpus=0, max_retries=0)(_facts)
-    asked = {
-        facts.options(
-            scheduling_strategy=NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
-        ).remote(): node
-        for node in alive
-    }
-    ray.wait(list(asked), num_returns=len(asked), timeout=PROBE_SECONDS)
+    dead = sum(not node["Alive"] for node in ray.nodes())
     nodes, findings = [], []
-    for reference, node in asked.items():
-        resources = node["Resources"]
-        name = f"{node['NodeManagerAddress']}"
+    for answer in ask_every_node(_facts):
+        resources = answer.node["Resources"]
         made = Node(
-            name,
+            answer.address,
             resources.get("CPU", 0.0),
             resources.get("GPU", 0.0),
             resources.get("object_store_memory", 0.0),
-            dict(node["Labels"]),
+            dict(answer.node["Labels"]),
         )
-        try:
-            found = ray.get(reference, timeout=0.1)
-            nodes.append(replace(made, shm=found["shm"], versions=found["versions"]))
-        except Exception as error:  # Whatever a task raises says something about this node.
-            nodes.append(made)
-            findings.append(
-                Finding("problem", "node", f"{name} did not run a task: {_first_line(error)}")
-            )
+        if answer.error is None:
+            made = replace(made, **answer.value)
+        else:
+            message = f"{made.name} did not run a task: {_first_line(answer.error)}"
+            findings.append(Finding("problem", "node", message))
+        nodes.append(made)
     if dead:
         message = f"{dead} nodes were lost since the cluster started"
         findings.append(Finding("warning", "nodes", message))

@@ -25,6 +25,7 @@ from ..config.facts import deciding_values
 from ..config.sections import EvaluateSection
 from ..data.crops import crop_version
 from ..runtime import versions
+from ..runtime.places import check_places
 from ..runtime.session import start_ray
 from ..storage import differences, paths, refuse_other_work
 from .comparison import FRECHET, PAIRED, check_made_with, needs_of, open_sets
@@ -49,6 +50,8 @@ def evaluate(recipe: Recipe, show_progress: bool = True) -> dict[str, float]:
     started, written = time.monotonic(), recipe.to_yaml()
     recipe = with_absolute_paths(recipe)
     options, scores = recipe.evaluate, set(recipe.evaluate.scores)
+    read = ("images", "reference", "inception_weights")
+    check_places(recipe, ("backbone.weights", *(f"evaluate.{name}" for name in read)))
     images, reference = open_sets(options, recipe.image_size, recipe.data)
     sides = _sides(images, reference)
     needs = {role: needs_of(options, role, side) for role, side in sides}

@@ -31,7 +31,7 @@ from fae_core.pixel_decoder import from_uint8
 
 from ..config import Recipe
 from ..config.sections import BackboneSection, EvaluateSection
-from ..runtime import RowStages, run_rows
+from ..runtime.actor_pool import RowStages, run_rows
 from ..runtime.progress import Progress
 from .errors import EvaluationError
 from .extractor import Extractor

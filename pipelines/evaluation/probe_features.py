@@ -31,7 +31,7 @@ from ..config.sections import ProbeSection
 from ..data.records import ImageRecord
 from ..latents import LatentEncoder
 from ..networks import features_of
-from ..runtime import RowStages, run_rows
+from ..runtime.actor_pool import RowStages, run_rows
 from ..runtime.progress import Progress
 from .errors import ProbeError
 from .tasks import decode_batch

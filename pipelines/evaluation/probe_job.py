@@ -33,6 +33,7 @@ from ..data.crops import crop_version
 from ..data.reading import load_crops
 from ..data.records import ImageRecord, source_digest, split_records
 from ..runtime import versions
+from ..runtime.places import check_places
 from ..storage import differences, fingerprint_of, paths, refuse_other_work
 from .errors import ProbeError
 from .probe_features import KINDS, Networks, Pair, Probed, extract
@@ -58,7 +59,9 @@ def probe(recipe: Recipe, show_progress: bool = True) -> dict[str, float]:
     ProbeError, and StoreMismatch where the output holds another probe.
     """
     recipe = with_absolute_paths(recipe)
-    source, _ = recipe.require("a probe of labelled images", "data.path", "autoencoder.checkpoint")
+    needed = ("data.path", "autoencoder.checkpoint")
+    source, _ = recipe.require("a probe of labelled images", *needed)
+    check_places(recipe, (*needed, "backbone.weights"))
     options = recipe.probe
     records = list_images(recipe.data)
     split = split_images(options, records, source)

@@ -27,7 +27,10 @@ from ..data import plan_source
 from ..data.account import Account
 from ..data.crops import crop_version
 from ..networks import backbone_fingerprints
-from ..runtime import RowStages, fan_out, metrics, run_rows
+from ..runtime import metrics
+from ..runtime.actor_pool import RowStages, run_rows
+from ..runtime.lanes import fan_out
+from ..runtime.places import check_places
 from ..runtime.progress import Progress
 from ..storage import paths
 from .encoder import LatentEncoder
@@ -53,6 +56,7 @@ def precompute(recipe: Recipe, show_progress: bool = True) -> dict[str, Any]:
     recipe = with_absolute_paths(recipe)
     needed = ("data.path", "autoencoder.checkpoint", "output")
     *_, output = recipe.require("precompute", *needed)
+    check_places(recipe, (*needed, "backbone.weights"))
     source = plan_source(recipe.data)
     if show_progress:
         print("\n".join(source.account.lines()), file=sys.stderr, flush=True)

@@ -1,4 +1,4 @@
-"""Calls spread over a Ray cluster: a `map` by tasks, and several streams of results as one.
+"""Calls spread over a Ray cluster: a `map` by tasks, a call on each node, several streams as one.
 
 They do what a job's driver cannot do alone on a large cluster: read a million footers, drive a
 thousand actors.
@@ -9,11 +9,26 @@ from __future__ import annotations
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 from .session import plain_error, prepare_data, quiet_logs
 
 T = TypeVar("T")
+
+ANSWER_SECONDS = 60.0
+"""How long all nodes together have to run one small task each."""
+
+
+class Answer(NamedTuple):
+    """What one node, as `ray.nodes()` describes it, returned or raised."""
+
+    node: dict[str, Any]
+    value: Any
+    error: Exception | None
+
+    @property
+    def address(self) -> str:
+        return str(self.node["NodeManagerAddress"])
 
 
 def fan_out(function: Callable[[Any], T], items: Iterable[Any]) -> Iterator[T]:
@@ -34,6 +49,39 @@ def fan_out(function: Callable[[Any], T], items: Iterable[Any]) -> Iterator[T]:
             yield ray.get(waiting.popleft())
     except Exception as error:
         raise plain_error(error) from None
+
+
+def ask_every_node(
+    function: Callable[..., Any], *arguments: Any, but: str | None = None
+) -> Iterator[Answer]:
+    """`function(*arguments)` on every alive node except the one with the id `but`.
+
+    The task takes no CPU, and so runs beside whatever the node does. A node that does not answer
+    within ANSWER_SECONDS has the error TimeoutError.
+    """
+    import ray
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+    task: Any = ray.remote(num_cpus=0, max_retries=0)(function)
+    asked = {
+        task.options(
+            scheduling_strategy=NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
+        ).remote(*arguments): node
+        for node in ray.nodes()
+        if node["Alive"] and node["NodeID"] != but
+    }
+    if not asked:
+        return
+    answered, _ = ray.wait(list(asked), num_returns=len(asked), timeout=ANSWER_SECONDS)
+    for reference, node in asked.items():
+        if reference not in answered:
+            ray.cancel(reference, force=True)
+            yield Answer(node, None, TimeoutError(f"no answer in {ANSWER_SECONDS:g} s"))
+            continue
+        try:
+            yield Answer(node, ray.get(reference), None)
+        except Exception as error:  # Whatever a task raises says something about its node.
+            yield Answer(node, None, plain_error(error))
 
 
 def smallest_node_cpus() -> int:

@@ -19,7 +19,8 @@ from fae_core.precision import settled_precision
 
 from ..config import Recipe, with_absolute_paths
 from ..config.facts import deciding_values
-from ..runtime import RowStages, run_rows
+from ..runtime.actor_pool import RowStages, run_rows
+from ..runtime.places import check_places
 from ..runtime.progress import Progress
 from ..storage import paths
 from .image_sampler import ImageSampler
@@ -42,6 +43,8 @@ def sample(recipe: Recipe, show_progress: bool = True) -> dict[str, Any]:
     started, written = time.monotonic(), recipe.to_yaml()
     recipe = with_absolute_paths(recipe)
     (output,) = recipe.require("sample", "output")
+    networks = (f"{name}.checkpoint" for name in ("generator", "autoencoder", "pixel_decoder"))
+    check_places(recipe, ("output", *networks))
     section = recipe.sample
     before = claimed(output).get("precision")
     section.precision = settled_precision(section.precision, section.gpus_per_actor, before)

@@ -26,6 +26,7 @@ from ..config.sections import AutoencoderSection
 from ..data.records import split_records
 from ..networks import backbone_fingerprints, backbone_of, backbone_spec, features_of
 from ..networks.untrained import build_autoencoder, build_backbone
+from ..runtime.places import check_places
 from . import run_folder
 from .batches import Batch, random_flips, sample_noise
 from .feature_statistics import fit_statistics, read_baseline, read_statistics
@@ -49,6 +50,7 @@ def train_autoencoder(recipe: Recipe, callbacks: Sequence[Any] = ()) -> run_fold
     """
     run_uri = run_folder.run_folder(recipe)
     check_settings(recipe)
+    check_places(recipe, ("storage", "data.path", "backbone.weights"))
     recipe = run_folder.settle_precision(recipe, "autoencoder", run_uri)
     run_folder.begin_on_images(recipe, run_uri, ("data", "backbone", "autoencoder"))
     if run_folder.result(run_uri) is None:

@@ -28,6 +28,7 @@ from ..data.records import class_name, label_problem
 from ..latents import LatentStore
 from ..networks import backbone_spec
 from ..networks.untrained import build_generator
+from ..runtime.places import check_places
 from ..sampling import LatentDecoder, LatentSampler, image_noise
 from ..storage import StoreError, paths
 from . import run_folder
@@ -40,6 +41,7 @@ from .loop import run_job
 GRID_CLASSES = 4
 GRID_COLUMNS = 6
 PREVIEW_STEPS = 50
+PREVIEWED_WITH = ("autoencoder.checkpoint", "pixel_decoder.checkpoint")
 
 
 def train_generator(recipe: Recipe, callbacks: Sequence[Any] = ()) -> run_folder.TrainResult:
@@ -50,6 +52,7 @@ def train_generator(recipe: Recipe, callbacks: Sequence[Any] = ()) -> run_folder
     """
     run_uri = run_folder.run_folder(recipe)
     (latents,) = recipe.require("train generator", "latents=STORE")
+    check_places(recipe, ("storage", "latents", *PREVIEWED_WITH))
     store = LatentStore.open(latents)
     needed_columns(store, recipe.generator)
     check_settings(recipe)

@@ -30,7 +30,7 @@ from .entry import run_worker
 from .job import TrainingError
 from .run_folder import run_folder
 from .run_log import say
-from .tracking import Tracker, account_note, resolve_uri
+from .tracking import Tracker, account_note, shared_tracking
 
 
 def launch(
@@ -46,9 +46,11 @@ def launch(
     training, for the run's page in MLflow.
     """
     start_ray()
+    recipe = with_absolute_paths(recipe)
+    recipe.tracking = shared_tracking(recipe.tracking)
     config = {
-        "recipe": with_absolute_paths(recipe).model_dump(mode="json"),
-        "tracking_uri": resolve_uri(recipe.tracking),
+        "recipe": recipe.model_dump(mode="json"),
+        "tracking_uri": recipe.tracking.uri,
         "account": account.to_dict() if account else None,
     }
     called = functools.partial(run_worker, worker.__module__, worker.__name__)

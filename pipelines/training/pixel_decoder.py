@@ -35,6 +35,7 @@ from ..networks import (
     load_checkpoint,
 )
 from ..networks.untrained import build_pixel_decoder, pixel_decoder_config
+from ..runtime.places import check_places
 from . import run_folder
 from .feature_statistics import fit_statistics, read_statistics
 from .image_feed import image_batches, image_feed
@@ -62,6 +63,8 @@ def train_pixel_decoder(recipe: Recipe, callbacks: Sequence[Any] = ()) -> run_fo
             "autoencoder.checkpoint=AUTOENCODER (both .safetensors)."
         )
     check_settings(recipe)
+    read = ("data.path", "backbone.weights", "pixel_decoder.start_from", "autoencoder.checkpoint")
+    check_places(recipe, ("storage", *read))
     recipe = run_folder.settle_precision(recipe, "pixel_decoder", run_uri)
     run_folder.begin_on_images(recipe, run_uri, ("data", "backbone", "pixel_decoder"))
     if run_folder.result(run_uri) is None:

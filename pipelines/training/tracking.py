@@ -20,9 +20,11 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from ..config.facts import PathValue
 from ..config.sections import TrackingSection
 from ..data.account import Account
 from ..runtime import versions
+from ..runtime.places import refuse, unseen
 from ..storage import redact
 
 RUN_TAG = "fae.run"
@@ -45,6 +47,29 @@ def resolve_uri(tracking: TrackingSection) -> str:
     if path != uri and not path.startswith("/"):
         return f"sqlite:///{Path(path).absolute()}"
     return uri
+
+
+def shared_tracking(tracking: TrackingSection) -> TrackingSection:
+    """`tracking` with its resolved URI, for a job whose workers run on several nodes.
+
+    It is off, with a warning, where nobody named a place and the default database would be a file
+    of one host. Raises PlaceError where a file that is named is not the same on all nodes.
+    """
+    settled = tracking.model_copy(update={"uri": resolve_uri(tracking)})
+    assert settled.uri is not None
+    if not tracking.enabled or not settled.uri.startswith("sqlite:///"):
+        return settled
+    found = unseen({"tracking.uri": PathValue("output", settled.uri)})
+    if found and not (tracking.uri or os.environ.get("MLFLOW_TRACKING_URI")):
+        warnings.warn(
+            f"Nothing is logged to MLflow: {DEFAULT_URI} would be a file of one host. Set "
+            "MLFLOW_TRACKING_URI=http://… to log.",
+            stacklevel=3,
+        )
+        settled.enabled = False
+        return settled
+    refuse(found)
+    return settled
 
 
 def account_note(account: Account) -> str:
