@@ -127,6 +127,8 @@ def fit(
     from ray.train import FailureConfig, RunConfig, ScalingConfig, TrainingFailedError
     from ray.train.torch import TorchTrainer
 
+    from .collectives import NodeTorchConfig
+
     wanted, cpus = cluster_resources(training)["CPU"], ray.cluster_resources().get("CPU", 0.0)
     if not os.environ.get("RAY_ADDRESS") and wanted > cpus:
         raise TrainingError(
@@ -139,6 +141,7 @@ def fit(
         trainer = TorchTrainer(
             worker,
             train_loop_config=config,
+            torch_config=NodeTorchConfig(),
             scaling_config=ScalingConfig(
                 num_workers=training.num_workers,
                 use_gpu=training.use_gpu,
