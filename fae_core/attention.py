@@ -1,7 +1,7 @@
 """Scaled dot-product attention by the kernel that is fastest on the tensors' device.
 
 That is torch's fused kernel, except where a CPU trains on few tokens: there its backward pass takes
-up to six times as long as that of the plain product (docs/benchmarks.md, attention).
+up to five times as long as that of the plain product (docs/benchmarks.md, attention).
 """
 
 from __future__ import annotations

@@ -7,7 +7,7 @@ from typing import Literal
 import torch
 
 INSTRUCTIONS = ("amx_bf16", "avx512_bf16")
-"""Of CPUs that multiply bfloat16 matrices. Others convert every number and are many times slower
+"""Of CPUs that multiply bfloat16 matrices. Others convert every number and are slower
 than in float32 (docs/benchmarks.md)."""
 
 

@@ -212,6 +212,7 @@ def check_tracking(server: str, numbers: dict) -> None:
     assert {"report.md", "recommended.yaml", "figures"} <= pages
 
 
+@pytest.mark.faults
 @pytest.mark.integration
 def test_asha_stops_a_trial_in_the_middle_of_its_training(local_ray, photographs, tmp_path):
     recipe = load_recipe(

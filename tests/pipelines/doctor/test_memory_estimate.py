@@ -60,7 +60,9 @@ def test_the_peak_of_fake_networks_is_that_of_real_ones(precision):
 def test_precompute_holds_shards_in_tasks_networks_in_actors_and_the_plan_in_the_driver(
     photographs,
 ):
-    recipe = load_recipe("photos-dinov2s", [*TINY, f"data.path={photographs}", "data.limit=10"])
+    # `auto` would be another precision on a GPU than on some processors.
+    options = [*TINY, f"data.path={photographs}", "precompute.precision=fp32"]
+    recipe = load_recipe("photos-dinov2s", [*options, "data.limit=10"])
     processes = {p.name: p for p in precompute_memory(recipe)}
     assert processes["driver"].host["plan"] == 426 * 10
     shard = SHARD_SIZE * CROP
@@ -76,12 +78,7 @@ def test_precompute_holds_shards_in_tasks_networks_in_actors_and_the_plan_in_the
     assert actor["results of a batch"] > 4 * CROP * SHARD_SIZE
     on_gpu = load_recipe(
         "photos-dinov2s",
-        [
-            *TINY,
-            f"data.path={photographs}",
-            "precompute.gpus_per_actor=1",
-            "precompute.num_actors=3",
-        ],
+        [*options, "precompute.gpus_per_actor=1", "precompute.num_actors=3"],
     )
     moved = {p.name: p for p in precompute_memory(on_gpu)}["actor"]
     results = "results of a batch"
@@ -92,7 +89,10 @@ def test_precompute_holds_shards_in_tasks_networks_in_actors_and_the_plan_in_the
 
 
 def test_a_worker_holds_the_plan_of_its_micro_batch_and_the_checkpoint_that_it_writes():
-    options = [*TINY, "autoencoder.training.batch_size=8", "autoencoder.training.num_workers=2"]
+    options = [
+        *TINY, "autoencoder.training.batch_size=8", "autoencoder.training.num_workers=2",
+        "autoencoder.training.precision=fp32",
+    ]  # fmt: skip
     workers = [
         {p.name: p for p in training_memory(load_recipe("photos-dinov2s", made), "autoencoder")}[
             "worker"

@@ -151,7 +151,9 @@ def test_a_killed_generator_ends_with_the_same_parameters_bit_for_bit(trained, s
 
 @pytest.mark.integration
 @pytest.mark.parametrize(
-    ("trained", "parallel"), [("dit", "ddp"), ("starflow", "fsdp")], indirect=["trained"]
+    ("trained", "parallel"),
+    [("dit", "ddp"), pytest.param("starflow", "fsdp", marks=pytest.mark.faults)],
+    indirect=["trained"],
 )
 def test_two_workers_train_the_same_generator_as_one(trained, store, tmp_path, parallel):
     kind, path = trained
@@ -226,6 +228,9 @@ def test_every_format_holds_the_same_pictures(drawn):
 
 
 @pytest.mark.integration
+@pytest.mark.parametrize(
+    "trained", ["dit", pytest.param("starflow", marks=pytest.mark.faults)], indirect=True
+)
 def test_two_actors_and_a_restart_draw_the_same_pictures(trained, decoders, drawn, tmp_path):
     values = sampling(
         trained[1], decoders, tmp_path, "sample.num_actors=2", "sample.cpus_per_actor=0.5"
