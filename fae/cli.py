@@ -544,6 +544,10 @@ def publish(
     license_name: Annotated[
         str, typer.Option("--license", help="Licence of the weights, as the Hub names it.")
     ] = "unknown",
+    diffusers: Annotated[
+        bool,
+        typer.Option("--diffusers", help="Add the files by which diffusers loads the folder."),
+    ] = False,
 ) -> None:
     """Write trained networks as a folder that others load.
 
@@ -567,7 +571,7 @@ def publish(
     if output is not None:
         if push is not None and output.startswith("s3://"):
             raise typer.BadParameter("--push needs a local --output.")
-        account = run_publish(places, output, license_name, name=push)
+        account = run_publish(places, output, license_name, push, diffusers)
         networks = ", ".join(account["networks"])
         typer.echo(f"{output}: {networks}; {len(account['files'])} files")
     if push is not None:

@@ -80,7 +80,6 @@ class Backbone(nn.Module):
         )
         return tokens
 
-    @torch.no_grad()
     def tokens(self, images: Tensor) -> tuple[Tensor, Tensor | None]:
         """Patch features [B, N, D] after the final norm, and the class token [B, D] or None.
 
@@ -88,7 +87,11 @@ class Backbone(nn.Module):
         sum of the last k blocks' outputs, each after the model's final norm; the class token is
         always the last block's.
         """
-        x = self.preprocess(images)
+        return self.input_tokens(self.preprocess(images))
+
+    @torch.no_grad()
+    def input_tokens(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
+        """`tokens` of the model's input [B, 3, size, size], which `normalize` makes."""
         if self.spec.layers > 1:
             x, blocks = self.model.forward_intermediates(
                 x, indices=self.spec.layers, norm=True, output_fmt="NLC"

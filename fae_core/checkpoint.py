@@ -125,6 +125,16 @@ def read_metadata(path: str | Path) -> dict[str, str]:
     return dict(metadata)
 
 
+def build(kind: str, config: Mapping[str, Any]) -> Any:
+    """A module of one of `MODULES` with initial weights; `config` has its configuration's fields.
+
+    Lists are taken for tuples: JSON has no tuples, and the configurations have no lists.
+    """
+    module_class, config_class = MODULES[kind]
+    values = {k: tuple(v) if isinstance(v, list) else v for k, v in config.items()}
+    return module_class(config_class(**values))
+
+
 def load(path: str | Path, *kinds: str) -> Loaded:
     """Rebuild the module that `save` wrote. Where `kinds` are given, it must be of one of them.
 
@@ -134,11 +144,7 @@ def load(path: str | Path, *kinds: str) -> Loaded:
     metadata = read_metadata(path)
     if kinds and metadata["kind"] not in kinds:
         raise CheckpointError(f"{path} holds a {metadata['kind']}; needed is {' or '.join(kinds)}.")
-    module_class, config_class = MODULES[metadata["kind"]]
-    values = json.loads(metadata["config"])
-    # JSON has no tuples; the configurations have no lists.
-    values = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
-    module = module_class(config_class(**values))
+    module = build(metadata["kind"], json.loads(metadata["config"]))
     tensors = load_file(str(path))
     if tensors_sha256(tensors) != metadata["weights_sha256"]:
         raise CheckpointError(

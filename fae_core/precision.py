@@ -31,3 +31,9 @@ def autocast(precision: str, device: torch.device) -> torch.autocast:
     """A context in which `device` computes in `precision`: auto, fp32 or bf16."""
     enabled = settled_precision(precision, device.type == "cuda") == "bf16"
     return torch.autocast(device.type, torch.bfloat16, enabled=enabled)
+
+
+def autocast_to(weights: torch.dtype, device: torch.device) -> torch.autocast:
+    """A context in which `device` computes in the dtype of half-precision `weights`."""
+    half = weights in (torch.bfloat16, torch.float16)
+    return torch.autocast(device.type, weights if half else torch.bfloat16, enabled=half)

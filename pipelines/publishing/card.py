@@ -45,20 +45,23 @@ def model_card(
     files: Mapping[str, Mapping[str, Any]],
     title: str,
     license_name: str,
+    diffusers: bool,
 ) -> str:
     """The text of README.md.
 
-    `account` is what fae.json will say, `files` are the other files with size and SHA-256.
+    `account` is what fae.json will say, `files` are the other files with size and SHA-256;
+    `diffusers` tells whether its files are among them.
     """
     backbone = _backbone(found)
     sections = [
-        _front_matter(found, backbone, license_name),
+        _front_matter(found, backbone, license_name, diffusers),
         f"# {title}\n",
         f"Feature Auto-Encoder ([arXiv {PAPER}](https://arxiv.org/abs/{PAPER})), trained with FAE "
         "on Ray.\n",
         _networks(account),
         _licences(backbone, license_name),
         _loading(found, title),
+        _loading_with_diffusers(found, title) if diffusers else "",
         _data(found),
         _scores(found),
         _pictures(found),
@@ -67,7 +70,9 @@ def model_card(
     return "\n".join(section for section in sections if section)
 
 
-def _front_matter(found: Findings, backbone: Mapping[str, str] | None, license_name: str) -> str:
+def _front_matter(
+    found: Findings, backbone: Mapping[str, str] | None, license_name: str, diffusers: bool
+) -> str:
     generates = "generator" in found.networks
     values: dict[str, Any] = {
         "license": license_name,
@@ -75,7 +80,7 @@ def _front_matter(found: Findings, backbone: Mapping[str, str] | None, license_n
         "pipeline_tag": "unconditional-image-generation"
         if generates
         else "image-feature-extraction",
-        "tags": ["fae", "feature-autoencoder", f"arxiv:{PAPER}"],
+        "tags": ["fae", "feature-autoencoder", f"arxiv:{PAPER}"] + ["diffusers"] * diffusers,
     }
     if backbone and backbone["repository"]:
         values["base_model"] = backbone["repository"]
@@ -140,6 +145,30 @@ def _loading(found: Findings, title: str) -> str:
         lines.append(f'network = fae.load("{title}").module')
     lines += ["```", ""]
     return "\n".join(lines)
+
+
+def _loading_with_diffusers(found: Findings, title: str) -> str:
+    lines = ['With `pip install "fae-ray[diffusers]"`, in diffusers:', "", "```python"]
+    if "generator" in found.networks:
+        lines += [
+            "from diffusers import DiffusionPipeline",
+            "",
+            f'pipeline = DiffusionPipeline.from_pretrained("{title}", trust_remote_code=True)',
+            "images = pipeline(class_labels=[0, 1, 2], num_inference_steps=50).images",
+            "autoencoder = pipeline.vae",
+        ]
+    else:
+        lines += [
+            "from diffusers import AutoModel",
+            "",
+            f'autoencoder = AutoModel.from_pretrained("{title}", trust_remote_code=True)',
+        ]
+    lines += [
+        "latents = autoencoder.encode(x).latent_dist.mode()  # x: [B, 3, S, S] in [-1, 1]",
+        "pictures = autoencoder.decode(latents).sample",
+        "```",
+    ]
+    return "\n".join([*lines, ""])
 
 
 def _data(found: Findings) -> str:

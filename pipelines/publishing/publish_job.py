@@ -23,6 +23,7 @@ from fae_core.layers import num_parameters
 from ..runtime import versions
 from ..storage import fingerprint_of, paths
 from .card import model_card
+from .diffusers_layout import check_diffusers, write_diffusers
 from .findings import Findings, Network, PublishError, find
 from .recipes import published_recipe
 from .upload import ACCOUNT, file_account
@@ -35,30 +36,38 @@ def publish(
     output: str,
     license_name: str = "unknown",
     name: str | None = None,
+    diffusers: bool = False,
 ) -> dict[str, Any]:
     """Write what is at `places` (findings.py) into the new folder `output`; returns its fae.json.
 
     `license_name` is the licence of the weights, as the Hub names licences. `name` is what the
-    model is called in its card, OWNER/NAME where it will be pushed. `output` is a local folder or
+    model is called in its card, OWNER/NAME where it will be pushed. `diffusers` adds the files of
+    diffusers_layout.py. `output` is a local folder or
     an s3:// prefix that does not exist or is empty. Raises PublishError and CheckpointError.
     """
     if next(iter(paths.list_files(output)), None) is not None:
         raise PublishError(f"{output} is not empty: a model is published whole into a new folder.")
     found = find(places)
+    if diffusers:
+        check_diffusers(found)
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
         _write_networks(found, folder)
         account: dict[str, Any] = {"format": FORMAT, **describe(found)}
-        for file, text in _recipes(found).items():
+        recipes = _recipes(found)
+        for file, text in recipes.items():
             (folder / file).write_text(text)
         if found.pictures:
             (folder / "pictures").mkdir()
         for file, png in found.pictures.items():
             (folder / "pictures" / file).write_bytes(png)
-        _write_config(folder, account)
+        if diffusers:
+            write_diffusers(found, folder, account["latents"], recipes.get("recipe.yaml"))
+        else:
+            _write_config(folder, account)
         title = name or output.rstrip("/").rpartition("/")[2]
         (folder / "README.md").write_text(
-            model_card(found, account, _account_of(folder), title, license_name)
+            model_card(found, account, _account_of(folder), title, license_name, diffusers)
         )
         text = json.dumps({**account, "files": _account_of(folder)}, indent=1)
         (folder / ACCOUNT).write_text(text)
