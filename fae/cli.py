@@ -504,7 +504,7 @@ def export(
     uri: Annotated[str, typer.Argument(help="A finished latent store.")],
     output: Annotated[str, typer.Option(help="An empty folder or s3:// prefix.")],
     layout: Annotated[
-        str, typer.Option("--format", help="lightningdit, webdataset or npy.")
+        str, typer.Option("--format", help="lightningdit, webdataset, npy, hf or lance.")
     ] = "lightningdit",
     dtype: Annotated[str, typer.Option(help="float32 or float16.")] = "float32",
 ) -> None:
@@ -514,6 +514,11 @@ def export(
 
     \b
       fae export latents --format lightningdit --output for-lightningdit
+
+    hf is a folder of Parquet files with a card for the Hugging Face Hub, which `datasets` loads:
+
+    \b
+      fae export latents --format hf --dtype float16 --output latents-hf
     """
     from fae.pipelines.latents import export as run_export
 

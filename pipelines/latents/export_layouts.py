@@ -2,17 +2,18 @@
 
 lightningdit: safetensors files with latents, latents_flip and labels, and latents_stats.pt, which
 LightningDiT's ImgLatentDataset opens as its own. webdataset: tar shards of KEY.npy and KEY.cls.
-npy: one .npy an image in folders of a thousand, as REPA has it, and labels in dataset.json. Values
-are raw, as stored, not normalized.
+npy: one .npy an image in folders of a thousand, as REPA has it, and labels in dataset.json. hf and
+lance are in export_tables.py. Values are raw, as stored, not normalized.
 """
 
 from __future__ import annotations
 
 import hashlib
+import importlib.util
 import io
 import json
 import tarfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -22,9 +23,9 @@ from safetensors.numpy import save
 from fae_core.errors import UserError
 
 from ..storage import paths
+from .export_tables import ROWS_PER_FILE, stored_shards, write_hf, write_lance
 from .reader import LatentStore
 
-ROWS_PER_FILE = 10_000
 FILES_PER_FOLDER = 1_000
 
 
@@ -41,6 +42,8 @@ def export(uri: str, layout: str, output: str, dtype: str = "float32") -> dict[s
         "lightningdit": _lightningdit,
         "webdataset": _webdataset,
         "npy": _npy,
+        "hf": write_hf,
+        "lance": write_lance,
     }
     if layout not in layouts:
         raise ExportError(f"No layout {layout!r}; there are {', '.join(layouts)}.")
@@ -53,17 +56,13 @@ def export(uri: str, layout: str, output: str, dtype: str = "float32") -> dict[s
     return {"rows": len(store), "files": layouts[layout](store, output, np.dtype(dtype))}
 
 
-def _shards(store: LatentStore) -> Iterator[dict[str, Any]]:
-    for index in range(store.num_shards):
-        if store.manifest["shards"][index]["rows"]:
-            yield store.read_shard(index)
-
-
 def _check(store: LatentStore, layout: str) -> None:
     """Raises ExportError where `layout` cannot hold the store, before anything is written."""
     if not len(store):
         raise ExportError(f"{store.uri} stores no latents: there is nothing to export.")
-    if layout == "webdataset":
+    if layout == "lance" and importlib.util.find_spec("lance") is None:
+        raise ExportError("The format lance needs its package: pip install 'fae-ray[lance]'.")
+    if layout in ("webdataset", "hf", "lance"):
         return
     needed = ["mean", "mean_flip"] if layout == "lightningdit" else ["mean"]
     if absent := [name for name in needed if name not in store.columns]:
@@ -89,7 +88,7 @@ def _lightningdit(store: LatentStore, output: str, dtype: np.dtype[Any]) -> int:
         for values in held.values():
             values.clear()
 
-    for shard in _shards(store):
+    for shard in stored_shards(store):
         held["latents"].append(shard["mean"].astype(dtype))
         held["latents_flip"].append(shard["mean_flip"].astype(dtype))
         held["labels"].append(np.array(shard["label"], np.int64))
@@ -115,7 +114,7 @@ def _array_bytes(array: np.ndarray) -> bytes:
 
 def _webdataset(store: LatentStore, output: str, dtype: np.dtype[Any]) -> int:
     files = 0
-    for shard in _shards(store):
+    for shard in stored_shards(store):
         buffer = io.BytesIO()
         with tarfile.open(fileobj=buffer, mode="w") as archive:
             for row, key in enumerate(shard["key"]):
@@ -137,7 +136,7 @@ def _webdataset(store: LatentStore, output: str, dtype: np.dtype[Any]) -> int:
 
 def _npy(store: LatentStore, output: str, dtype: np.dtype[Any]) -> int:
     labels, row = [], 0
-    for shard in _shards(store):
+    for shard in stored_shards(store):
         for place, label in enumerate(shard["label"]):
             name = f"{row // FILES_PER_FOLDER:05d}/img-latents-{row:08d}.npy"
             paths.write_bytes(

@@ -4,16 +4,22 @@ from __future__ import annotations
 
 import io
 import json
+import re
 import tarfile
 from glob import glob
+from pathlib import Path
 
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 import torch
 from safetensors import safe_open
 
+from fae.pipelines.data.account import Account
 from fae.pipelines.latents.export_layouts import ExportError, export
+from fae.pipelines.latents.manifest import encode_manifest
 
+ROOT = Path(__file__).parents[3]
 NUM_ROWS, SHAPE = 20, (2, 3, 3)
 
 
@@ -86,3 +92,103 @@ def test_what_a_layout_cannot_hold_is_refused(write_store, store, tmp_path):
     (tmp_path / "full" / "x").write_text("mine")
     with pytest.raises(ExportError, match="not empty"):
         export(store.uri, "npy", str(tmp_path / "full"))
+
+
+@pytest.fixture(scope="module")
+def named_store(write_store, tmp_path_factory):
+    """A store whose source had class names, with captions."""
+    store = write_store(tmp_path_factory.mktemp("named"))
+    names = ["ant", "bee", "cat", "dog", "eel"]
+    account = Account("/x", "folder", num_files=20, num_classes=5, class_names=names).to_dict()
+    store.manifest["account"] = account
+    (Path(store.uri) / "manifest.json").write_bytes(encode_manifest(store.manifest))
+    return store
+
+
+@pytest.mark.parametrize("dtype", ["float16", "float32"])
+def test_datasets_loads_the_hf_folder(named_store, tmp_path, monkeypatch, dtype):
+    import datasets
+
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    output = tmp_path / "out"
+    written = export(named_store.uri, "hf", str(output), dtype)
+    assert written == {"rows": NUM_ROWS, "files": 3}
+    loaded = datasets.load_dataset(str(output), split="train", cache_dir=str(tmp_path / "cache"))
+    assert isinstance(loaded.features["label"], datasets.ClassLabel)
+    assert loaded.features["label"].int2str(loaded[6]["label"]) == "bee"
+    assert loaded["key"] == [f"{i:03d}" for i in range(NUM_ROWS)]
+    arrays = loaded.with_format("numpy")
+    for column in named_store.columns:
+        assert loaded.features[column] == datasets.Array3D(SHAPE, dtype)
+        values = np.stack([row[column] for row in arrays])
+        assert np.array_equal(values, rows_of(named_store, column).astype(dtype))
+    stats = json.loads((output / "latent_statistics.json").read_text())
+    assert np.allclose(stats["mean"], named_store.stats.mean)
+    card = (output / "README.md").read_text()
+    assert "20 images planned = 20 stored + 0 errors" in card and "| autoencoder weights |" in card
+
+
+def test_many_rows_become_several_files(store, tmp_path, monkeypatch):
+    import datasets
+
+    monkeypatch.setattr("fae.pipelines.latents.export_tables.ROWS_PER_FILE", 10)
+    assert export(store.uri, "hf", str(tmp_path / "out"))["files"] == 4
+    files = sorted(path.name for path in (tmp_path / "out/data").iterdir())
+    assert files == ["train-00000.parquet", "train-00001.parquet"]
+    loaded = datasets.load_dataset(
+        str(tmp_path / "out"), split="train", cache_dir=str(tmp_path / "cache")
+    )
+    assert loaded["label"] == [i % 5 for i in range(NUM_ROWS)]
+
+
+def test_lance_opens_the_export(store, tmp_path):
+    import lance
+
+    output = tmp_path / "out"
+    assert export(store.uri, "lance", str(output), "float16")["rows"] == NUM_ROWS
+    table = lance.dataset(str(output)).to_table()
+    assert table["label"].to_pylist() == [i % 5 for i in range(NUM_ROWS)]
+    for column in store.columns:
+        values = table[column].combine_chunks().to_numpy_ndarray()
+        assert np.array_equal(values, rows_of(store, column))
+    some = lance.dataset(str(output)).take([17, 2], columns=["key"])
+    assert some["key"].to_pylist() == ["017", "002"]
+
+
+def test_tables_go_to_a_bucket_and_unlabelled_rows_stay(write_store, tmp_path, root):
+    import lance
+
+    from fae.pipelines.storage import paths
+
+    plain = write_store(tmp_path / "plain", ("mean",), labels=False)
+    export(plain.uri, "lance", paths.join(root, "lance"))
+    export(plain.uri, "hf", paths.join(root, "hf"))
+    for layout in ("lance", "hf"):
+        place = paths.join(root, layout)
+        for file in list(paths.list_files(place)):
+            copy = tmp_path / "copy" / layout / file.uri.removeprefix(f"{place}/")
+            copy.parent.mkdir(parents=True, exist_ok=True)
+            copy.write_bytes(paths.read_bytes(file.uri))
+    assert lance.dataset(str(tmp_path / "copy/lance")).count_rows("label is null") == NUM_ROWS
+    table = pq.read_table(tmp_path / "copy/hf/data/train-00000.parquet")
+    assert table["label"].to_pylist() == [None] * NUM_ROWS
+
+
+def test_a_format_whose_package_is_missing_is_refused(store, tmp_path, monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(ExportError, match=r"pip install 'fae-ray\[lance\]'"):
+        export(store.uri, "lance", str(tmp_path / "out"))
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_page_about_interchange_opens_the_exports(store, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
+    export(store.uri, "hf", "latents-hf", "float16")
+    export(store.uri, "lance", "latents.lance")
+    page = (ROOT / "docs/interchange.md").read_text()
+    blocks = re.findall(r"^```python\n(.*?)^```$", page, re.M | re.S)
+    namespace: dict[str, object] = {}
+    exec(next(block for block in blocks if "import lance" in block), namespace)
+    assert np.array_equal(namespace["latent"], store.read_shard(0)["mean"][0])
+    assert namespace["table"]["key"].to_pylist() == ["000", "001"]
