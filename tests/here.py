@@ -54,7 +54,8 @@ def leave_ray_out(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(f"fae.pipelines.evaluation.{features}.run_rows", run_rows)
     monkeypatch.setattr("fae.pipelines.latents.precompute_job.fan_out", map)
     monkeypatch.setattr("fae.pipelines.evaluation.evaluate_job.start_ray", lambda: None)
-    monkeypatch.setattr("fae.pipelines.training.image_feed.decoded", decoded)
+    for feed in ("image_feed", "feature_cache"):
+        monkeypatch.setattr(f"fae.pipelines.training.{feed}.decoded", decoded)
 
 
 def _wrapped(row: Row) -> dict[str, Any]:

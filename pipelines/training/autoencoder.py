@@ -28,9 +28,10 @@ from ..networks import backbone_fingerprints, backbone_of, backbone_spec, featur
 from ..networks.untrained import build_autoencoder, build_backbone
 from ..runtime.places import check_places
 from . import run_folder
-from .batches import Batch, random_flips, sample_noise
+from .batches import Batch, images_and_features, sample_noise
+from .feature_cache import training_features
 from .feature_statistics import fit_statistics, read_baseline, read_statistics
-from .image_feed import blank_images, image_batches, image_feed
+from .image_feed import blank_images, image_batches
 from .job import Job, UntrainedJob, check_batch
 from .launch import enter_worker, launch
 from .loop import run_job
@@ -71,10 +72,10 @@ def autoencoder_loss(
     section: AutoencoderSection, seed: int, backbone: Backbone, model: nn.Module, batch: Batch
 ) -> dict[str, Tensor]:
     """The loss terms of one micro-batch of images (arXiv 2512.07829, eq. 4.1)."""
-    images = random_flips(seed, batch) if section.flip else batch["images"]
+    _, features = images_and_features(seed, batch, section.flip, backbone)
     latent_shape = (backbone.grid[0] * backbone.grid[1], section.latent_dim)
     noise = sample_noise(seed, "posterior", batch, latent_shape)
-    terms: dict[str, Tensor] = model(backbone(images), noise)
+    terms: dict[str, Tensor] = model(features, noise)
     return terms
 
 
@@ -105,16 +106,10 @@ def _worker(config: dict[str, Any]) -> None:
     fraction = recipe.data.validation_fraction
     records, held_out = split_records(run_folder.read_plan(run_uri), fraction)
     backbone = backbone_of(recipe).to(worker.device)
+    training = training_features(recipe, section, records, backbone)
     if worker.is_first:
-        fit_statistics(
-            records[: section.statistics_images],
-            recipe.data,
-            recipe.image_size,
-            run_uri,
-            backbone,
-            section.training.precision,
-            num_components=section.latent_dim,
-        )
+        features = training.first(section.statistics_images)
+        fit_statistics(features, backbone.dim, run_uri, num_components=section.latent_dim)
     barrier()
     torch.manual_seed(recipe.seed)
     model = build_autoencoder(section, backbone.spec)
@@ -129,7 +124,7 @@ def _worker(config: dict[str, Any]) -> None:
     run_job(
         worker,
         autoencoder_job(section, recipe.seed, backbone, model),
-        image_feed(records, recipe.data, recipe.image_size, recipe.seed, section.training),
+        training.feed,
         validation,
         functools.partial(backbone_fingerprints, recipe, backbone),
     )

@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import queue
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
@@ -71,6 +71,19 @@ def sample_noise(seed: int, stream: str, batch: Batch, shape: tuple[int, ...]) -
     for a CPU to draw while a GPU waits.
     """
     return normal_draws(seed, stream, batch.step, batch.samples, shape, batch.device)
+
+
+def images_and_features(
+    seed: int, batch: Batch, flip: bool, backbone: Callable[[Tensor], Tensor]
+) -> tuple[Tensor, Tensor]:
+    """Images [n, S, S, 3], half of them mirrored where `flip`, and their features [n, N, D].
+
+    A batch from a feature cache has both.
+    """
+    if "features" in batch.tensors:
+        return batch["images"], batch["features"]
+    images = random_flips(seed, batch) if flip else batch["images"]
+    return images, backbone(images)
 
 
 def random_flips(seed: int, batch: Batch) -> Tensor:

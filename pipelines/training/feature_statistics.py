@@ -7,22 +7,17 @@ features that autoencoder and pixel decoder see.
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable
 
 import numpy as np
 import safetensors.numpy
 import torch
 from torch import Tensor
 
-from fae_core.backbone import Backbone
 from fae_core.latent_stats import ChannelStats
 from fae_core.linear_baseline import Covariance, LinearBaseline
 
-from ..config.sections import DataSection
-from ..data.records import ImageRecord
-from ..networks import features_of
 from ..storage import paths
-from .image_feed import image_batches
 from .job import TrainingError
 from .run_log import say
 
@@ -30,39 +25,31 @@ SMALLEST_STD = 1e-6
 
 
 def fit_statistics(
-    records: Sequence[ImageRecord],
-    data: DataSection,
-    image_size: int,
-    run_uri: str,
-    backbone: Backbone,
-    precision: str,
-    num_components: int | None = None,
+    features: Iterable[np.ndarray], dim: int, run_uri: str, num_components: int | None = None
 ) -> None:
-    """Write mean and variance of the features of `records` into the run's folder.
+    """Write mean and variance of `features` [n, N, dim] into the run's folder.
 
-    With `num_components`, also the linear PCA with so many. Does nothing where they exist already.
-    Raises TrainingError where no image can be decoded, and for features that are not finite.
+    With `num_components`, also the linear PCA with so many. Does nothing, and asks for no feature,
+    where they exist already. Raises TrainingError for none, where no image could be decoded, and
+    for features that are not finite.
     """
     if paths.exists(_stats_uri(run_uri)):
         return
-    device = backbone.mean.device
-    say(f"feature statistics over {len(records)} images")
-    stats, covariance = ChannelStats.empty(backbone.dim), Covariance(backbone.dim)
-    for images in image_batches(records, data, image_size):
-        crops = torch.from_numpy(images).to(device)
-        features = features_of(backbone, crops, precision).cpu().numpy()
+    say("feature statistics")
+    stats, covariance = ChannelStats.empty(dim), Covariance(dim)
+    for batch in features:
         try:
-            stats.update(features)
+            stats.update(batch)
         except ValueError as error:
             raise TrainingError(
                 f"The backbone's features cannot be standardized: {error} Check backbone.weights."
             ) from None
         if num_components:
-            covariance.update(features)
+            covariance.update(batch)
     if not stats.count:
-        raise TrainingError(f"None of the first {len(records)} training images could be decoded.")
+        raise TrainingError("None of the first training images could be decoded.")
     if num_components:
-        baseline = covariance.fit(min(num_components, backbone.dim))
+        baseline = covariance.fit(min(num_components, dim))
         arrays = {name: np.ascontiguousarray(value) for name, value in vars(baseline).items()}
         paths.write_bytes(_baseline_uri(run_uri), safetensors.numpy.save(arrays))
     # Last: its presence says that both are there.

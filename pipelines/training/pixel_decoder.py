@@ -37,8 +37,9 @@ from ..networks import (
 from ..networks.untrained import build_pixel_decoder, pixel_decoder_config
 from ..runtime.places import check_places
 from . import run_folder
+from .feature_cache import training_features
 from .feature_statistics import fit_statistics, read_statistics
-from .image_feed import image_batches, image_feed
+from .image_feed import image_batches
 from .job import check_batch
 from .launch import enter_worker, launch
 from .loop import run_job
@@ -93,10 +94,9 @@ def _worker(config: dict[str, Any]) -> None:
     fraction = recipe.data.validation_fraction
     records, held_out = split_records(run_folder.read_plan(run_uri), fraction)
     backbone = backbone_of(recipe).to(worker.device)
-    precision = section.training.precision
+    training = training_features(recipe, section, records, backbone)
     if worker.is_first:
-        chosen = records[: section.statistics_images]
-        fit_statistics(chosen, recipe.data, recipe.image_size, run_uri, backbone, precision)
+        fit_statistics(training.first(section.statistics_images), backbone.dim, run_uri)
     barrier()
     mean, std = read_statistics(run_uri)
     autoencoder: FeatureAutoencoder | None = None
@@ -119,7 +119,7 @@ def _worker(config: dict[str, Any]) -> None:
     run_job(
         worker,
         pixel_decoder_job(model, objective),
-        image_feed(records, recipe.data, recipe.image_size, recipe.seed, section.training),
+        training.feed,
         validation,
         functools.partial(backbone_fingerprints, recipe, backbone),
     )

@@ -23,7 +23,7 @@ from fae_core.pixel_decoder import PixelDecoder, from_uint8
 from ..config import Recipe
 from ..config.sections import LossesSection, PixelDecoderSection
 from ..networks.untrained import build_autoencoder, build_backbone, build_pixel_decoder
-from .batches import Batch, random_flips, sample_noise
+from .batches import Batch, images_and_features, sample_noise
 from .image_feed import blank_images
 from .job import Adversary, Job, UntrainedJob
 
@@ -77,11 +77,9 @@ class Objective:
     def model_loss(self, model: nn.Module, batch: Batch) -> dict[str, Tensor]:
         """Weighted pixel, perceptual and, once it has started, adversarial terms."""
         weights, step = self.losses, batch.step
-        images = random_flips(self.seed, batch) if self.section.flip else batch["images"]
-        with torch.no_grad():
-            features = self.backbone(images).float()
+        images, features = images_and_features(self.seed, batch, self.section.flip, self.backbone)
         target = from_uint8(images)
-        output = model(self.inputs(features, batch))
+        output = model(self.inputs(features.float(), batch))
         self.pair = (target, output.detach())
         terms = {"pixel": pixel_error(output, target, weights.pixel)}
         loss = weights.pixel_weight * terms["pixel"]

@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from .base import InputPath, Place, Section
+from .base import Execution, InputPath, OutputPath, Place, Section
 
 
 class DataSection(Section):
@@ -54,6 +54,12 @@ class DataSection(Section):
     """Share of the images that is held out from training, chosen by the hash of their key."""
     limit: int | None = Field(None, gt=0)
     """Use only the first so many images in key order; all of them without it."""
+    feature_cache: Execution[OutputPath[str | None]] = None
+    """Local folder, on each host, for crops and backbone features of the training images of
+    autoencoder and pixel decoder: computed once, then read. For small sets; without it features
+    are computed in every step. Delete it after replacing images under the same names."""
+    feature_cache_gib: Execution[float] = Field(8.0, gt=0.0)
+    """Largest size [GiB] of `feature_cache`; a training whose features need more is refused."""
 
 
 class BackboneSection(Section):
