@@ -17,13 +17,36 @@ from fae_core.backbone import Backbone
 from fae_core.errors import UserError
 
 
-def pixel_error(output: Tensor, target: Tensor, kind: str) -> Tensor:
-    """Mean absolute (`l1`) or squared (`l2`) error, 0-dim. Raises ValueError for another kind."""
-    if kind == "l1":
-        return F.l1_loss(output, target)
-    if kind == "l2":
-        return F.mse_loss(output, target)
-    raise ValueError(f"Pixel loss {kind!r} is neither l1 nor l2.")
+def pixel_error(output: Tensor, target: Tensor, kind: str, scales: int = 1) -> Tensor:
+    """Mean absolute (`l1`) or squared (`l2`) error of images [B, 3, S, S], 0-dim.
+
+    With `scales` above 1 it is the mean over the images and their halvings, S, S/2, S/4 and so on.
+    Raises ValueError for another kind.
+    """
+    if kind not in ("l1", "l2"):
+        raise ValueError(f"Pixel loss {kind!r} is neither l1 nor l2.")
+    error = F.l1_loss if kind == "l1" else F.mse_loss
+    pairs = _pyramid(output, target, scales)
+    return torch.stack([error(a, b) for a, b in pairs]).mean()
+
+
+def edge_error(output: Tensor, target: Tensor, scales: int = 1) -> Tensor:
+    """Mean absolute error of the differences between neighbouring pixels, 0-dim.
+
+    It is the mean over rows and columns of images [B, 3, S, S], and over `scales` as in
+    `pixel_error`.
+    """
+    pairs = _pyramid(output, target, scales)
+    errors = [F.l1_loss(a.diff(dim=d), b.diff(dim=d)) for a, b in pairs for d in (-2, -1)]
+    return torch.stack(errors).mean()
+
+
+def _pyramid(output: Tensor, target: Tensor, scales: int) -> list[tuple[Tensor, Tensor]]:
+    pairs = [(output, target)]
+    while len(pairs) < scales:
+        output, target = F.avg_pool2d(output, 2), F.avg_pool2d(target, 2)
+        pairs.append((output, target))
+    return pairs
 
 
 class BackboneDistance(nn.Module):

@@ -7,14 +7,19 @@ decoder serves every FAE of the same backbone.
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from timm.models.vision_transformer import Block
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from fae_core.layers import init_linear, sincos_position_table
 
+FEWEST_CHANNELS = 16
+"""Of the maps of the head `convolution`, whose channels halve where their side doubles."""
 SIZES = {"S": (384, 12, 6), "B": (768, 12, 12), "L": (1024, 24, 16)}
 """Width, depth and number of heads; L is the paper's size."""
 
@@ -29,6 +34,7 @@ class PixelDecoderConfig:
     width: int = 1024
     depth: int = 24
     num_heads: int = 16
+    head: Literal["linear", "convolution"] = "linear"
 
     @classmethod
     def preset(
@@ -40,8 +46,31 @@ class PixelDecoderConfig:
         return cls(feature_dim, grid, image_size, *SIZES[size])
 
 
+class Upsampling(nn.Module):
+    """Maps [B, num_outputs, 2H, 2W] of maps [B, num_inputs, H, W].
+
+    A projection whose channels become the four pixels of each cell, then two 3 x 3 convolutions
+    beside a skip branch.
+    """
+
+    def __init__(self, num_inputs: int, num_outputs: int) -> None:
+        super().__init__()
+        self.projection = nn.Conv2d(num_inputs, 4 * num_outputs, 1)
+        self.first = nn.Conv2d(num_outputs, num_outputs, 3, padding=1)
+        self.second = nn.Conv2d(num_outputs, num_outputs, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.pixel_shuffle(self.projection(x), 2)
+        return x + self.second(F.silu(self.first(F.silu(x))))
+
+
 class PixelDecoder(nn.Module):
-    """Images [B, 3, S, S] in [0, 1], not clamped, of raw backbone features [B, N, D]."""
+    """Images [B, 3, S, S] in [0, 1], not clamped, of raw backbone features [B, N, D].
+
+    The head `linear` is the paper's: each token gives its own patch of pixels. `convolution`, not
+    in the paper, doubles the side of the grid until it is the image's; neighbouring patches share
+    what they draw, so small decoders leave no blocks.
+    """
 
     feature_mean: Tensor
     feature_std: Tensor
@@ -66,7 +95,18 @@ class PixelDecoder(nn.Module):
             Block(config.width, config.num_heads, qkv_bias=True) for _ in range(config.depth)
         )
         self.norm = nn.LayerNorm(config.width, eps=1e-6)
-        self.output = nn.Linear(config.width, 3 * self.patch**2)
+        self.output: nn.Linear | nn.Conv2d
+        if config.head == "linear":
+            self.output = nn.Linear(config.width, 3 * self.patch**2)
+        else:
+            num_stages = self.patch.bit_length() - 1
+            if self.patch != 2**num_stages:
+                raise ValueError(
+                    f"The head convolution needs patches of a power of two, not {self.patch} px."
+                )
+            widths = [max(FEWEST_CHANNELS, config.width >> i) for i in range(num_stages + 1)]
+            self.stages = nn.ModuleList(Upsampling(a, b) for a, b in itertools.pairwise(widths))
+            self.output = nn.Conv2d(widths[-1], 3, 3, padding=1)
         self.apply(init_linear)
         self.register_buffer("feature_mean", torch.zeros(config.feature_dim))
         self.register_buffer("feature_std", torch.ones(config.feature_dim))
@@ -82,7 +122,13 @@ class PixelDecoder(nn.Module):
         x = self.input(x) + self.position
         for block in self.blocks:
             x = block(x)
-        pixels = self.output(self.norm(x)).float()
+        x = self.norm(x)
+        if self.config.head == "convolution":
+            maps = x.transpose(1, 2).unflatten(2, self.config.grid)
+            for stage in self.stages:
+                maps = stage(maps)
+            return self.output(maps).float() + 0.5
+        pixels = self.output(x).float()
         pieces = pixels.unflatten(2, (3, self.patch, self.patch)).unflatten(1, self.config.grid)
         image = pieces.permute(0, 3, 1, 4, 2, 5).flatten(4, 5).flatten(2, 3)
         return image + 0.5  # training starts from grey images

@@ -90,6 +90,7 @@ def pixel_decoder_config(
         width=section.width or preset.width,
         depth=section.depth or preset.depth,
         num_heads=section.num_heads or preset.num_heads,
+        head=section.head,
     )
 
 

@@ -17,7 +17,13 @@ from fae_core.autoencoder import FeatureAutoencoder
 from fae_core.backbone import Backbone
 from fae_core.discriminator import Discriminator, augment, discriminator_loss
 from fae_core.draws import uniform_draws
-from fae_core.losses import BackboneDistance, adaptive_weight, lpips_distance, pixel_error
+from fae_core.losses import (
+    BackboneDistance,
+    adaptive_weight,
+    edge_error,
+    lpips_distance,
+    pixel_error,
+)
 from fae_core.pixel_decoder import PixelDecoder, from_uint8
 
 from ..config import Recipe
@@ -81,8 +87,11 @@ class Objective:
         target = from_uint8(images)
         output = model(self.inputs(features.float(), batch))
         self.pair = (target, output.detach())
-        terms = {"pixel": pixel_error(output, target, weights.pixel)}
+        terms = {"pixel": pixel_error(output, target, weights.pixel, weights.scales)}
         loss = weights.pixel_weight * terms["pixel"]
+        if weights.edge_weight:
+            terms["edge"] = edge_error(output, target, weights.scales)
+            loss = loss + weights.edge_weight * terms["edge"]
         if self.lpips is not None:
             terms["lpips"] = self.lpips(output * 2 - 1, target * 2 - 1).float().mean()
             loss = loss + weights.lpips_weight * terms["lpips"]

@@ -16,7 +16,13 @@ from fae_core.discriminator import (
     discriminator_loss,
 )
 from fae_core.layers import num_parameters
-from fae_core.losses import BackboneDistance, adaptive_weight, noise_scale
+from fae_core.losses import (
+    BackboneDistance,
+    adaptive_weight,
+    edge_error,
+    noise_scale,
+    pixel_error,
+)
 from fae_core.pixel_decoder import PixelDecoder, PixelDecoderConfig, from_uint8, to_uint8
 
 
@@ -44,6 +50,37 @@ def test_a_patch_of_pixels_comes_from_its_own_token() -> None:
     inside = difference[8:16, 16:24]
     assert inside.sum() > 0
     assert difference.sum().item() == pytest.approx(inside.sum().item())
+
+
+def test_the_convolutional_head_draws_across_the_borders_of_patches() -> None:
+    config = PixelDecoderConfig(8, (4, 4), 32, width=16, depth=0, num_heads=2, head="convolution")
+    decoder = PixelDecoder(config)
+    features = torch.randn(1, 16, 8)
+    changed = features.clone()
+    changed[:, 6] += 1.0  # second row, third column
+    assert decoder(features).shape == (1, 3, 32, 32)
+    difference = (decoder(features) - decoder(changed)).abs().sum(1)[0]
+    inside = difference[8:16, 16:24].sum()
+    assert 0 < inside < 0.99 * difference.sum()
+    assert difference[:, 0].sum() == 0  # and not everywhere
+
+
+def test_the_convolutional_head_needs_patches_of_a_power_of_two() -> None:
+    config = PixelDecoderConfig(8, (4, 4), 48, width=16, depth=0, num_heads=2, head="convolution")
+    with pytest.raises(ValueError, match="power of two, not 12 px"):
+        PixelDecoder(config)
+
+
+def test_pixel_and_edge_errors_are_means_over_the_halved_images() -> None:
+    a, b = images(0), images(1)
+    halved = [(a, b), *[tuple(x.unflatten(2, (-1, s)).mean(3).unflatten(3, (-1, s)).mean(4)
+                              for x in (a, b)) for s in (2, 4)]]  # fmt: skip
+    expected = sum((x - y).abs().mean() for x, y in halved) / 3
+    torch.testing.assert_close(pixel_error(a, b, "l1", scales=3), expected)
+    rows = sum((x.diff(dim=2) - y.diff(dim=2)).abs().mean() for x, y in halved)
+    columns = sum((x.diff(dim=3) - y.diff(dim=3)).abs().mean() for x, y in halved)
+    torch.testing.assert_close(edge_error(a, b, scales=3), (rows + columns) / 6)
+    assert edge_error(a, a + 0.1, scales=2) < 1e-6 < pixel_error(a, a + 0.1, "l1", scales=2)
 
 
 def test_features_enter_standardized() -> None:

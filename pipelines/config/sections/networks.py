@@ -66,6 +66,12 @@ class LossesSection(Section):
     """Error of the pixels: mean absolute (l1) or squared (l2); not in the paper: ml-starflow's."""
     pixel_weight: float = Field(1.0, ge=0.0)
     """Weight of the pixel error; not in the paper: ml-starflow's."""
+    scales: int = Field(1, gt=0)
+    """Sizes at which pixel and edge error are taken, each half of the one before; not in the paper,
+    which has one."""
+    edge_weight: float = Field(0.0, ge=0.0)
+    """Weight of the error of the differences between neighbouring pixels, against blurred edges;
+    not in the paper."""
     perceptual: Literal["lpips", "backbone", "both", "none"] = "lpips"
     """Perceptual distance: lpips (the package, VGG-16), backbone (the frozen backbone's own
     features, nothing to download), both or none."""
@@ -116,6 +122,9 @@ class PixelDecoderSection(Section):
     """Transformer blocks; the size's without it."""
     num_heads: int | None = Field(None, gt=0)
     """Attention heads, which divide the width; the size's without it."""
+    head: Literal["linear", "convolution"] = "linear"
+    """From tokens to pixels. linear is the paper's: a patch of pixels from each token. convolution
+    doubles the grid up to the image's size, so small decoders leave no blocks; not in the paper."""
     stage: Literal["noisy", "finetune"] = "noisy"
     """noisy: train on the backbone's features with noise. finetune: train on features that the
     autoencoder reconstructs. `fae run` sets it for each of its stages."""
