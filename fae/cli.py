@@ -120,7 +120,7 @@ def recipes(
         bool, typer.Option("--backbones", help="List the presets of backbone.name instead.")
     ] = False,
 ) -> None:
-    """List the shipped recipes and what each needs.
+    """List the shipped recipes and what each needs, then the shipped networks and images.
 
     A recipe is the first argument of most commands. This lists them, prints one of them whole, and
     lists the backbones with the size of their features and latents:
@@ -141,9 +141,12 @@ def recipes(
             typer.echo("  ".join(map(str.ljust, row, widths)).rstrip())
         return
     from fae.pipelines.config.explain import describe_recipes
+    from fae.pipelines.publishing.shipped import describe_shipped
 
     for recipe in describe_recipes():
         typer.echo(f"{recipe.name}\n  {recipe.about}.\n  Needs: {recipe.needs}.")
+    for shipped in describe_shipped():
+        typer.echo(f"{shipped.address}\n  {shipped.about}.")
 
 
 def complete_key(incomplete: str) -> list[str]:
@@ -549,9 +552,8 @@ def publish(
     license_name: Annotated[
         str, typer.Option("--license", help="Licence of the weights, as the Hub names it.")
     ] = "unknown",
-    diffusers: Annotated[
-        bool,
-        typer.Option("--diffusers", help="Add the files by which diffusers loads the folder."),
+    half: Annotated[
+        bool, typer.Option("--half", help="Store weights in float16: half the bytes.")
     ] = False,
 ) -> None:
     """Write trained networks as a folder that others load.
@@ -576,7 +578,7 @@ def publish(
     if output is not None:
         if push is not None and output.startswith("s3://"):
             raise typer.BadParameter("--push needs a local --output.")
-        account = run_publish(places, output, license_name, push, diffusers)
+        account = run_publish(places, output, license_name, name=push, half=half)
         networks = ", ".join(account["networks"])
         typer.echo(f"{output}: {networks}; {len(account['files'])} files")
     if push is not None:

@@ -64,7 +64,8 @@ def with_absolute_paths(recipe: Recipe) -> Recipe:
     """The recipe with absolute local paths: Ray's workers run in other folders than the driver."""
     made = recipe.model_copy(deep=True)
     for name, (_, value) in path_values(recipe).items():
-        if "://" not in value or value.startswith("file://"):
+        remote = "://" in value and not value.startswith("file://")
+        if not remote and not value.startswith(paths.SHIPPED):
             set_value(made, name, paths.filesystem(value)[1])
     return made
 

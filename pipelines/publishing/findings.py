@@ -9,13 +9,13 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import pyarrow.parquet as pq
 from pyarrow import fs
 
-from fae_core.checkpoint import FILES, Loaded
+from fae_core.checkpoint import FILES, Loaded, halved
 from fae_core.errors import UserError
 
 from ..chain import samples_grid
@@ -78,8 +78,11 @@ class Findings:
         self.networks[network.name] = network
 
 
-def find(places: Sequence[str]) -> Findings:
-    """What is at `places`. Raises PublishError and CheckpointError."""
+def find(places: Sequence[str], half: bool = False) -> Findings:
+    """What is at `places`, with `half` the networks in float16.
+
+    Raises PublishError and CheckpointError.
+    """
     found = Findings()
     for place in places:
         uri = place if paths.is_remote(place) else paths.filesystem(place)[1]
@@ -90,6 +93,11 @@ def find(places: Sequence[str]) -> Findings:
             )
     if not found.networks:
         raise PublishError(f"{', '.join(places)}: no trained network is there.")
+    if half:
+        found.networks = {
+            name: replace(network, loaded=halved(network.loaded))
+            for name, network in found.networks.items()
+        }
     _check(found)
     return found
 

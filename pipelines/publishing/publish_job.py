@@ -18,6 +18,7 @@ from typing import Any
 
 import numpy as np
 
+from fae_core import checkpoint
 from fae_core.layers import num_parameters
 
 from ..runtime import versions
@@ -36,23 +37,21 @@ def publish(
     output: str,
     license_name: str = "unknown",
     name: str | None = None,
-    diffusers: bool = False,
+    half: bool = False,
 ) -> dict[str, Any]:
     """Write what is at `places` (findings.py) into the new folder `output`; returns its fae.json.
 
     `license_name` is the licence of the weights, as the Hub names licences. `name` is what the
-    model is called in its card, OWNER/NAME where it will be pushed. `diffusers` adds the files of
-    diffusers_layout.py. `output` is a local folder or
-    an s3:// prefix that does not exist or is empty. Raises PublishError and CheckpointError.
+    model is called in its card, OWNER/NAME where it will be pushed. `half` stores weights in
+    float16. `output` is a local folder or an s3:// prefix that does not exist or is empty. Raises
+    PublishError and CheckpointError.
     """
     if next(iter(paths.list_files(output)), None) is not None:
         raise PublishError(f"{output} is not empty: a model is published whole into a new folder.")
-    found = find(places)
-    if diffusers:
-        check_diffusers(found)
+    found = find(places, half)
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
-        _write_networks(found, folder)
+        _write_networks(found, folder, half)
         account: dict[str, Any] = {"format": FORMAT, **describe(found)}
         recipes = _recipes(found)
         for file, text in recipes.items():
@@ -117,10 +116,14 @@ def _network(network: Network) -> dict[str, Any]:
     }
 
 
-def _write_networks(found: Findings, folder: Path) -> None:
+def _write_networks(found: Findings, folder: Path, half: bool) -> None:
     for name, network in found.networks.items():
+        file, loaded = folder / f"{name}.safetensors", network.loaded
+        if half:
+            checkpoint.save(file, loaded.module, loaded.fingerprints, loaded.class_names)
+            continue
         with paths.local_copy(network.uri) as path:
-            shutil.copyfile(path, folder / f"{name}.safetensors")
+            shutil.copyfile(path, file)
 
 
 def _recipes(found: Findings) -> dict[str, str]:

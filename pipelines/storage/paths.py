@@ -31,6 +31,9 @@ from .temporary import temporary_folder
 
 T = TypeVar("T")
 
+SHIPPED = "shipped:"
+"""How the address of a folder in the package begins: shipped:emoji, for example."""
+
 TEMPORARY_SUFFIX = ".tmp"
 """Of the hidden files that local writes rename; those of a killed process stay."""
 _THERE_ALREADY = ("PreconditionFailed", "412", "ConditionalRequestConflict", "409")
@@ -384,6 +387,8 @@ def _local(uri: str) -> str:
             f"{uri}: the Hub is read, and only `fae publish --push` writes there. Give a local "
             "path or s3://."
         )
+    if uri.startswith(SHIPPED):
+        return str(Path(__file__).parents[2] / "shipped" / uri.removeprefix(SHIPPED))
     return os.path.abspath(os.path.expanduser(uri.removeprefix("file://")))
 
 

@@ -42,9 +42,9 @@ def package(tmp_path: Path) -> Path:
     return path
 
 
-def run(output: Path, package: Path) -> subprocess.CompletedProcess[str]:
+def run(output: Path, package: Path, *options: str) -> subprocess.CompletedProcess[str]:
     script = [sys.executable, str(ROOT / "examples/fluent_emoji.py"), str(output)]
-    command = [*script, "--package", str(package), "--size", "8"]
+    command = [*script, "--package", str(package), "--size", "8", *options]
     return subprocess.run(command, capture_output=True, text=True, check=False)
 
 
@@ -71,6 +71,18 @@ def test_a_second_run_writes_the_same_bytes(package: Path, tmp_path: Path) -> No
     assert files[0] == files[1] and len(files[0]) == 13
     for file in files[0]:
         assert (tmp_path / "a" / file).read_bytes() == (tmp_path / "b" / file).read_bytes()
+
+
+def test_few_training_images_in_webp_beside_all_that_are_held_out(
+    package: Path, tmp_path: Path
+) -> None:
+    assert run(tmp_path / "all", package).returncode == 0
+    assert run(tmp_path / "few", package, "--format", "webp", "--train", "3").returncode == 0
+    assert len(list((tmp_path / "few/train").glob("*.webp"))) == 3
+    for file in (tmp_path / "few").rglob("*.webp"):
+        same = tmp_path / "all" / file.parent.name / f"{file.stem}.png"
+        assert np.array_equal(Image.open(file), Image.open(same))
+    assert len(list((tmp_path / "few/heldout").glob("*.webp"))) == 1
 
 
 def test_a_held_out_combination_is_unseen_and_its_parts_are_seen() -> None:

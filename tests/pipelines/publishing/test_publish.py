@@ -244,3 +244,24 @@ def test_a_name_that_is_nowhere_is_explained(hub: HubServer, tmp_path, monkeypat
     with pytest.raises(StorageError, match="only `fae publish --push` writes there"):
         paths.write_bytes("hf://somebody/model/file", b"")
     assert all("huggingface.co" not in path for _, path, _ in hub.requests)
+
+
+def test_half_of_the_bytes_hold_networks_that_belong_together(runs, tmp_path):
+    places = [str(runs / name) for name in ("fae", "decoder")]
+    whole, half = (publish(places, str(tmp_path / n), half=n == "half") for n in ("whole", "half"))
+    for name in ("autoencoder", "pixel_decoder"):
+        file = f"{name}.safetensors"
+        assert half["files"][file]["size"] < 0.55 * whole["files"][file]["size"]
+        a, b = (checkpoint.load(tmp_path / n / file) for n in ("whole", "half"))
+        assert b.weights_sha256 == half["networks"][name]["weights_sha256"] != a.weights_sha256
+        assert a.fingerprints == b.fingerprints
+        for key, tensor in b.module.state_dict().items():
+            assert tensor.dtype == torch.float32
+            torch.testing.assert_close(tensor, a.module.state_dict()[key], rtol=1e-3, atol=1e-6)
+    again = publish([str(tmp_path / "half")], str(tmp_path / "again"), half=True)
+    assert again["networks"]["autoencoder"] | {"num_images": 0} == (
+        half["networks"]["autoencoder"] | {"num_images": 0, "metrics": {}}
+    )
+    # A generator of the whole autoencoder's latents does not decode with the rounded one.
+    with pytest.raises(CheckpointError, match="was trained with autoencoder"):
+        publish([*places, str(runs / "dit")], str(tmp_path / "mixed"), half=True)

@@ -1,0 +1,43 @@
+"""What comes with the package: an address of its own, and images that a data source reads."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import fae
+from fae.pipelines.config.facts import with_absolute_paths
+from fae.pipelines.config.recipe import load_recipe
+from fae.pipelines.data.sources import list_images
+from fae.pipelines.publishing.shipped import describe_shipped
+from fae.pipelines.storage import paths
+
+SHIPPED = Path(fae.__file__).parent / "shipped"
+
+
+def test_the_address_is_a_folder_of_the_package_on_every_host() -> None:
+    assert paths.filesystem("shipped:emoji-images")[1] == str(SHIPPED / "emoji-images")
+    assert paths.exists("shipped:emoji-images/LICENSE")
+    recipe = load_recipe("emoji-dinov2s", ["data.path=shipped:emoji-images/train", "run=r"])
+    assert with_absolute_paths(recipe).data.path == "shipped:emoji-images/train"
+
+
+def test_the_shipped_emoji_have_captions_and_the_held_out_ones_say_how() -> None:
+    captions: dict[str, set[str]] = {}
+    for split, count in (("train", 93), ("heldout", 207)):
+        path = f"shipped:emoji-images/{split}"
+        records = list_images(load_recipe("emoji-dinov2s", [f"data.path={path}"]).data)
+        captions[split] = {str(record.caption) for record in records}
+        assert len(records) == count and None not in {record.caption for record in records}
+    assert not captions["train"] & captions["heldout"]
+    lines = (SHIPPED / "emoji-images/heldout/metadata.jsonl").read_text().splitlines()
+    kinds = [json.loads(line)["holdout"] for line in lines]
+    assert set(kinds) == {"tone", "activity"} and kinds.count("activity") >= 50
+
+
+def test_everything_shipped_is_listed_and_small() -> None:
+    listed = {shipped.address: shipped.about for shipped in describe_shipped()}
+    assert listed["shipped:emoji-images"] == "300 captioned images"
+    images = sum(f.stat().st_size for f in (SHIPPED / "emoji-images").rglob("*") if f.is_file())
+    assert images < 4e6
+    assert sum(f.stat().st_size for f in SHIPPED.rglob("*") if f.is_file()) < 34e6
