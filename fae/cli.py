@@ -555,6 +555,10 @@ def publish(
     half: Annotated[
         bool, typer.Option("--half", help="Store weights in float16: half the bytes.")
     ] = False,
+    diffusers: Annotated[
+        bool,
+        typer.Option("--diffusers", help="Add the files by which diffusers loads the folder."),
+    ] = False,
 ) -> None:
     """Write trained networks as a folder that others load.
 
@@ -578,7 +582,7 @@ def publish(
     if output is not None:
         if push is not None and output.startswith("s3://"):
             raise typer.BadParameter("--push needs a local --output.")
-        account = run_publish(places, output, license_name, name=push, half=half)
+        account = run_publish(places, output, license_name, push, half, diffusers)
         networks = ", ".join(account["networks"])
         typer.echo(f"{output}: {networks}; {len(account['files'])} files")
     if push is not None:

@@ -38,17 +38,20 @@ def publish(
     license_name: str = "unknown",
     name: str | None = None,
     half: bool = False,
+    diffusers: bool = False,
 ) -> dict[str, Any]:
     """Write what is at `places` (findings.py) into the new folder `output`; returns its fae.json.
 
     `license_name` is the licence of the weights, as the Hub names licences. `name` is what the
     model is called in its card, OWNER/NAME where it will be pushed. `half` stores weights in
-    float16. `output` is a local folder or an s3:// prefix that does not exist or is empty. Raises
-    PublishError and CheckpointError.
+    float16. `diffusers` adds the files of diffusers_layout.py. `output` is a local folder or an
+    s3:// prefix that does not exist or is empty. Raises PublishError and CheckpointError.
     """
     if next(iter(paths.list_files(output)), None) is not None:
         raise PublishError(f"{output} is not empty: a model is published whole into a new folder.")
     found = find(places, half)
+    if diffusers:
+        check_diffusers(found)
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
         _write_networks(found, folder, half)
