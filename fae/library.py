@@ -7,7 +7,6 @@ samples are those of `fae precompute` and `fae sample`.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
@@ -35,8 +34,6 @@ from fae_core.weights import WeightsError
 
 Images: TypeAlias = Image.Image | np.ndarray | Sequence[Image.Image | np.ndarray]
 """One image or several: PIL images, uint8 arrays [H, W, 3], or one uint8 array [N, H, W, 3]."""
-
-_HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*(@[\w.-]+)?", re.ASCII)
 
 
 class FeatureAutoencoder:
@@ -246,27 +243,11 @@ def sample(
 
 
 def _address(path: str | Path) -> str:
-    """The absolute local path or the address that a user's `path` means.
-
-    A name OWNER/NAME that is no local path is a repository on the Hub. Raises CheckpointError where
-    it is neither.
-    """
-    uri = str(path)
-    if paths.is_remote(uri):
-        return uri
-    local = paths.filesystem(uri)[1]
-    if not _HUB_ID.fullmatch(uri) or uri.endswith(".safetensors") or paths.exists(local):
-        return local
+    """The absolute local path or the address that `path` means. Raises CheckpointError."""
     try:
-        there = paths.exists(f"hf://{uri}")
+        return paths.address_of(str(path))
     except StorageError as error:
-        raise CheckpointError(f"{uri}: no such file or folder here. {error}") from None
-    if not there:
-        raise CheckpointError(
-            f"{uri}: no such file or folder here, and no repository of that name on the Hub that "
-            "this machine may read (a private one needs HF_TOKEN)."
-        )
-    return f"hf://{uri}"
+        raise CheckpointError(str(error)) from None
 
 
 def _recipe_beside(uri: str) -> Callable[[str, str], str]:

@@ -16,8 +16,8 @@ from torch.nn import functional as F
 from fae_core.attention import attention
 
 
-def sincos_position_table(dim: int, grid: tuple[int, int]) -> Tensor:
-    """Fixed 2-D sine-cosine table [H*W, dim] float32 for a grid (H, W).
+def sincos_position_table(dim: int, grid: tuple[int, int], spacing: float = 1.0) -> Tensor:
+    """Fixed 2-D sine-cosine table [H*W, dim] float32 for a grid (H, W) of points `spacing` apart.
 
     The first half of the channels encodes the column, the second half the row. Raises ValueError
     where `dim` is not divisible by 4.
@@ -26,7 +26,7 @@ def sincos_position_table(dim: int, grid: tuple[int, int]) -> Tensor:
         raise ValueError(f"A 2-D sine-cosine table needs a width divisible by 4, not {dim}.")
     frequencies = 1.0 / 10000 ** (torch.arange(dim // 4, dtype=torch.float64) / (dim // 4))
     rows, columns = torch.meshgrid(
-        *(torch.arange(n, dtype=torch.float64) for n in grid), indexing="ij"
+        *(spacing * torch.arange(n, dtype=torch.float64) for n in grid), indexing="ij"
     )
     parts = []
     for coordinate in (columns, rows):

@@ -2,16 +2,19 @@
 
 It follows arXiv 2512.07829, section 4.2 and appendix D. It is trained on the backbone's own
 features with Gaussian noise, then finetuned on the features that FAE's decoder reconstructs, so one
-decoder serves every FAE of the same backbone.
+decoder serves every FAE of the same backbone. RAE's decoders (arXiv 2510.11690) decode noisy
+features too; they are the same ViT with a class token.
 """
 
 from __future__ import annotations
 
 import itertools
 from dataclasses import dataclass
-from typing import Literal
+from functools import partial
+from typing import Any, Literal
 
 import torch
+from timm.layers import LayerNorm
 from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -22,6 +25,14 @@ FEWEST_CHANNELS = 16
 """Of the maps of the head `convolution`, whose channels halve where their side doubles."""
 SIZES = {"S": (384, 12, 6), "B": (768, 12, 12), "L": (1024, 24, 16)}
 """Width, depth and number of heads; L is the paper's size."""
+
+RAE_SIZES = {
+    "RAE-B": (768, 12, 12, 3072),
+    "RAE-L": (1024, 24, 16, 4096),
+    "RAE-XL": (1152, 28, 16, 4096),
+}
+"""Width, depth, number of heads and width of the MLP of RAE's decoders, which have a class token
+and an epsilon of 1e-12 in their norms."""
 
 
 @dataclass(frozen=True)
@@ -35,14 +46,22 @@ class PixelDecoderConfig:
     depth: int = 24
     num_heads: int = 16
     head: Literal["linear", "convolution"] = "linear"
+    mlp_width: int | None = None
+    """Hidden channels of the MLP; four times the width without a value."""
+    class_token: bool = False
+    """Whether a learned token that becomes no pixels stands before those of the features."""
+    norm_eps: float = 1e-6
 
     @classmethod
     def preset(
         cls, size: str, feature_dim: int, grid: tuple[int, int], image_size: int
     ) -> PixelDecoderConfig:
-        """The decoder of size S, B or L. Raises ValueError for another."""
+        """The decoder of a size in SIZES or RAE_SIZES. Raises ValueError for another."""
+        if size in RAE_SIZES:
+            return cls(feature_dim, grid, image_size, *RAE_SIZES[size], True, 1e-12)
         if size not in SIZES:
-            raise ValueError(f"No pixel decoder size {size!r}; there are {', '.join(SIZES)}.")
+            known = ", ".join([*SIZES, *RAE_SIZES])
+            raise ValueError(f"No pixel decoder size {size!r}; there are {known}.")
         return cls(feature_dim, grid, image_size, *SIZES[size])
 
 
@@ -91,10 +110,16 @@ class PixelDecoder(nn.Module):
         self.position = nn.Parameter(
             sincos_position_table(config.width, config.grid), requires_grad=False
         )
+        if config.class_token:
+            self.class_token = nn.Parameter(torch.zeros(1, 1, config.width))
+        # timm's Block rounds down; the half keeps that at the width that is meant.
+        mlp_ratio = 4.0 if config.mlp_width is None else (config.mlp_width + 0.5) / config.width
+        norm: Any = partial(LayerNorm, eps=config.norm_eps)
         self.blocks = nn.ModuleList(
-            Block(config.width, config.num_heads, qkv_bias=True) for _ in range(config.depth)
+            Block(config.width, config.num_heads, mlp_ratio, qkv_bias=True, norm_layer=norm)
+            for _ in range(config.depth)
         )
-        self.norm = nn.LayerNorm(config.width, eps=1e-6)
+        self.norm = nn.LayerNorm(config.width, eps=config.norm_eps)
         self.output: nn.Linear | nn.Conv2d
         if config.head == "linear":
             self.output = nn.Linear(config.width, 3 * self.patch**2)
@@ -120,9 +145,11 @@ class PixelDecoder(nn.Module):
         """Images float32 [B, 3, S, S] of features [B, N, D]."""
         x = (features.float() - self.feature_mean) / self.feature_std
         x = self.input(x) + self.position
+        if self.config.class_token:
+            x = torch.cat([self.class_token.expand(len(x), -1, -1), x], dim=1)
         for block in self.blocks:
             x = block(x)
-        x = self.norm(x)
+        x = self.norm(x[:, -self.position.shape[0] :])  # without the class token
         if self.config.head == "convolution":
             maps = x.transpose(1, 2).unflatten(2, self.config.grid)
             for stage in self.stages:

@@ -31,6 +31,8 @@ from fae.pipelines.config.recipe import load_recipe, recipe_names
         (["tune", "--help"], "tune.algorithm=optuna"),
         (["sample", "--help"], "--scales"),
         (["export", "--help"], "--format lightningdit"),
+        (["import", "--help"], "rae"),
+        (["import", "rae", "--help"], "pixel_decoder.start_from=decoder.safetensors"),
         (["recipes", "--help"], "--print-config"),
         (["explain", "--help"], "fae explain autoencoder.latent_dim"),
     ],

@@ -83,8 +83,9 @@ def plan_stages(recipe: Recipe, images: Sequence[ImageRecord] | None = None) -> 
     """Every stage of the recipe's chain, in an order in which they can run; nothing is written.
 
     `images` are those of data.path; without them, data.path is listed. A network that the recipe
-    names (`autoencoder.checkpoint`, …) replaces the stage that would train it. Raises RecipeError
-    and SourceError.
+    names (`autoencoder.checkpoint`, …) replaces the stage that would train it, and
+    `pixel_decoder.start_from` the first stage of the pixel decoder. Raises RecipeError and
+    SourceError.
     """
     base = with_absolute_paths(recipe)
     base.tracking.uri = resolve_uri(recipe.tracking)
@@ -112,7 +113,8 @@ def plan_stages(recipe: Recipe, images: Sequence[ImageRecord] | None = None) -> 
     first = base.model_copy(deep=True)
     first.autoencoder.checkpoint = first.pixel_decoder.start_from = None
     first.pixel_decoder.stage = "noisy"
-    decoder = planner.network("pixel-decoder", base.pixel_decoder.checkpoint)
+    ready = base.pixel_decoder.checkpoint or base.pixel_decoder.start_from
+    decoder = planner.network("pixel-decoder", ready)
     if not decoder:
         decoder = planner.add(
             "pixel-decoder", first, (), (*training, "pixel_decoder"), source, len(records), split

@@ -91,6 +91,7 @@ def pixel_decoder_config(
         depth=section.depth or preset.depth,
         num_heads=section.num_heads or preset.num_heads,
         head=section.head,
+        mlp_width=section.mlp_width or preset.mlp_width,
     )
 
 

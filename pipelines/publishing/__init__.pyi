@@ -1,7 +1,8 @@
-"""Trained networks as a folder that others load: weights, their account, a model card, the Hub."""
+"""Trained networks as a folder that others load, and others' networks as checkpoints."""
 
 from .findings import PublishError as PublishError
+from .import_job import import_rae as import_rae
 from .publish_job import publish as publish
 from .upload import push as push
 
-__all__ = ["PublishError", "publish", "push"]
+__all__ = ["PublishError", "import_rae", "publish", "push"]

@@ -15,6 +15,7 @@ import contextlib
 import errno
 import hashlib
 import os
+import re
 import tempfile
 import uuid
 from collections.abc import Callable, Iterator
@@ -36,6 +37,7 @@ SHIPPED = "shipped:"
 
 TEMPORARY_SUFFIX = ".tmp"
 """Of the hidden files that local writes rename; those of a killed process stay."""
+_HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*(@[\w.-]+)?", re.ASCII)
 _THERE_ALREADY = ("PreconditionFailed", "412", "ConditionalRequestConflict", "409")
 
 
@@ -87,6 +89,29 @@ def filesystem(uri: str) -> tuple[fs.FileSystem, str]:
 
         return hub.arrow_filesystem(), hub.path_of(uri)
     return fs.LocalFileSystem(), _local(uri)
+
+
+def address_of(name: str) -> str:
+    """The absolute local path or the address that a user's `name` means.
+
+    A name OWNER/NAME that is no local path is a repository on the Hub. Raises StorageError where it
+    is neither.
+    """
+    if is_remote(name):
+        return name
+    local = _local(name)
+    if not _HUB_ID.fullmatch(name) or name.endswith(".safetensors") or os.path.exists(local):
+        return local
+    try:
+        there = exists(f"hf://{name}")
+    except StorageError as error:
+        raise StorageError(f"{name}: no such file or folder here. {error}") from None
+    if not there:
+        raise StorageError(
+            f"{name}: no such file or folder here, and no repository of that name on the Hub that "
+            "this machine may read (a private one needs HF_TOKEN)."
+        )
+    return f"hf://{name}"
 
 
 def join(uri: str, *parts: str) -> str:

@@ -104,7 +104,7 @@ def _worker(config: dict[str, Any]) -> None:
         loaded = autoencoder_of(recipe, backbone).module
         autoencoder = loaded.to(worker.device).requires_grad_(False)
     torch.manual_seed(recipe.seed)
-    model = _starting_model(recipe, backbone, mean, std)
+    model = starting_model(recipe, backbone, mean, std)
     adversary = make_adversary(section.losses, backbone)
     # Statistics per channel give the features' root mean square without looking at them again.
     rms = float((mean.square() + std.square()).mean().sqrt())
@@ -125,7 +125,12 @@ def _worker(config: dict[str, Any]) -> None:
     )
 
 
-def _starting_model(recipe: Recipe, backbone: Backbone, mean: Tensor, std: Tensor) -> PixelDecoder:
+def starting_model(recipe: Recipe, backbone: Backbone, mean: Tensor, std: Tensor) -> PixelDecoder:
+    """The network before the first step: untrained, or in stage finetune the one at `start_from`.
+
+    `mean` and `std` [D] are of the features. Raises CheckpointError and RecipeError where a network
+    to start from is another backbone's or not of the recipe's shape.
+    """
     section, spec = recipe.pixel_decoder, backbone.spec
     if section.stage == "noisy" or section.start_from is None:
         model = build_pixel_decoder(section, spec, recipe.image_size)

@@ -114,8 +114,9 @@ class PixelDecoderTraining(TrainingSection):
 class PixelDecoderSection(Section):
     """The decoder from patch features to pixels: the network, its training and its losses."""
 
-    size: Literal["S", "B", "L"] = "L"
-    """Width, depth and heads by a ViT's name; L is the paper's."""
+    size: Literal["S", "B", "L", "RAE-B", "RAE-L", "RAE-XL"] = "L"
+    """Width, depth and heads by a ViT's name; L is the paper's. Those of RAE have a class token;
+    RAE-XL is that of its published decoders, which `fae import rae` reads."""
     width: int | None = Field(None, gt=0)
     """Channels of a token; the size's without it."""
     depth: int | None = Field(None, gt=0)
@@ -125,11 +126,15 @@ class PixelDecoderSection(Section):
     head: Literal["linear", "convolution"] = "linear"
     """From tokens to pixels. linear is the paper's: a patch of pixels from each token. convolution
     doubles the grid up to the image's size, so small decoders leave no blocks; not in the paper."""
+    mlp_width: int | None = Field(None, gt=0)
+    """Hidden channels of the MLP; the size's without it, which is four times the width in S, B and
+    L."""
     stage: Literal["noisy", "finetune"] = "noisy"
     """noisy: train on the backbone's features with noise. finetune: train on features that the
     autoencoder reconstructs. `fae run` sets it for each of its stages."""
     start_from: InputPath[str | None] = None
-    """Stage finetune: pixel_decoder.safetensors of the first stage."""
+    """Stage finetune: pixel_decoder.safetensors of the first stage, or what `fae import rae` wrote;
+    `fae run` then trains no first stage."""
     noise_sigma: float = Field(0.4, ge=0.0)
     """Stage noisy: standard deviation of the noise on raw features; 0.4 is the paper's for
     DINOv2."""

@@ -10,6 +10,7 @@ from fae.pipelines.chain.chain_job import describe, fit_together
 from fae.pipelines.chain.sizes import expected_bytes
 from fae.pipelines.chain.stages import STAGES, check_stages, plan_stages, select
 from fae.pipelines.config.recipe import RecipeError, load_recipe
+from tests.tiny import save_decoders
 
 
 @pytest.fixture
@@ -88,6 +89,17 @@ def test_until_leaves_out_what_is_not_needed_and_from_wants_what_came_before(ima
     assert names("chain.first=latents")[0] == "latents"
     states = {stage.name: state for stage, state, _ in describe(recipe(images))}
     assert (states["autoencoder"], states["latents"]) == ("finished", "absent")
+
+
+def test_a_pixel_decoder_to_start_from_replaces_the_first_stage(images, tmp_path):
+    save_decoders(tmp_path, (4, 2, 2), 32)
+    start = str(tmp_path / "pixel_decoder.safetensors")
+    made = recipe(images, f"pixel_decoder.start_from={start}")
+    stages = {stage.name: stage for stage in plan_stages(made)}
+    assert "pixel-decoder" not in stages
+    assert stages["finetune"].recipe.pixel_decoder.start_from == start
+    assert stages["finetune"].needs == ("autoencoder",)
+    assert stages["finetune"].key != keys(images)["finetune"]
 
 
 def test_sizes_are_those_of_networks_latents_and_pictures(images):

@@ -1,0 +1,1 @@
+"""Networks that others trained, from their checkpoints into this project's modules."""

@@ -1,0 +1,154 @@
+"""`fae import`: networks that others trained, as the checkpoints that every command here reads."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+
+from fae_core import checkpoint
+from fae_core.backbone import load_backbone
+from fae_core.backbone_presets import PRESETS, backbone_label, resolve_spec
+from fae_core.foreign.rae import decoder_tensors, num_patches, rae_decoder
+from fae_core.foreign.tensors import ForeignError, read_tensors
+from fae_core.pixel_decoder import RAE_SIZES, PixelDecoder
+
+from ..storage import paths
+
+DIFFUSERS_WEIGHTS = "diffusion_pytorch_model.safetensors"
+RAE_BACKBONES = {
+    ("dinov2", 384): "dinov2_vits14_reg",
+    ("dinov2", 768): "dinov2_vitb14_reg",
+    ("dinov2", 1024): "dinov2_vitl14_reg",
+    ("siglip2", 768): "siglip2_b16",
+    ("siglip2", 1024): "siglip2_l16",
+    ("siglip2", 1152): "siglip2_so400m16",
+    ("mae", 768): "mae_vitb16",
+    ("mae", 1024): "mae_vitl16",
+}
+"""Preset by diffusers' `encoder_type` and `encoder_hidden_size`."""
+
+
+def import_rae(
+    source: str,
+    output: str,
+    backbone: str | None = None,
+    backbone_weights: str = "hub",
+    num_heads: int | None = None,
+) -> str:
+    """Write RAE's decoder `source` as the pixel decoder `output`; says what it is, for people.
+
+    `source` is one of RAE's .pt files, which needs the name of its `backbone`, or a folder of
+    diffusers' AutoencoderRAE, whose config names it: a local path, an address, or OWNER/NAME on the
+    Hub. The backbone's weights (`backbone_weights` as
+    `backbone.weights` of a recipe) are needed for its last norm and its fingerprint. Raises
+    ForeignError, WeightsError and StorageError.
+    """
+    _check_output(output)
+    uri = paths.address_of(source)
+    config: Mapping[str, Any] = {}
+    weights_uri = uri
+    if paths.exists(paths.join(uri, "config.json")):
+        config = _autoencoder_rae_config(uri)
+        weights_uri = paths.join(uri, DIFFUSERS_WEIGHTS)
+        num_heads = num_heads or int(config["decoder_num_attention_heads"])
+    with _tensors(weights_uri) as tensors:
+        decoder = decoder_tensors(tensors, uri)
+        name = backbone or _backbone_of(config, uri)
+        image_size = _backbone_image_size(name, _patches(config) or num_patches(decoder), uri)
+        frozen = load_backbone(name, backbone_weights, image_size)
+        module = rae_decoder(
+            decoder, frozen, uri, num_heads, *_pixel_statistics(tensors if config else {})
+        )
+    fingerprints = {
+        "backbone": f"{backbone_label(name, image_size)}:{frozen.weights_sha256}",
+        "image_size": str(module.config.image_size),
+        "imported": f"rae:{Path(uri).name}",
+    }
+    _save(output, module, fingerprints)
+    return f"{output}: {_described(module, backbone_label(name, image_size))}"
+
+
+def _check_output(output: str) -> None:
+    if not output.endswith(".safetensors"):
+        raise ForeignError(f"--output {output}: give the name of a .safetensors file.")
+
+
+def _autoencoder_rae_config(uri: str) -> dict[str, Any]:
+    config = json.loads(paths.read_bytes(paths.join(uri, "config.json")))
+    if config.get("_class_name") != "AutoencoderRAE":
+        raise ForeignError(
+            f"{uri} is a {config.get('_class_name') or 'model'} by its config.json; expected "
+            "AutoencoderRAE of diffusers, or one of RAE's .pt files."
+        )
+    return dict(config)
+
+
+@contextmanager
+def _tensors(uri: str) -> Iterator[dict[str, Tensor]]:
+    """The tensors of the file `uri`, while there is a local copy of it."""
+    if not paths.exists(uri):
+        raise ForeignError(f"{uri}: there is no such file.")
+    with paths.local_copy(uri) as path:
+        if path.is_dir():
+            raise ForeignError(f"{uri} is a folder without config.json; name the file in it.")
+        yield read_tensors(path)
+
+
+def _backbone_of(config: Mapping[str, Any], uri: str) -> str:
+    key = (config.get("encoder_type"), config.get("encoder_hidden_size"))
+    if key not in RAE_BACKBONES:
+        raise ForeignError(
+            f"{uri} does not say which backbone it decodes. Give --backbone, a preset of "
+            f"`fae recipes --backbones`; RAE's are {', '.join(RAE_BACKBONES.values())}."
+        )
+    return RAE_BACKBONES[key]
+
+
+def _patches(config: Mapping[str, Any]) -> int | None:
+    if not config:
+        return None
+    return int(config["encoder_input_size"] // config["encoder_patch_size"]) ** 2
+
+
+def _backbone_image_size(name: str, patches: int | None, uri: str) -> int | None:
+    """The input [px] at which the backbone has so many patches; None where it is its own."""
+    spec = PRESETS.get(name) or resolve_spec(name)
+    if patches is None or patches == spec.grid[0] * spec.grid[1]:
+        return None
+    side = math.isqrt(patches)
+    if side * side != patches:
+        raise ForeignError(f"{uri} decodes {patches} patches, which are no square.")
+    return side * spec.patch
+
+
+def _pixel_statistics(tensors: Mapping[str, Tensor]) -> Sequence[list[float] | None]:
+    """Mean and standard deviation of RGB, where the autoencoder stores them."""
+    names = ("encoder_mean", "encoder_std")
+    return [tensors[n].float().flatten().tolist() if n in tensors else None for n in names]
+
+
+def _save(output: str, module: nn.Module, fingerprints: Mapping[str, str]) -> None:
+    with paths.writing(output) as path:
+        checkpoint.save(path, module, fingerprints)
+
+
+def _described(decoder: PixelDecoder, backbone: str) -> str:
+    """The decoder's shape, and the keys with which training starts from it."""
+    config = decoder.config
+    shape = (config.width, config.depth, config.num_heads, config.mlp_width)
+    size = next((name for name, known in RAE_SIZES.items() if known == shape), None)
+    keys = [f"pixel_decoder.size={size or 'RAE-XL'}"]
+    if size is None:
+        names = ("width", "depth", "num_heads", "mlp_width")
+        keys += [f"pixel_decoder.{n}={v}" for n, v in zip(names, shape, strict=True)]
+    side = config.image_size
+    return (
+        f"decoder of {backbone} to images of {side}×{side} px, {config.width} wide, "
+        f"{config.depth} blocks. Recipes that start from it: {' '.join(keys)}"
+    )
