@@ -35,8 +35,11 @@ from fae.pipelines.doctor.memory import (
     training_memory,
 )
 from fae.pipelines.latents.precompute_job import precompute
-from fae.pipelines.networks.loading import backbone_spec
-from fae.pipelines.networks.untrained import build_generator, build_pixel_decoder
+from fae.pipelines.networks.untrained import (
+    backbone_spec,
+    build_generator,
+    build_pixel_decoder,
+)
 from fae.pipelines.runtime.session import start_ray
 from fae.pipelines.sampling.sample_job import sample
 from fae.pipelines.training.autoencoder import train_autoencoder

@@ -20,8 +20,8 @@ import torch
 from benchmarks.environment import describe
 from benchmarks.train import LATENT_SHAPE, seconds
 from fae.pipelines.config.recipe import Recipe, load_recipe
-from fae.pipelines.networks.loading import backbone_spec
 from fae.pipelines.networks.untrained import (
+    backbone_spec,
     build_autoencoder,
     build_generator,
     build_pixel_decoder,

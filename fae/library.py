@@ -22,7 +22,9 @@ from fae.pipelines.config.sections import BackboneSection, DataSection, Precompu
 from fae.pipelines.data.crops import center_crop
 from fae.pipelines.data.records import class_number
 from fae.pipelines.networks import features_of, load_checkpoint
-from fae.pipelines.sampling import LatentDecoder, LatentSampler, draw_images
+from fae.pipelines.sampling import LatentDecoder
+from fae.pipelines.sampling.image_sampler import draw_images
+from fae.pipelines.sampling.latent_sampler import LatentSampler
 from fae.pipelines.storage import paths
 from fae.pipelines.storage.paths import StorageError
 from fae_core.backbone import Backbone, load_backbone

@@ -38,9 +38,12 @@ FILES = {
     "autoencoder": "autoencoder.safetensors",
     "pixel_decoder": "pixel_decoder.safetensors",
     "dit": "generator.safetensors",
+    "mmdit": "generator.safetensors",
     "starflow": "generator.safetensors",
 }
 """Kind of network -> the name of its file in the folder of a run, or of a published model."""
+GENERATORS = tuple(kind for kind, name in FILES.items() if name == "generator.safetensors")
+"""The kinds of generators."""
 
 
 class CheckpointError(UserError, ValueError):

@@ -97,7 +97,7 @@ def photographs(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def write_store():
     """Writes a store of 20 rows in shards of 8, latents [2, 3, 3], labels 0 … 4; row i's mean is
-    near i, mirrored i + 100."""
+    near i, mirrored i + 100. `captions` are (first, all or None) by row."""
     from fae.pipelines.data.records import ImageRecord
     from fae.pipelines.latents.manifest import commit
     from fae.pipelines.latents.plan import ensure_plan
@@ -107,11 +107,16 @@ def write_store():
     shape = (2, 3, 3)
     every_column = ("mean", "logvar", "mean_flip", "logvar_flip")
 
-    def write_store(folder, columns=every_column, labels=True) -> LatentStore:
+    def write_store(
+        folder, columns=every_column, labels=True, captions=None, parts=None
+    ) -> LatentStore:
         records = [
-            ImageRecord(f"{i:03d}", f"/x/{i}", label=i % 5 if labels else None) for i in range(20)
+            ImageRecord(
+                f"{i:03d}", f"/x/{i}", i % 5 if labels else None, *(captions or {}).get(i, ())
+            )
+            for i in range(20)
         ]
-        parts = {"autoencoder weights": "abc"}
+        parts = parts or {"autoencoder weights": "abc"}
         plan = ensure_plan(str(folder), records, 8, parts)
         random = np.random.default_rng(0)
         for shard in range(plan.num_shards):
@@ -127,7 +132,14 @@ def write_store():
                     np.float16
                 )
             write_shard(
-                str(folder), shard, rows, list(range(len(rows))), values, [], plan.fingerprint
+                str(folder),
+                shard,
+                rows,
+                list(range(len(rows))),
+                values,
+                [],
+                plan.fingerprint,
+                plan.has_captions,
             )
         commit(str(folder), plan, {})
         return LatentStore.open(str(folder))

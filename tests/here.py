@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
+from fae.pipelines.config import Recipe
 from fae.pipelines.config.sections import DataSection
 from fae.pipelines.data.decoding import DecodeBatch
 from fae.pipelines.data.records import ImageRecord
@@ -56,6 +59,22 @@ def leave_ray_out(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("fae.pipelines.evaluation.evaluate_job.start_ray", lambda: None)
     for feed in ("image_feed", "feature_cache"):
         monkeypatch.setattr(f"fae.pipelines.training.{feed}.decoded", decoded)
+
+
+def train_here(monkeypatch: pytest.MonkeyPatch, trainer: str = "generator") -> None:
+    """The trainer's worker runs in this process, alone, without Ray Train."""
+    alone = SimpleNamespace(
+        get_world_rank=lambda: 0, get_world_size=lambda: 1, get_local_world_size=lambda: 1
+    )
+    monkeypatch.setattr("ray.train.get_context", lambda: alone)
+    monkeypatch.setattr("ray.train.report", lambda *_, **__: None)
+    monkeypatch.setattr("ray.train.torch.get_device", lambda: torch.device("cpu"))
+    monkeypatch.setattr("ray.train.torch.prepare_model", lambda model: model)
+
+    def launch(worker: Callable, recipe: Recipe, *_: object) -> None:
+        worker({"recipe": recipe.model_dump(mode="json"), "tracking_uri": "", "account": None})
+
+    monkeypatch.setattr(f"fae.pipelines.training.{trainer}.launch", launch)
 
 
 def _wrapped(row: Row) -> dict[str, Any]:

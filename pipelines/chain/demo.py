@@ -28,7 +28,7 @@ from ..data.reading import load_crops
 from ..data.records import ImageRecord, split_records
 from ..latents import LatentEncoder, LatentStore, precompute, verify_store
 from ..runtime.session import start_ray
-from ..sampling import ImageSampler
+from ..sampling.image_sampler import ImageSampler
 from ..training import TrainResult, train_autoencoder, train_generator, train_pixel_decoder
 
 RECIPE = "photos-dinov2s"

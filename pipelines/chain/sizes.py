@@ -6,8 +6,12 @@ import torch
 from torch import nn
 
 from ..config import Recipe
-from ..networks import backbone_spec
-from ..networks.untrained import build_autoencoder, build_generator, build_pixel_decoder
+from ..networks.untrained import (
+    backbone_spec,
+    build_autoencoder,
+    build_generator,
+    build_pixel_decoder,
+)
 from .stages import Stage, training_of
 
 
@@ -50,5 +54,5 @@ def _network(stage: Stage) -> nn.Module:
         if stage.name == "autoencoder":
             return build_autoencoder(recipe.autoencoder, spec)
         if stage.name == "generator":
-            return build_generator(recipe.generator, _latent_shape(recipe))
+            return build_generator(recipe.generator, _latent_shape(recipe), recipe.text)
         return build_pixel_decoder(recipe.pixel_decoder, spec, recipe.image_size)

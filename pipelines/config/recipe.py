@@ -31,10 +31,11 @@ from .sections import (
     ProbeSection,
     SampleSection,
     Section,
+    TextSection,
     TrackingSection,
     TuneSection,
 )
-from .sections.base import Execution, InputPath, OutputPath
+from .sections.base import Execution, HashedPath, InputPath, OutputPath
 from .sections.keys import keys_of, section_in, set_value, value_at
 
 RECIPES = Path(__file__).parent / "recipes"
@@ -59,10 +60,16 @@ class Recipe(Section):
     """Folder or s3:// prefix that `fae precompute` or `fae sample` writes."""
     latents: InputPath[str | None] = None
     """The latent store that a generator is trained on, an output of `fae precompute`."""
+    prompt: str | None = None
+    """A text to draw images of, with a generator of kind mmdit."""
+    prompts: HashedPath[str | None] = None
+    """Many of them: a text file (.txt) with one on each line, a .jsonl with {"prompt": …} on each
+    line as GenEval's, or images with captions, read as the section `data` says."""
     data: DataSection = DataSection()
     backbone: BackboneSection = BackboneSection()
     autoencoder: AutoencoderSection = AutoencoderSection()
     pixel_decoder: PixelDecoderSection = PixelDecoderSection()
+    text: TextSection = TextSection()
     generator: GeneratorSection = GeneratorSection()
     precompute: PrecomputeSection = PrecomputeSection()
     sample: SampleSection = SampleSection()

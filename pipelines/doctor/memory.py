@@ -25,7 +25,7 @@ from ..config.sections import DataSection, PrecomputeSection, SampleSection
 from ..data import plan_source
 from ..latents import LatentEncoder
 from ..networks.untrained import build_autoencoder, build_backbone, fake_networks, network_bytes
-from ..sampling import ImageSampler
+from ..sampling.image_sampler import ImageSampler
 from ..storage import paths, s3
 from ..training import requirements
 from .peak import peak_of

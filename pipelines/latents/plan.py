@@ -74,6 +74,15 @@ class Plan:
         for part in self._file.iter_batches(columns=["key", "label"]):
             yield from zip(part["key"].to_pylist(), part["label"].to_pylist(), strict=True)
 
+    def captions(self) -> Iterator[tuple[str, tuple[str, ...]]]:
+        """(key, captions) of every planned image in key order; without one they are empty."""
+        names = ["key", "caption", *(["captions"] if self.has_captions else [])]
+        for part in self._file.iter_batches(columns=names):
+            for row in part.to_pylist():
+                one = row["caption"]
+                several = row.get("captions") or (() if one is None else (one,))
+                yield row["key"], tuple(several)
+
     def shard_rows(self, index: int) -> int:
         """How many images shard `index` holds."""
         return min(self.shard_size, self.num_images - index * self.shard_size)

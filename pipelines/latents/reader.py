@@ -109,10 +109,19 @@ class LatentStore:
 
     def labels(self) -> Iterator[tuple[str, int | None]]:
         """(key, label) of every stored image in key order, from the plan and the error files."""
-        failed = set()
-        if self.manifest["stored"] < self.manifest["planned"]:
-            failed = {error["key"] for error in read_errors(self.uri)}
+        failed = self._failed()
         return (row for row in open_plan(self.uri).labels() if row[0] not in failed)
+
+    def captions(self) -> Iterator[tuple[str, tuple[str, ...]]]:
+        """(key, captions) of every stored image in key order; without one they are empty."""
+        failed = self._failed()
+        return (row for row in open_plan(self.uri).captions() if row[0] not in failed)
+
+    def _failed(self) -> set[str]:
+        """Keys of the planned images that could not be encoded."""
+        if self.manifest["stored"] == self.manifest["planned"]:
+            return set()
+        return {error["key"] for error in read_errors(self.uri)}
 
     def read_shard(self, index: int, columns: Sequence[str] | None = None) -> dict[str, Any]:
         """Shard `index`: key, label, caption as lists, each latent column float16 [n, C, H, W]."""

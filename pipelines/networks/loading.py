@@ -9,12 +9,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 
-import torch
 from torch import Tensor
 
 from fae_core import checkpoint
-from fae_core.backbone import Backbone, load_backbone, untrained_backbone
-from fae_core.backbone_presets import BackboneSpec, backbone_label, resolve_spec
+from fae_core.backbone import Backbone, load_backbone
+from fae_core.backbone_presets import backbone_label
 from fae_core.checkpoint import CheckpointError, Loaded
 from fae_core.precision import autocast
 
@@ -53,15 +52,6 @@ def backbone_of(recipe: Recipe) -> Backbone:
     """The recipe's frozen backbone on the CPU. Raises WeightsError."""
     section = recipe.backbone
     return load_backbone(section.name, section.weights, section.image_size, section.layers)
-
-
-def backbone_spec(recipe: Recipe) -> BackboneSpec:
-    """Width and grid of the recipe's backbone, built without its weights. Raises WeightsError."""
-    section = recipe.backbone
-    with torch.device("meta"):
-        return untrained_backbone(
-            resolve_spec(section.name, section.image_size, section.layers)
-        ).spec
 
 
 def backbone_fingerprints(recipe: Recipe, backbone: Backbone) -> dict[str, str]:

@@ -10,23 +10,29 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from fae_core.autoencoder import AutoencoderConfig, FeatureAutoencoder
 from fae_core.backbone import Backbone, untrained_backbone
 from fae_core.backbone_presets import BackboneSpec, resolve_spec
+from fae_core.errors import UserError
 from fae_core.generators.dit import DiT, DiTConfig
+from fae_core.generators.mmdit import MMDiT, MMDiTConfig
 from fae_core.generators.starflow import StarFlow, StarFlowConfig
 from fae_core.pixel_decoder import PixelDecoder, PixelDecoderConfig
+from fae_core.text import text_width
 
-from ..config import RecipeError
+from ..config import Recipe, RecipeError
 from ..config.sections import (
     AutoencoderSection,
     BackboneSection,
     GeneratorSection,
     PixelDecoderSection,
+    TextSection,
 )
+from .text_encoder import text_spec
 
 
 @contextlib.contextmanager
@@ -34,6 +40,8 @@ def _named(section: str) -> Iterator[None]:
     """A shape that a network cannot have is a mistake in the recipe's `section`: RecipeError."""
     try:
         yield
+    except UserError:  # of a text encoder
+        raise
     except ValueError as error:
         raise RecipeError(f"{section}: {error}") from None
 
@@ -44,6 +52,12 @@ def build_backbone(section: BackboneSection) -> Backbone:
     Raises WeightsError for a name or an image size that there is not.
     """
     return untrained_backbone(resolve_spec(section.name, section.image_size, section.layers))
+
+
+def backbone_spec(recipe: Recipe) -> BackboneSpec:
+    """Width and grid of the recipe's backbone, built without its weights. Raises WeightsError."""
+    with torch.device("meta"):
+        return build_backbone(recipe.backbone).spec
 
 
 def build_autoencoder(section: AutoencoderSection, backbone: BackboneSpec) -> FeatureAutoencoder:
@@ -95,20 +109,23 @@ def pixel_decoder_config(
     )
 
 
-def build_generator(section: GeneratorSection, latent_shape: Sequence[int]) -> DiT | StarFlow:
+def build_generator(
+    section: GeneratorSection, latent_shape: Sequence[int], text: TextSection | None = None
+) -> DiT | MMDiT | StarFlow:
     """The section's network for latents [C, H, W], untrained.
 
-    Raises RecipeError for a size that there is not, or a shape that there cannot be.
+    An mmdit is one for the token states of the encoder that `text` describes. Raises RecipeError
+    for a size that there is not, or a shape that there cannot be, WeightsError where the encoder's
+    configuration is not to be had.
     """
     channels, *grid = latent_shape
     shape = (channels, (grid[0], grid[1]))
-    common: dict[str, Any] = {
-        "num_classes": section.num_classes,
-        "label_dropout": section.label_dropout,
-        "checkpoint_activations": section.checkpoint_activations,
-    }
+    common: dict[str, Any] = {"checkpoint_activations": section.checkpoint_activations}
     if section.width is not None:
         common["width"] = section.width
+    if section.kind != "mmdit":
+        common["num_classes"] = section.num_classes
+        common["label_dropout"] = section.label_dropout
     with _named("generator"):
         if section.kind == "starflow":
             if section.layers is not None:
@@ -120,16 +137,12 @@ def build_generator(section: GeneratorSection, latent_shape: Sequence[int]) -> D
         for name in ("depth", "num_heads"):
             if getattr(section, name) is not None:
                 common[name] = getattr(section, name)
-        dit = DiTConfig.preset(
-            section.size,
-            *shape,
-            patch_size=section.patch_size,
-            mlp=section.mlp,
-            norm=section.norm,
-            rope=section.rope,
-            qk_norm=section.qk_norm,
-            **common,
-        )
+        for name in ("patch_size", "rope", "qk_norm"):
+            common[name] = getattr(section, name)
+        if section.kind == "mmdit":
+            text_dim = text_width(text_spec(text or TextSection()))
+            return MMDiT(MMDiTConfig.preset(section.size, *shape, text_dim, **common))
+        dit = DiTConfig.preset(section.size, *shape, mlp=section.mlp, norm=section.norm, **common)
         return DiT(dit)
 
 

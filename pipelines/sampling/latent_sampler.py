@@ -12,12 +12,15 @@ import torch
 from torch import Tensor
 
 from fae_core.draws import normal_draws
+from fae_core.flow_matching import Velocity
 from fae_core.generators.dit import DiT
+from fae_core.generators.mmdit import MMDiT
 from fae_core.generators.starflow import StarFlow
 from fae_core.precision import autocast
 from fae_core.samplers import PAPER_GUIDANCE, GuidanceInterval, sample_ode, sample_sde
 
 from ..config.sections import SampleSection
+from .prompts import Prompts
 
 
 def image_noise(seed: int, indices: Iterable[int], shape: Sequence[int]) -> Tensor:
@@ -35,18 +38,33 @@ def intervals(sample: SampleSection) -> tuple[GuidanceInterval, ...]:
 
 
 class LatentSampler:
-    """Raw latents [n, C, H, W] of noise, labels and image indices, by the recipe's sampler."""
+    """Raw latents [n, C, H, W] of noise, labels and image indices, by the recipe's sampler.
+
+    The labels of an MMDiT are numbers of its `prompts`. They come from the CPU.
+    """
 
     def __init__(
-        self, model: DiT | StarFlow, sample: SampleSection, seed: int, device: torch.device
+        self,
+        model: DiT | MMDiT | StarFlow,
+        sample: SampleSection,
+        seed: int,
+        device: torch.device,
+        prompts: Prompts | None = None,
     ) -> None:
         self.model = model
         self.sample = sample
         self.seed = seed
         self.device = device
+        self.prompts = prompts
 
     def __call__(self, noise: Tensor, labels: Tensor, indices: Sequence[int]) -> Tensor:
         sample, model = self.sample, self.model
+        velocity: Velocity
+        if isinstance(model, MMDiT):
+            assert self.prompts is not None
+            velocity, labels, null = self.prompts.condition(model, labels)
+        elif isinstance(model, DiT):
+            velocity, null = model, model.null_class
         noise, labels = (t.to(self.device, non_blocking=True) for t in (noise, labels))
         if isinstance(model, StarFlow):
             x = model.sample(noise, labels, sample.flow_guidance)
@@ -54,17 +72,15 @@ class LatentSampler:
                 with torch.inference_mode(False):  # its score is a gradient
                     x = model.denoise(x.clone(), labels.clone())
             return model.denormalize(x)
-        guidance, null = intervals(sample), model.null_class
+        guidance, steps, shift = intervals(sample), sample.num_steps, sample.shift
         with autocast(sample.precision, self.device):
             if sample.sampler == "ode":
-                x = sample_ode(model, noise, labels, sample.num_steps, sample.shift, guidance, null)
+                x = sample_ode(velocity, noise, labels, steps, shift, guidance, null)
             else:
                 shape = tuple(noise.shape[1:])
 
                 def step_noise(step: int) -> Tensor:
                     return normal_draws(self.seed, "sde", step, list(indices), shape)
 
-                x = sample_sde(
-                    model, noise, labels, step_noise, sample.num_steps, sample.shift, guidance, null
-                )
+                x = sample_sde(velocity, noise, labels, step_noise, steps, shift, guidance, null)
         return model.denormalize(x)

@@ -24,9 +24,8 @@ from fae_core.precision import autocast
 from ..config import Recipe
 from ..config.sections import AutoencoderSection
 from ..data.records import split_records
-from ..networks import backbone_fingerprints, backbone_of, backbone_spec, features_of
-from ..networks.untrained import build_autoencoder, build_backbone
-from ..runtime.places import check_places
+from ..networks import backbone_fingerprints, backbone_of, features_of
+from ..networks.untrained import backbone_spec, build_autoencoder, build_backbone
 from . import run_folder
 from .batches import Batch, images_and_features, sample_noise
 from .feature_cache import training_features

@@ -1,9 +1,8 @@
-"""`fae train generator`: a diffusion transformer or STARFlow on the latents of a finished store.
+"""`fae train generator`: a diffusion transformer, of classes or of text, or STARFlow on a store.
 
 The store's statistics normalize the latents and are saved in the checkpoint, with the fingerprints
-of store and autoencoder, so that sampling refuses to decode with another one. Every
-`validate_every` steps a grid of samples from the same noise goes to MLflow: pictures where the
-recipe names decoders, else PCA maps of latents.
+of store and autoencoder, so that sampling refuses to decode with another one. A generator of
+text trains with the frozen text encoder beside it, whose hash is in the checkpoint too.
 """
 
 from __future__ import annotations
@@ -16,32 +15,29 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from fae_core.figures import pca_map, picture_grid, principal_basis
 from fae_core.flow_matching import flow_matching_loss, timesteps
 from fae_core.generators.dit import DiT
 from fae_core.generators.latent_model import LatentModel
+from fae_core.generators.mmdit import MMDiT
 from fae_core.generators.starflow import StarFlow, flow_loss
+from fae_core.text import CaptionTokenizer, TextEncoder, untrained_text_encoder
 
 from ..config import Recipe
 from ..config.sections import GeneratorSection
-from ..data.records import class_name, label_problem
+from ..data.records import label_problem
 from ..latents import LatentStore
-from ..networks import backbone_spec
-from ..networks.untrained import build_generator
-from ..runtime.places import check_places
-from ..sampling import LatentDecoder, LatentSampler, image_noise
+from ..networks.text_encoder import SOURCE, CaptionEncoder, source_of, text_spec
+from ..networks.untrained import backbone_spec, build_generator
 from ..storage import StoreError, paths
 from . import run_folder
 from .batches import Batch
+from .captions import CaptionFeed, check_captions, claim_text_encoder
 from .job import Job, UntrainedJob, check_batch
 from .latent_feed import blank_latents, latent_feed, needed_columns
 from .launch import enter_worker, launch
 from .loop import run_job
-
-GRID_CLASSES = 4
-GRID_COLUMNS = 6
-PREVIEW_STEPS = 50
-PREVIEWED_WITH = ("autoencoder.checkpoint", "pixel_decoder.checkpoint")
+from .preview import Preview
+from .run_log import say
 
 
 def train_generator(recipe: Recipe, callbacks: Sequence[Any] = ()) -> run_folder.TrainResult:
@@ -61,10 +57,17 @@ def train_generator(recipe: Recipe, callbacks: Sequence[Any] = ()) -> run_folder
             f"{store.uri} stores no latents: none of its {store.manifest['planned']} images could "
             "be encoded."
         )
-    if problem := label_problem(store.labels(), recipe.generator.num_classes, store.class_names):
+    captioned = recipe.generator.kind == "mmdit"
+    if captioned:
+        say(check_captions(store, CaptionTokenizer(text_spec(recipe.text))))
+        marks = CaptionEncoder.load(text_spec(recipe.text)).fingerprints
+    elif problem := label_problem(store.labels(), recipe.generator.num_classes, store.class_names):
         raise StoreError(f"{store.uri} cannot train this generator: {problem}")
     recipe = run_folder.settle_precision(recipe, "generator", run_uri)
-    run_folder.claim_run(recipe, run_uri, ("latents", "generator"))
+    sections = ("latents", "generator", "text") if captioned else ("latents", "generator")
+    run_folder.claim_run(recipe, run_uri, sections)
+    if captioned:
+        claim_text_encoder(run_uri, marks)
     if run_folder.result(run_uri) is None:
         launch(_worker, recipe, recipe.generator.training, callbacks, store.account)
     return run_folder.train_result(run_uri, "generator")
@@ -75,7 +78,7 @@ def check_settings(recipe: Recipe) -> None:
     training = recipe.generator.training
     check_batch(training, training.num_workers)
     with torch.device("meta"):
-        build_generator(recipe.generator, latent_shape(recipe))
+        build_generator(recipe.generator, latent_shape(recipe), recipe.text)
 
 
 def latent_shape(recipe: Recipe) -> tuple[int, ...]:
@@ -85,22 +88,38 @@ def latent_shape(recipe: Recipe) -> tuple[int, ...]:
     return (recipe.autoencoder.latent_dim, *backbone_spec(recipe).grid)
 
 
-def generator_loss(section: GeneratorSection, model: nn.Module, batch: Batch) -> dict[str, Tensor]:
-    """The loss terms of one micro-batch from `latent_feed`; `model` may be wrapped."""
+def generator_loss(
+    section: GeneratorSection, model: nn.Module, batch: Batch, encoder: TextEncoder | None = None
+) -> dict[str, Tensor]:
+    """The loss terms of one micro-batch from `latent_feed`; `model` may be wrapped.
+
+    A model of text has the `encoder` of the batch's tokens.
+    """
     inner = getattr(model, "module", model)
     assert isinstance(inner, LatentModel)
     latents = inner.normalize(batch["latents"])
     if section.kind == "starflow":
         return flow_loss(model, latents, batch["noise"], batch["labels"], section.noise_std)
     t = timesteps(batch["time"], section.timesteps, section.shift)
-    return flow_matching_loss(
-        model, latents, batch["noise"], t, batch["labels"], section.cosine_weight
-    )
+    noise, weight = batch["noise"], section.cosine_weight
+    if encoder is None:
+        return flow_matching_loss(model, latents, noise, t, batch["labels"], weight)
+    mask = batch["mask"]
+    states = encoder(batch["tokens"], mask)
+
+    def velocity(x: Tensor, t: Tensor, states: Tensor) -> Tensor:
+        result: Tensor = model(x, t, states, mask)
+        return result
+
+    return flow_matching_loss(velocity, latents, noise, t, states, weight)
 
 
-def generator_job(section: GeneratorSection, model: DiT | StarFlow) -> Job:
-    """The job that trains `model` on latents."""
-    return Job(model, functools.partial(generator_loss, section))
+def generator_job(
+    section: GeneratorSection, model: DiT | MMDiT | StarFlow, encoder: TextEncoder | None = None
+) -> Job:
+    """The job that trains `model` on latents, an MMDiT with its frozen text encoder."""
+    frozen = {} if encoder is None else {"text encoder": encoder}
+    return Job(model, functools.partial(generator_loss, section, encoder=encoder), frozen=frozen)
 
 
 def untrained_job(recipe: Recipe) -> UntrainedJob:
@@ -112,8 +131,11 @@ def untrained_job(recipe: Recipe) -> UntrainedJob:
         shape: tuple[int, ...] = LatentStore.open(recipe.latents).latent_shape
     else:
         shape = latent_shape(recipe)
-    job = generator_job(recipe.generator, build_generator(recipe.generator, shape))
-    return job, functools.partial(blank_latents, shape=shape)
+    model, encoder, length = build_generator(recipe.generator, shape, recipe.text), None, 0
+    if isinstance(model, MMDiT):
+        encoder, length = untrained_text_encoder(text_spec(recipe.text)), recipe.text.max_length
+    job = generator_job(recipe.generator, model, encoder)
+    return job, functools.partial(blank_latents, shape=shape, text_length=length)
 
 
 def _worker(config: dict[str, Any]) -> None:
@@ -122,7 +144,7 @@ def _worker(config: dict[str, Any]) -> None:
     (latents,) = recipe.require("train generator", "latents=STORE")
     store = LatentStore.open(latents)
     torch.manual_seed(recipe.seed)
-    model = build_generator(section, store.latent_shape)
+    model = build_generator(section, store.latent_shape, recipe.text)
     mean, std = (
         torch.from_numpy(np.asarray(v)).float() for v in (store.stats.mean, store.stats.std)
     )
@@ -131,56 +153,19 @@ def _worker(config: dict[str, Any]) -> None:
         "latents": store.manifest["fingerprint"],
         "autoencoder": store.manifest["parts"]["autoencoder weights"],
     }
+    text: CaptionEncoder | None = None
+    captions: CaptionFeed | None = None
+    if isinstance(model, MMDiT):
+        spec = text_spec(recipe.text)
+        text = CaptionEncoder.load(spec).to(worker.device)
+        claim_text_encoder(worker.run_uri, text.fingerprints)  # another file on this node
+        fingerprints |= {**text.fingerprints, SOURCE: source_of(spec)}
+        captions = CaptionFeed(text.tokenizer, recipe.text.dropout)
     run_job(
         worker,
-        generator_job(section, model),
-        latent_feed(store, section, recipe.seed),
-        _Preview(recipe, store, worker.device) if worker.is_first else None,
+        generator_job(section, model, text.encoder if text else None),
+        latent_feed(store, section, recipe.seed, captions),
+        Preview(recipe, store, worker.device, text) if worker.is_first else None,
         lambda: fingerprints,
-        store.class_names[: section.num_classes],
+        [] if text else store.class_names[: section.num_classes],
     )
-
-
-class _Preview:
-    """Samples from the same noise at every validation.
-
-    They are pictures where the recipe names both decoders, else PCA maps of the latents.
-    """
-
-    def __init__(self, recipe: Recipe, store: LatentStore, device: torch.device) -> None:
-        self.recipe = recipe
-        self.store = store
-        self.device = device
-        self.decoder: LatentDecoder | None = None
-        if recipe.autoencoder.checkpoint and recipe.pixel_decoder.checkpoint:
-            autoencoder = store.manifest["parts"]["autoencoder weights"]
-            self.decoder = LatentDecoder.of(recipe, device, autoencoder)
-
-    def __call__(self, model: nn.Module, step: int) -> tuple[dict[str, float], bytes | None]:
-        """The standard deviation of the normalized samples, and their grid, classes in rows."""
-        assert isinstance(model, DiT | StarFlow)
-        num_classes = min(GRID_CLASSES, self.recipe.generator.num_classes)
-        labels = torch.arange(num_classes).repeat_interleave(GRID_COLUMNS)
-        noise = image_noise(self.recipe.seed, range(len(labels)), self.store.latent_shape)
-        sample = self.recipe.sample.model_copy(
-            update={"num_steps": min(self.recipe.sample.num_steps, PREVIEW_STEPS)}
-        )
-        with torch.inference_mode():
-            draw = LatentSampler(model, sample, self.recipe.seed, self.device)
-            latents = draw(noise, labels, list(range(len(labels))))
-            if self.decoder:
-                tiles: list[np.ndarray] = list(self.decoder(latents).cpu().numpy())
-            else:
-                tiles = _maps(model.normalize(latents).float().cpu().numpy())
-        rows = [tiles[i : i + GRID_COLUMNS] for i in range(0, len(tiles), GRID_COLUMNS)]
-        names = [class_name(row, self.store.class_names) for row in range(len(rows))]
-        figure = picture_grid(rows, [""] * GRID_COLUMNS, names_of_rows=names)
-        return {"sample_std": float(model.normalize(latents).std())}, figure
-
-
-def _maps(latents: np.ndarray) -> list[np.ndarray]:
-    """Principal components of normalized latents [n, C, H, W] as colours: uint8 pictures."""
-    n, channels, height, width = latents.shape
-    tokens = latents.reshape(n, channels, -1).transpose(0, 2, 1)
-    basis = principal_basis(tokens)
-    return [pca_map(t, (height, width), basis) for t in tokens]

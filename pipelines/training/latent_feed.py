@@ -17,6 +17,7 @@ from ..latents import LatentStore
 from ..latents.reader import NO_LABEL, LatentBatch
 from ..storage import StoreError
 from .batches import Batch, blank_batch, to_device
+from .captions import CaptionFeed, blank_captions
 from .job import Feed, check_batch
 
 
@@ -37,12 +38,15 @@ def needed_columns(store: LatentStore, generator: GeneratorSection) -> list[str]
     return columns
 
 
-def latent_feed(store: LatentStore, generator: GeneratorSection, seed: int) -> Feed:
+def latent_feed(
+    store: LatentStore, generator: GeneratorSection, seed: int, captions: CaptionFeed | None = None
+) -> Feed:
     """The feed of a generator's job.
 
     `batch["latents"]` are raw float32 [n, C, H, W] (mode or posterior sample, half of them
     mirrored), `labels` int64 [n] with the null class where dropped, `noise` float32 like the
-    latents and `time` [n], both standard normal.
+    latents and `time` [n], both standard normal. With `captions` there are `tokens` int64 [n, L]
+    and their `mask` bool [n, L] in the place of labels.
     """
     training = generator.training
     columns = needed_columns(store, generator)
@@ -51,13 +55,21 @@ def latent_feed(store: LatentStore, generator: GeneratorSection, seed: int) -> F
         check_batch(training, world_size)
         size = training.batch_size // world_size
         reader = store.reader(
-            training.batch_size, seed, rank, world_size, start_step, columns, generator.cache
+            training.batch_size,
+            seed,
+            rank,
+            world_size,
+            start_step,
+            columns,
+            generator.cache,
+            captions is not None,
         )
         for read in reader:
             piece = size // training.accumulation
             for start in range(0, size, piece):
                 places = [rank * size + place for place in range(start, start + piece)]
-                yield _make_batch(read, slice(start, start + piece), places, generator, seed)
+                part = slice(start, start + piece)
+                yield _make_batch(read, part, places, generator, seed, captions)
 
     def feed(start_step: int, rank: int, world_size: int, device: torch.device) -> Iterator[Batch]:
         return to_device(batches(start_step, rank, world_size), device)
@@ -65,17 +77,53 @@ def latent_feed(store: LatentStore, generator: GeneratorSection, seed: int) -> F
     return feed
 
 
-def blank_latents(num: int, shape: Sequence[int]) -> Batch:
-    """A batch such as `latent_feed` makes, of `num` latents [C, H, W] that are zero."""
+def blank_latents(num: int, shape: Sequence[int], text_length: int = 0) -> Batch:
+    """A batch such as `latent_feed` makes, of `num` latents [C, H, W] that are zero.
+
+    Above 0, `text_length` is the number of tokens of its captions.
+    """
     tensors = {name: torch.zeros(num, *shape) for name in ("latents", "noise")}
-    tensors |= {"labels": torch.zeros(num, dtype=torch.int64), "time": torch.zeros(num)}
-    return blank_batch(tensors)
+    tensors["time"] = torch.zeros(num)
+    if text_length:
+        return blank_batch(tensors | blank_captions(num, text_length))
+    return blank_batch(tensors | {"labels": torch.zeros(num, dtype=torch.int64)})
 
 
 def _make_batch(
-    read: LatentBatch, part: slice, places: list[int], generator: GeneratorSection, seed: int
+    read: LatentBatch,
+    part: slice,
+    places: list[int],
+    generator: GeneratorSection,
+    seed: int,
+    captions: CaptionFeed | None,
 ) -> Batch:
     """The rows `part` of what was read, whose places in the global batch are `places`."""
+    uniform = uniform_draws(seed, "choices", read.step, places, (2,))
+    latents = _choose(read, "mean", part, uniform[:, 0].numpy() < 0.5)
+    shape = latents.shape[1:]
+    if generator.latents == "sample":
+        logvar = _choose(read, "logvar", part, uniform[:, 0].numpy() < 0.5)
+        noise = normal_draws(seed, "posterior", read.step, places, shape).numpy()
+        latents = latents + np.exp(0.5 * logvar) * noise
+    if captions is None:
+        condition = {"labels": _labels(read, part, generator, uniform[:, 1])}
+    else:
+        assert read.captions is not None
+        condition = captions.tensors(read.captions[part], uniform[:, 1])
+    tensors = {
+        "latents": torch.from_numpy(latents),
+        **condition,
+        "noise": normal_draws(seed, "noise", read.step, places, shape),
+        "time": normal_draws(seed, "time", read.step, places, ()),
+    }
+    keys = [f"row {row}" for row in read.rows[part]]
+    return Batch(read.step, tensors, places, keys, 1.0, [])
+
+
+def _labels(
+    read: LatentBatch, part: slice, generator: GeneratorSection, uniform: torch.Tensor
+) -> torch.Tensor:
+    """Labels int64 [n] of the rows `part`; the null class where `uniform` [n] drops one."""
     labels = read.labels[part]
     unknown = (labels == NO_LABEL) & (generator.num_classes > 1)
     outside = (labels >= generator.num_classes) | unknown
@@ -86,23 +134,9 @@ def _make_batch(
             f"generator.num_classes is {generator.num_classes}. For images without classes set it "
             "to 1."
         )
-    uniform = uniform_draws(seed, "choices", read.step, places, (2,))
-    latents = _choose(read, "mean", part, uniform[:, 0].numpy() < 0.5)
-    shape = latents.shape[1:]
-    if generator.latents == "sample":
-        logvar = _choose(read, "logvar", part, uniform[:, 0].numpy() < 0.5)
-        noise = normal_draws(seed, "posterior", read.step, places, shape).numpy()
-        latents = latents + np.exp(0.5 * logvar) * noise
     known = torch.from_numpy(np.maximum(labels, 0))
-    dropped = uniform[:, 1] < generator.label_dropout
-    tensors = {
-        "latents": torch.from_numpy(latents),
-        "labels": torch.where(dropped, torch.full_like(known, generator.num_classes), known),
-        "noise": normal_draws(seed, "noise", read.step, places, shape),
-        "time": normal_draws(seed, "time", read.step, places, ()),
-    }
-    keys = [f"row {row}" for row in read.rows[part]]
-    return Batch(read.step, tensors, places, keys, 1.0, [])
+    dropped = uniform < generator.label_dropout
+    return torch.where(dropped, torch.full_like(known, generator.num_classes), known)
 
 
 def _choose(read: LatentBatch, name: str, part: slice, flipped: np.ndarray) -> np.ndarray:

@@ -29,13 +29,11 @@ from ..networks import (
     autoencoder_of,
     backbone_fingerprints,
     backbone_of,
-    backbone_spec,
     check_fingerprints,
     features_of,
     load_checkpoint,
 )
-from ..networks.untrained import build_pixel_decoder, pixel_decoder_config
-from ..runtime.places import check_places
+from ..networks.untrained import backbone_spec, build_pixel_decoder, pixel_decoder_config
 from . import run_folder
 from .feature_cache import training_features
 from .feature_statistics import fit_statistics, read_statistics

@@ -24,6 +24,7 @@ from .networks import (
 )
 from .pool import ActorPoolSection, DecodingPoolSection
 from .sweep import AshaSection, ObjectiveSection, SpaceSection, TuneSection
+from .text import TextSection
 from .training import TrainingSection
 
 __all__ = [
@@ -50,6 +51,7 @@ __all__ = [
     "Section",
     "SpaceSection",
     "StageName",
+    "TextSection",
     "TrackingSection",
     "TrainingSection",
     "TuneSection",

@@ -177,48 +177,52 @@ class GeneratorTraining(TrainingSection):
 class GeneratorSection(Section):
     """The generator of latents: the network and its training."""
 
-    kind: Literal["dit", "starflow"] = "dit"
+    kind: Literal["dit", "mmdit", "starflow"] = "dit"
     """dit: a diffusion transformer with flow matching (LightningDiT, or SiT by its settings).
-    starflow: a normalizing flow. The paper has both."""
+    mmdit: one whose condition is the image's caption, by the encoder of the section `text`.
+    starflow: a normalizing flow. The paper has all three."""
     size: str = "XL"
-    """Width, depth and heads by name: S, B, L or XL of dit, S, B, M, L or XL of starflow. XL is the
-    paper's of both."""
+    """Width, depth and heads by name: S, B, L or XL of dit and mmdit, S, B, M, L or XL of starflow.
+    XL is the paper's of dit and starflow, L of mmdit (XL at 384 px)."""
     width: int | None = Field(None, gt=0)
     """Channels of a token; the size's without it."""
     depth: int | None = Field(None, gt=0)
-    """dit: transformer blocks; the size's without it."""
+    """dit, mmdit: transformer blocks; the size's without it."""
     num_heads: int | None = Field(None, gt=0)
-    """dit: attention heads, which divide the width; the size's without it."""
+    """dit, mmdit: attention heads, which divide the width; the size's without it."""
     layers: list[PositiveInt] | None = Field(None, min_length=1)
     """starflow: layers of each block from the data to the noise; the size's without it."""
     num_classes: int = Field(1000, gt=0)
-    """Classes of the labels, which are 0 to num_classes - 1; ImageNet's."""
+    """dit, starflow: classes of the labels, which are 0 to num_classes - 1; ImageNet's."""
     label_dropout: float = Field(0.1, ge=0.0, lt=1.0)
-    """Share of labels that training replaces by the null class, for guidance. Not in the paper: 0.1
-    is DiT's."""
+    """dit, starflow: share of labels that training replaces by the null class, for guidance. Not in
+    the paper: 0.1 is DiT's. mmdit has text.dropout."""
     latents: Literal["sample", "mode"] = "mode"
     """Train on samples of the posterior (the store needs logvar) or on its mode; not in the
     paper."""
     flip: bool = True
     """Mirror half of the images, where the store has mean_flip; not in the paper."""
     patch_size: int = Field(1, gt=0)
-    """dit: latent cells on the side of a token; 1 gives the paper's parameter count."""
+    """dit, mmdit: latent cells on the side of a token; 1 gives the paper's parameter count."""
     mlp: Literal["swiglu", "gelu"] = "swiglu"
     """dit: the MLP; swiglu is LightningDiT's, gelu SiT's."""
     norm: Literal["rmsnorm", "layernorm"] = "rmsnorm"
     """dit: the normalization; rmsnorm is LightningDiT's, layernorm SiT's."""
     rope: bool = True
-    """dit: rotary positions beside the fixed ones; true is LightningDiT's, false SiT's."""
+    """dit, mmdit: rotary positions of the latents' tokens beside the fixed ones; true is
+    LightningDiT's, false SiT's and SD3's. Not in the paper for mmdit."""
     qk_norm: bool = False
-    """dit: RMSNorm on queries and keys. Not in the paper: SiT and LightningDiT-XL have none."""
+    """dit, mmdit: RMSNorm on queries and keys. Not in the paper: SiT and LightningDiT-XL have
+    none."""
     timesteps: Literal["uniform", "lognormal"] = "uniform"
-    """dit: distribution of training times. Not in the paper, which points to "the original works":
-    uniform is SiT's, lognormal LightningDiT's."""
+    """dit, mmdit: distribution of training times. Not in the paper, which points to "the original
+    works": uniform is SiT's, lognormal LightningDiT's."""
     shift: float = Field(1.0, gt=0.0)
-    """dit: timestep shift α in training, t' = αt / (1 + (α - 1)t) with t = 1 the noise; 1 is none.
-    The paper's 0.4 counts from the data and is 2.5 here."""
+    """dit, mmdit: timestep shift α in training, t' = αt / (1 + (α - 1)t) with t = 1 the noise; 1 is
+    none. The paper's 0.4 counts from the data and is 2.5 here."""
     cosine_weight: float = Field(0.0, ge=0.0)
-    """dit: weight of LightningDiT's cosine term beside the squared error; not in the paper."""
+    """dit, mmdit: weight of LightningDiT's cosine term beside the squared error; not in the
+    paper."""
     noise_std: float = Field(0.3, ge=0.0)
     """starflow: standard deviation of the noise on normalized latents. Not in the paper for FAE:
     0.3 is STARFlow's for SD-VAE."""

@@ -1,0 +1,87 @@
+"""The frozen text encoder of a recipe, loaded, and checked to be the one of a generator.
+
+Training encodes the captions of a batch, sampling its prompts. What a generator was trained with is
+in its checkpoint: the hashes of encoder and tokenizer, and how captions enter.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from fae_core.checkpoint import Loaded
+from fae_core.text import (
+    MINILM,
+    CaptionTokenizer,
+    TextEncoder,
+    TextSpec,
+    load_text_encoder,
+    text_fingerprints,
+)
+
+from ..config.sections import TextSection
+from .loading import check_fingerprints
+
+SOURCE = "text source"
+"""Fingerprint of a generator that says where its encoder came from; it is not compared."""
+
+
+class CaptionEncoder:
+    """Captions to the states of their tokens on one device."""
+
+    def __init__(self, tokenizer: CaptionTokenizer, encoder: TextEncoder) -> None:
+        self.tokenizer = tokenizer
+        self.encoder = encoder
+
+    @classmethod
+    def load(cls, spec: TextSpec) -> CaptionEncoder:
+        """Tokenizer and encoder on the CPU. Raises WeightsError."""
+        return cls(CaptionTokenizer(spec), load_text_encoder(spec))
+
+    def to(self, device: torch.device) -> CaptionEncoder:
+        """Moves the encoder. Returns itself."""
+        self.encoder.to(device)
+        return self
+
+    @property
+    def fingerprints(self) -> dict[str, str]:
+        """What decides a caption's states, by name."""
+        return text_fingerprints(self.encoder, self.tokenizer)
+
+    def __call__(self, captions: Sequence[str | None]) -> tuple[Tensor, Tensor]:
+        """Token states [B, L, D] float32 and the mask bool [B, L] of what is text."""
+        device = next(self.encoder.parameters()).device
+        ids, mask = (t.to(device, non_blocking=True) for t in self.tokenizer(captions))
+        states: Tensor = self.encoder(ids, mask)
+        return states, mask
+
+
+def text_spec(section: TextSection) -> TextSpec:
+    """The encoder that the recipe's section `text` describes."""
+    return TextSpec(
+        section.name, section.weights, section.max_length, section.template, section.layer
+    )
+
+
+def source_of(spec: TextSpec) -> str:
+    """What may be told of where the encoder comes from: a private folder is not named."""
+    if spec.weights == "hub":
+        return f"hub:{spec.name}"
+    return MINILM if spec.weights == MINILM else "a folder"
+
+
+def encoder_of(uri: str, generator: Loaded, name: str, weights: str) -> CaptionEncoder:
+    """The encoder that the text-to-image `generator` was trained with, loaded as `name` and
+    `weights` say, with the generator's own length, template and layer.
+
+    `uri` names the generator in messages. Raises WeightsError, and CheckpointError where it is
+    another encoder or tokenizer.
+    """
+    marks: Mapping[str, str] = generator.fingerprints
+    settings = json.loads(marks["text settings"])
+    found = CaptionEncoder.load(TextSpec(name, weights, **settings))
+    check_fingerprints(f"{uri} (text encoder: {marks[SOURCE]})", generator, found.fingerprints)
+    return found

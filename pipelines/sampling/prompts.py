@@ -1,0 +1,112 @@
+"""The prompts of a text-to-image generator: read from the recipe, encoded with each batch.
+
+Image i has prompt i modulo their number, as images have classes in turn.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from fae_core.flow_matching import Velocity
+from fae_core.generators.mmdit import MMDiT
+
+from ..config import Recipe, RecipeError
+from ..data import plan_source
+from ..networks.text_encoder import CaptionEncoder
+from ..storage import paths
+
+TEXT_SUFFIXES = (".txt", ".jsonl")
+
+
+class Prompts:
+    """Texts by number, and the encoder that makes them a condition."""
+
+    def __init__(self, texts: Sequence[str], encoder: CaptionEncoder) -> None:
+        self.texts = list(texts)
+        self.encoder = encoder
+
+    def condition(self, model: MMDiT, numbers: Tensor) -> tuple[Velocity, Tensor, int]:
+        """The velocity of images with the prompts `numbers` int64 [n], which are on the CPU.
+
+        Its labels are rows of the states that are encoded here: the second result [n] those of the
+        images, the third that of the empty prompt, for guidance.
+        """
+        distinct, rows = torch.unique(numbers, return_inverse=True)
+        texts = [self.texts[number] for number in distinct.tolist()]
+        states, mask = self.encoder([*texts, ""])
+
+        def velocity(x: Tensor, t: Tensor, labels: Tensor) -> Tensor:
+            result: Tensor = model(x, t, states[labels], mask[labels])
+            return result
+
+        return velocity, rows, len(texts)
+
+
+def has_prompts(recipe: Recipe) -> bool:
+    """Whether the recipe names prompts."""
+    return recipe.prompt is not None or recipe.prompts is not None
+
+
+def read_prompts(recipe: Recipe) -> list[str]:
+    """The prompts that `prompt` or `prompts` name, in their order.
+
+    Raises RecipeError where there are none, both keys are given, or one is empty, and SourceError
+    for images that cannot be listed.
+    """
+    uri = recipe.prompts
+    if recipe.prompt is not None:
+        if uri is not None:
+            raise RecipeError("Give prompt=TEXT or prompts=FILE, not both.")
+        if not recipe.prompt.strip():
+            raise RecipeError("prompt is empty: give a text.")
+        return [recipe.prompt.strip()]
+    if uri is None:
+        raise RecipeError(
+            "The generator draws images of texts: give prompt=TEXT, or prompts=FILE with one on "
+            "each line."
+        )
+    found = _read_file(uri) if uri.endswith(TEXT_SUFFIXES) else _read_captions(recipe, uri)
+    if not found:
+        raise RecipeError(f"prompts={uri} holds no prompt.")
+    return found
+
+
+def _read_file(uri: str) -> list[str]:
+    """One prompt a line; of .jsonl the value of "prompt" in each line, as GenEval's file has it."""
+    try:
+        lines = paths.read_bytes(uri).decode().splitlines()
+    except UnicodeDecodeError:
+        raise RecipeError(f"prompts={uri} is not UTF-8 text.") from None
+    found = []
+    for number, line in enumerate(lines, 1):
+        text = line
+        if uri.endswith(".jsonl"):
+            try:
+                text = json.loads(line)["prompt"]
+            except (ValueError, KeyError, TypeError):
+                raise RecipeError(
+                    f'prompts={uri}, line {number}: expected JSON such as {{"prompt": "a red cat"}}'
+                    f", not {line[:60]!r}."
+                ) from None
+        if not isinstance(text, str) or not text.strip():
+            raise RecipeError(f"prompts={uri}: line {number} of {len(lines)} has no prompt.")
+        found.append(text.strip())
+    return found
+
+
+def _read_captions(recipe: Recipe, uri: str) -> list[str]:
+    """The first caption of every image of a source, read as the section `data` says."""
+    data = recipe.data.model_copy(update={"path": uri})
+    table = plan_source(data).table
+    keys, captions = table["key"].to_pylist(), table["caption"].to_pylist()
+    without = [key for key, text in zip(keys, captions, strict=True) if not (text or "").strip()]
+    if without:
+        raise RecipeError(
+            f"prompts={uri}: {len(without)} of its {len(keys)} images have no caption, for example "
+            f"{without[0]!r}. (A file of prompts is called NAME.txt or NAME.jsonl.)"
+        )
+    return [text.strip() for text in captions]

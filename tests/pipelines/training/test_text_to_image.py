@@ -1,0 +1,199 @@
+"""A generator of text: what it trains on, that it resumes, and the encoder that belongs to it."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+
+from fae.pipelines.config.recipe import RecipeError, load_recipe
+from fae.pipelines.config.sections import GeneratorSection, GeneratorTraining
+from fae.pipelines.doctor.memory import training_memory
+from fae.pipelines.latents.reader import LatentStore
+from fae.pipelines.storage.claims import StoreError
+from fae.pipelines.training.captions import CaptionFeed, check_captions
+from fae.pipelines.training.generator import train_generator
+from fae.pipelines.training.latent_feed import latent_feed
+from fae_core import checkpoint
+from fae_core.generators.mmdit import MMDiT
+from fae_core.text import CaptionTokenizer, TextSpec
+from fae_core.weights import WeightsError
+from tests.here import train_here
+from tests.tiny import save_text_encoder
+
+CPU = torch.device("cpu")
+WORDS = ("cat", "dog", "house")
+COLORS = ("red", "green", "blue")
+LENGTH = 6
+
+
+def caption(row: int) -> str:
+    return f"a {COLORS[row % 3]} {WORDS[row // 3 % 3]}"
+
+
+def captions_of(row: int) -> tuple[str, tuple[str, ...] | None]:
+    """Every fourth image has two."""
+    return caption(row), (caption(row), "small house") if row % 4 == 0 else None
+
+
+@pytest.fixture(scope="module")
+def encoder(tmp_path_factory) -> Path:
+    return save_text_encoder(tmp_path_factory.mktemp("text") / "encoder")
+
+
+@pytest.fixture(scope="module")
+def store(write_store, tmp_path_factory) -> LatentStore:
+    captions = {row: captions_of(row) for row in range(20)}
+    return write_store(tmp_path_factory.mktemp("store"), ("mean",), False, captions)
+
+
+def tokenizer(encoder: Path) -> CaptionTokenizer:
+    return CaptionTokenizer(TextSpec(weights=str(encoder), max_length=LENGTH))
+
+
+def overrides(store: LatentStore, encoder: Path, folder: Path, *more: str) -> list[str]:
+    return [
+        "run=test", f"storage={folder}", f"latents={store.uri}", "generator.kind=mmdit",
+        "generator.width=32", "generator.depth=2", "generator.num_heads=2", "generator.size=S",
+        "generator.training.steps=6", "generator.training.batch_size=8",
+        "generator.training.precision=fp32", "generator.training.learning_rate=1e-3",
+        "generator.training.accumulation=2", "generator.training.log_every=2",
+        "generator.training.checkpoint_every=2", "generator.training.validate_every=4",
+        "generator.training.ema_decay=0.9", "generator.training.threads_per_worker=1",
+        "sample.num_steps=2", "tracking.enabled=false", f"text.weights={encoder}",
+        f"text.max_length={LENGTH}", *more,
+    ]  # fmt: skip
+
+
+def take(store, encoder, num, dropout=0.0, start=0, rank=0, world_size=1):
+    section = GeneratorSection(
+        kind="mmdit", training=GeneratorTraining(batch_size=10, accumulation=1)
+    )
+    captions = CaptionFeed(tokenizer(encoder), dropout)
+    feed = latent_feed(store, section, 3, captions)(start, rank, world_size, CPU)
+    return [next(feed) for _ in range(num)]
+
+
+def test_latents_come_with_the_tokens_of_their_own_captions(store, encoder):
+    batches = take(store, encoder, 4)
+    rows = torch.cat([b["latents"][:, 0, 0, 0].round() for b in batches]).int().tolist()
+    assert sorted(rows) == sorted(2 * list(range(20)))
+    words = tokenizer(encoder)
+    drawn = set()
+    for batch in batches:
+        assert "labels" not in batch.tensors
+        assert batch["tokens"].shape == (10, LENGTH) == batch["mask"].shape
+    tokens = torch.cat([b["tokens"] for b in batches])
+    for row, found in zip(rows, tokens, strict=True):
+        one, several = captions_of(row)
+        possible, _ = words(several or [one])
+        hits = [torch.equal(found, p) for p in possible]
+        assert any(hits)
+        if several:
+            drawn.add(hits.index(True))
+    assert drawn == {0, 1}
+
+
+def test_workers_share_out_the_same_captions_and_drops(store, encoder):
+    (whole,) = take(store, encoder, 1, 0.5, start=7)
+    parts = [take(store, encoder, 1, 0.5, 7, rank, 2)[0] for rank in range(2)]
+    for name in ("tokens", "mask", "latents"):
+        assert torch.equal(torch.cat([part[name] for part in parts]), whole[name]), name
+
+
+def test_dropped_captions_are_the_empty_one(store, encoder):
+    mask = torch.cat([b["mask"] for b in take(store, encoder, 40, 0.25)])
+    empty = mask.sum(1) == 1
+    assert 0.18 < empty.float().mean() < 0.32
+    assert not (torch.cat([b["mask"] for b in take(store, encoder, 4)]).sum(1) == 1).any()
+
+
+def test_captions_are_counted_and_a_missing_one_is_named_before_a_run_is_claimed(
+    write_store, store, encoder, tmp_path, monkeypatch
+):
+    said = check_captions(store, CaptionTokenizer(TextSpec(weights=str(encoder), max_length=3)))
+    assert "25 in all, 20 longer than 3 tokens (cut), 0 with words" in said
+    captions = {row: captions_of(row) for row in range(20) if row != 11}
+    some = write_store(tmp_path / "some", ("mean",), False, captions)
+    train_here(monkeypatch)
+    recipe = load_recipe("photos-dinov2s", overrides(some, encoder, tmp_path))
+    with pytest.raises(StoreError, match=r"1 of 20 images .* no caption.*'011'"):
+        train_generator(recipe)
+    assert not (tmp_path / "test").exists()
+
+
+def test_an_encoder_of_pickles_is_refused_before_a_run_is_claimed(store, encoder, tmp_path):
+    pickled = tmp_path / "pickled"
+    shutil.copytree(encoder, pickled)
+    (pickled / "model.safetensors").rename(pickled / "pytorch_model.bin")
+    recipe = load_recipe("photos-dinov2s", overrides(store, pickled, tmp_path))
+    with pytest.raises(WeightsError, match="a pickle, which can run code"):
+        train_generator(recipe)
+    assert not (tmp_path / "test").exists()
+
+
+def test_a_template_without_a_place_for_the_caption_is_refused():
+    with pytest.raises(RecipeError, match="no {}"):
+        load_recipe("photos-dinov2s", ["text.template=a picture"])
+
+
+@pytest.fixture(scope="module")
+def trained(store, encoder, tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("runs")
+    with pytest.MonkeyPatch.context() as patch:
+        train_here(patch)
+        train_generator(load_recipe("photos-dinov2s", overrides(store, encoder, folder)))
+    return folder / "test"
+
+
+def test_a_run_that_was_stopped_ends_at_the_same_bits(
+    trained, store, encoder, tmp_path, monkeypatch
+):
+    train_here(monkeypatch)
+    recipe = load_recipe("photos-dinov2s", overrides(store, encoder, tmp_path))
+    shutil.copytree(trained, tmp_path / "test")
+    for name in ("result.json", "generator.safetensors", "checkpoints/step_000000006.pt"):
+        (tmp_path / "test" / name).unlink()
+    train_generator(recipe)
+    expected, actual = (
+        checkpoint.load(folder / "generator.safetensors", "mmdit").module.state_dict()
+        for folder in (trained, tmp_path / "test")
+    )
+    for name, value in expected.items():
+        assert torch.equal(value, actual[name]), name
+
+
+def test_the_checkpoint_names_its_text_encoder_and_learned_from_captions(trained):
+    loaded = checkpoint.load(trained / "generator.safetensors")
+    written = json.loads((trained / "text_encoder.json").read_text())
+    assert isinstance(loaded.module, MMDiT) and loaded.module.config.text_dim == 16
+    assert {name: loaded.fingerprints[name] for name in written} == written
+    assert json.loads(written["text settings"])["max_length"] == LENGTH
+    assert loaded.fingerprints["text source"] == "a folder"
+    assert loaded.module.text_input.bias.any()  # it began at zero
+
+
+def test_a_run_goes_on_with_its_own_text_encoder_alone(
+    trained, store, encoder, tmp_path, monkeypatch
+):
+    train_here(monkeypatch)
+    moved = tmp_path / "moved"
+    shutil.copytree(encoder, moved)
+    folder = trained.parent
+    train_generator(load_recipe("photos-dinov2s", overrides(store, moved, folder)))
+    other = save_text_encoder(tmp_path / "other", seed=1)
+    with pytest.raises(RecipeError, match=r"another text encoder:\n  text encoder: \w{64} there"):
+        train_generator(load_recipe("photos-dinov2s", overrides(store, other, folder)))
+    with pytest.raises(RecipeError, match="text.dropout: 0.1 there, 0.2 now"):
+        more = overrides(store, encoder, folder, "text.dropout=0.2")
+        train_generator(load_recipe("photos-dinov2s", more))
+
+
+def test_the_memory_of_a_step_has_the_text_encoder_in_it(store, encoder, tmp_path):
+    recipe = load_recipe("photos-dinov2s", overrides(store, encoder, tmp_path))
+    worker = {p.name: p for p in training_memory(recipe, "generator")}["worker"]
+    assert worker.host["text encoder: weights (frozen)"] > 4 * 16 * 16
+    assert worker.host["kept for the backward pass"] > 0
