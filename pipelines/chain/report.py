@@ -14,6 +14,7 @@ from PIL import Image
 from fae_core.figures import Curve, curve_panels, picture_grid
 
 from ..data.records import class_name
+from ..sampling.prompts import shortened
 from ..storage import paths
 from ..training.metrics_log import Series, figure_uri, read_metrics_log
 from .stages import Stage, training_of
@@ -28,7 +29,7 @@ CAPTIONS = {
     "pixel-decoder": "Held-out images, and images decoded from their features.",
     "generator": "Samples during the generator's training.",
     "finetune": "Held-out images, decoded from true and from reconstructed features.",
-    "samples": "Samples, one class in each row.",
+    "samples": "Samples, one class or prompt in each row.",
 }
 """What a stage's picture shows, by stage."""
 
@@ -80,7 +81,7 @@ def stage_pictures(stage: Stage) -> dict[str, bytes]:
 
 
 def samples_grid(uri: str) -> bytes:
-    """A PNG of the first GRID_COLUMNS samples of up to GRID_ROWS classes, one class in each row.
+    """A PNG of the first GRID_COLUMNS samples of up to GRID_ROWS classes or prompts, a row each.
 
     `uri` is a finished store of `fae sample`.
     """
@@ -98,7 +99,8 @@ def samples_grid(uri: str) -> bytes:
     labels = sorted(by_class)[:GRID_ROWS]
     blank: list[np.ndarray | None] = [None] * GRID_COLUMNS
     rows = [(by_class[label] + blank)[:GRID_COLUMNS] for label in labels]
-    names = [class_name(label, manifest.get("class_names", [])) for label in labels]
+    texts = [shortened(text) for text in manifest.get("prompts", [])]
+    names = [class_name(label, texts or manifest.get("class_names", [])) for label in labels]
     return picture_grid(rows, [""] * GRID_COLUMNS, names_of_rows=names)
 
 

@@ -13,6 +13,7 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, get_args
 
+from fae_core.checkpoint import GENERATORS
 from fae_core.errors import UserError
 
 from ..config import Recipe, RecipeError, with_absolute_paths
@@ -30,6 +31,7 @@ from ..data.records import (
 )
 from ..evaluation import probe_problem
 from ..networks import load_checkpoint
+from ..sampling.prompts import has_prompts, read_prompts
 from ..storage import fingerprint_of, paths
 from ..training import requirements
 from ..training.tracking import resolve_uri
@@ -131,21 +133,20 @@ def plan_stages(recipe: Recipe, images: Sequence[ImageRecord] | None = None) -> 
     generating = encoding.model_copy(deep=True)
     generating.latents = latents
     generating.pixel_decoder.checkpoint = decoder
+    captioned = base.generator.kind == "mmdit"
+    planner.generator_kind = base.generator.kind
     generator = planner.network("generator", base.generator.checkpoint)
     if not generator:
         generator = planner.add(
             "generator",
             generating,
             ("latents",),
-            ("seed", "generator"),
-            {},
+            ("seed", "generator", *(["text"] if captioned else [])),
+            {"text.weights": base.text.weights} if captioned else {},
             num_encoded,
-            label_problem(
-                ((r.key, r.label) for r in records[:num_encoded]),
-                base.generator.num_classes,
-                class_names,
-            ),
+            _condition_problem(base, records[:num_encoded], class_names),
         )
+    prompts, texts, problem = _plan_prompts(base, planner.generator_kind)
 
     final = "pixel-decoder"
     if base.chain.finetune and not base.pixel_decoder.checkpoint:
@@ -168,6 +169,7 @@ def plan_stages(recipe: Recipe, images: Sequence[ImageRecord] | None = None) -> 
 
     drawing = generating.model_copy(deep=True)
     drawing.data.limit = base.data.limit
+    drawing.prompts = prompts
     drawing.generator.checkpoint = generator
     drawing.pixel_decoder.checkpoint = decoder
     samples = planner.add(
@@ -175,9 +177,9 @@ def plan_stages(recipe: Recipe, images: Sequence[ImageRecord] | None = None) -> 
         drawing,
         ("autoencoder", final, "generator"),
         ("seed", "sample"),
-        {},
+        texts,
         base.sample.num_images,
-        _class_problem(base, class_names),
+        problem or _class_problem(base, class_names),
     )
 
     scoring = drawing.model_copy(deep=True)
@@ -261,6 +263,37 @@ def _split_problem(records: Sequence[ImageRecord], validation_fraction: float) -
     return None
 
 
+def _condition_problem(
+    recipe: Recipe, records: Sequence[ImageRecord], class_names: Sequence[str]
+) -> str | None:
+    """Why labels or captions of the images cannot train the recipe's generator."""
+    if recipe.generator.kind != "mmdit":
+        labelled = ((record.key, record.label) for record in records)
+        return label_problem(labelled, recipe.generator.num_classes, class_names)
+    without = [record.key for record in records if not (record.caption or "").strip()]
+    if not without:
+        return None
+    return f"{len(without)} of {len(records)} images have no caption, for example {without[0]!r}."
+
+
+def _plan_prompts(recipe: Recipe, kind: str) -> tuple[str | None, dict[str, str], str | None]:
+    """Where the prompts of the samples are, what identifies them, and why they cannot be drawn.
+
+    A generator of classes has none. Without prompts in the recipe they are the captions of the
+    images that the samples are compared with.
+    """
+    if kind != "mmdit":
+        unwanted = "prompts need a generator of kind mmdit." if has_prompts(recipe) else None
+        return recipe.prompts, {}, unwanted
+    made = recipe.model_copy()
+    if not has_prompts(made):
+        made.prompts = made.evaluate.reference
+    try:
+        return made.prompts, {"prompts": fingerprint_of({"prompts": read_prompts(made)})}, None
+    except UserError as error:
+        return made.prompts, {}, str(error)
+
+
 def _class_problem(recipe: Recipe, class_names: Sequence[str]) -> str | None:
     """Why sample.classes are not classes of the generator that the chain trains, where known."""
     if recipe.generator.checkpoint:
@@ -280,6 +313,7 @@ class _Planner:
     def __init__(self) -> None:
         self.stages: dict[str, Stage] = {}
         self.identities: dict[str, str] = {}  # by stage: its key, or the hash of a named network
+        self.generator_kind = ""
 
     def network(self, name: StageName, uri: str | None) -> str | None:
         """Record `uri`, a network that replaces the stage `name`; its content hash is the key.
@@ -287,9 +321,11 @@ class _Planner:
         Returns `uri`. Raises CheckpointError.
         """
         if uri is not None:
-            kinds = {"pixel-decoder": ("pixel_decoder",), "generator": ("dit", "starflow")}
+            kinds = {"pixel-decoder": ("pixel_decoder",), "generator": GENERATORS}
             loaded = load_checkpoint(uri, *kinds.get(name, (name,)))
             self.identities[name] = loaded.weights_sha256
+            if name == "generator":
+                self.generator_kind = loaded.kind
         return uri
 
     def add(

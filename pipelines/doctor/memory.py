@@ -12,11 +12,11 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 from torch import Tensor
 
-from fae_core.generators.dit import DiT
 from fae_core.generators.starflow import FlowBlock, StarFlow
 from fae_core.precision import autocast, settled_precision
 
@@ -26,6 +26,7 @@ from ..data import plan_source
 from ..latents import LatentEncoder
 from ..networks.untrained import build_autoencoder, build_backbone, fake_networks, network_bytes
 from ..sampling.image_sampler import ImageSampler
+from ..sampling.prompts import Prompts
 from ..storage import paths, s3
 from ..training import requirements
 from .peak import peak_of
@@ -136,21 +137,24 @@ def training_memory(recipe: Recipe, network: str) -> list[Process]:
 
 
 def sample_memory(recipe: Recipe) -> list[Process]:
-    """Of `fae sample`; loads the three networks. Raises RecipeError, CheckpointError."""
+    """Of `fae sample`; loads its networks. Raises RecipeError, CheckpointError, WeightsError."""
     plain = recipe.model_copy(deep=True)
     plain.sample.compile = False  # one image and two are not worth compiling for
     section, sampler = recipe.sample, ImageSampler(plain)
     model, decoder = sampler.model, sampler.decoder
-    networks = network_bytes(model, decoder.autoencoder, decoder.pixel_decoder)
+    loaded_networks = [model, decoder.autoencoder, decoder.pixel_decoder]
+    if sampler.prompts:
+        loaded_networks.append(sampler.prompts.encoder.encoder)
+    networks = network_bytes(*loaded_networks)
     size = min(section.batch_size, section.shard_size)
-    with fake_networks(model, decoder.autoencoder, decoder.pixel_decoder):
+    with fake_networks(*loaded_networks):
         results = peak_of(lambda n: decoder(torch.zeros(n, *sampler.shape)), size)
-        if isinstance(model, DiT):
+        if sampler.prompts:
+            results = max(results, peak_of(partial(_states, sampler.prompts), size + 1))
+        if not isinstance(model, StarFlow):
             rows = size * (1 if section.guidance == "none" else 2)
             precision = settled_precision(section.precision, section.gpus_per_actor)
-            results = max(
-                results, peak_of(lambda n: _velocity(model, n, sampler.shape, precision), rows)
-            )
+            results = max(results, peak_of(lambda n: _velocity(sampler, n, precision), rows))
         else:
             guided = section.flow_guidance > 0
             results = max(results, _key_values(model, size, guided))
@@ -187,11 +191,24 @@ def text(processes: list[Process]) -> str:
     return "\n".join(lines)
 
 
-def _velocity(model: DiT, num: int, shape: tuple[int, ...], precision: str) -> Tensor:
+def _velocity(sampler: ImageSampler, num: int, precision: str) -> Tensor:
+    latents, times = torch.zeros(num, *sampler.shape), torch.ones(num)
+    if sampler.prompts:
+        length = sampler.prompts.encoder.tokenizer.spec.max_length
+        states = torch.zeros(num, length, sampler.model.config.text_dim)
+        condition: tuple[Tensor, ...] = (states, torch.ones(num, length, dtype=torch.bool))
+    else:
+        condition = (torch.zeros(num, dtype=torch.int64),)
     with autocast(precision, torch.device("cpu")):
-        labels = torch.zeros(num, dtype=torch.int64)
-        velocity: Tensor = model(torch.zeros(num, *shape), torch.ones(num), labels)
+        velocity: Tensor = sampler.model(latents, times, *condition)
         return velocity
+
+
+def _states(prompts: Prompts, num: int) -> Tensor:
+    length = prompts.encoder.tokenizer.spec.max_length
+    ids, mask = torch.zeros(num, length, dtype=torch.int64), torch.ones(num, length)
+    states: Tensor = prompts.encoder.encoder(ids, mask.bool())
+    return states
 
 
 def _key_values(flow: StarFlow, size: int, guided: bool) -> int:

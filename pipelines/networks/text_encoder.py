@@ -73,6 +73,17 @@ def source_of(spec: TextSpec) -> str:
     return MINILM if spec.weights == MINILM else "a folder"
 
 
+def known_source(generator: Loaded) -> tuple[str, str] | None:
+    """(name, weights) of a generator's encoder, as the section `text` has them.
+
+    None where it came from a folder of its trainer's.
+    """
+    where = generator.fingerprints[SOURCE]
+    if where.startswith("hub:"):
+        return where.removeprefix("hub:"), "hub"
+    return ("", MINILM) if where == MINILM else None
+
+
 def encoder_of(uri: str, generator: Loaded, name: str, weights: str) -> CaptionEncoder:
     """The encoder that the text-to-image `generator` was trained with, loaded as `name` and
     `weights` say, with the generator's own length, template and layer.

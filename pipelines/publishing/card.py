@@ -23,6 +23,7 @@ KINDS = {
     "autoencoder": "feature autoencoder: patch features of the backbone to latents and back",
     "pixel_decoder": "pixel decoder: patch features to images",
     "dit": "diffusion transformer on normalized latents",
+    "mmdit": "diffusion transformer of text on normalized latents",
     "starflow": "normalizing flow (STARFlow) on normalized latents",
 }
 PICTURES = {

@@ -1,4 +1,4 @@
-"""One PNG of samples: classes in rows, samples or guidance scales in columns."""
+"""One PNG of samples: classes or prompts in rows, samples or guidance scales in columns."""
 
 from __future__ import annotations
 
@@ -8,13 +8,12 @@ from fae_core.figures import picture_grid
 
 from ..config import Recipe
 from ..config.sections import GuidanceSection
-from ..data.records import class_name
 from ..storage import paths
 from .image_sampler import ImageSampler
 
 
 def draw_grid(recipe: Recipe, path: str, columns: int = 8, scales: tuple[float, ...] = ()) -> None:
-    """One PNG for a look: a class in each row, images of it in the columns.
+    """One PNG for a look: a class or a prompt in each row, images of it in the columns.
 
     With `scales` each column has another guidance scale, from the same noise.
     """
@@ -34,7 +33,7 @@ def draw_grid(recipe: Recipe, path: str, columns: int = 8, scales: tuple[float, 
             first = row * columns
             tiles += list(sampler(list(range(first, first + columns)), [label] * columns))
         rows.append(tiles)
-    names = [class_name(label, sampler.class_names) for label in classes]
+    names = [sampler.name(label) for label in classes]
     figure = picture_grid(rows, [title for title, _ in settings], names_of_rows=names)
     paths.write_bytes(path, figure)
 

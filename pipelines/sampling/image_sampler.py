@@ -1,17 +1,26 @@
-"""Generator and decoders together on one device: image indices and labels to images."""
+"""Generator and decoders together on one device: image indices and labels to images.
+
+The label of an image is its class, or for a generator of text the number of its prompt.
+"""
 
 from __future__ import annotations
+
+from typing import Any
 
 import numpy as np
 import torch
 
-from fae_core.generators.dit import DiT
+from fae_core.checkpoint import GENERATORS
+from fae_core.generators.mmdit import MMDiT
+from fae_core.generators.starflow import StarFlow
 
-from ..config import Recipe
-from ..data.records import class_number
+from ..config import Recipe, RecipeError
+from ..data.records import class_name, class_number
 from ..networks import load_checkpoint
+from ..networks.text_encoder import encoder_of
 from .latent_decoder import LatentDecoder
 from .latent_sampler import LatentSampler, image_noise
+from .prompts import Prompts, has_prompts, read_prompts
 
 
 class ImageSampler:
@@ -22,32 +31,51 @@ class ImageSampler:
         generator, *_ = recipe.require("sample", *(f"{name}.checkpoint" for name in networks))
         self.recipe = recipe
         self.device = torch.device(device)
-        loaded = load_checkpoint(generator, "dit", "starflow")
+        loaded = load_checkpoint(generator, *GENERATORS)
         self.decoder = LatentDecoder.of(recipe, self.device, loaded.fingerprints["autoencoder"])
         self.model = loaded.module.to(self.device)
-        self.compiled = recipe.sample.compile and isinstance(self.model, DiT)
+        self.compiled = recipe.sample.compile and not isinstance(self.model, StarFlow)
         if self.compiled:
             self.model.compile(dynamic=False, fullgraph=True)
         config = self.model.config
         self.shape = (config.latent_dim, *config.grid)
-        self.num_classes: int = config.num_classes
         self.fingerprints = {"generator": loaded.weights_sha256, **self.decoder.fingerprints}
         self.class_names = loaded.class_names
+        self.records: list[dict[str, Any]] = []
+        """What the prompts' file says of each prompt; empty for a generator of classes."""
+        self.prompts: Prompts | None = None
+        if isinstance(self.model, MMDiT):
+            if recipe.sample.classes:
+                raise RecipeError(f"{generator} draws prompts; it has no sample.classes.")
+            self.records = read_prompts(recipe)
+            encoder = encoder_of(generator, loaded, recipe.text.name, recipe.text.weights)
+            texts = [record["prompt"] for record in self.records]
+            self.prompts = Prompts(texts, encoder.to(self.device))
+        elif has_prompts(recipe):
+            raise RecipeError(
+                f"{generator} draws classes (sample.classes), no prompts: those need a generator "
+                "of kind mmdit."
+            )
+        self.num_classes: int = len(self.records) or config.num_classes
         self.classes = [
             class_number(given, self.class_names, self.num_classes, "sample.classes:")
             for given in recipe.sample.classes or []
         ]
-        """Numbers of the recipe's classes, empty for all of the generator's."""
+        """Numbers of the recipe's classes, empty for all of the generator's or all prompts."""
 
     def labels(self, indices: list[int]) -> list[int]:
-        """The class of each image: the recipe's classes in turn."""
+        """The class or prompt of each image: the recipe's in turn."""
         classes = self.classes or range(self.num_classes)
         return [classes[i % len(classes)] for i in indices]
+
+    def name(self, label: int) -> str:
+        """What people call the images with `label`: the class's name or number, or the prompt."""
+        return self.prompts.name(label) if self.prompts else class_name(label, self.class_names)
 
     def __call__(self, indices: list[int], labels: list[int]) -> np.ndarray:
         """Pictures uint8 [n, S, S, 3] of image `indices`, in batches of the recipe's size."""
         options = self.recipe.sample
-        draw = LatentSampler(self.model, options, self.recipe.seed, self.device)
+        draw = LatentSampler(self.model, options, self.recipe.seed, self.device, self.prompts)
         # Another batch size would be compiled anew.
         pad_to = min(options.batch_size, options.shard_size) if self.compiled else 0
         return draw_images(draw, self.decoder, indices, labels, pad_to)

@@ -17,7 +17,13 @@ from fae_core.generators.dit import DiT
 from fae_core.generators.mmdit import MMDiT
 from fae_core.generators.starflow import StarFlow
 from fae_core.precision import autocast
-from fae_core.samplers import PAPER_GUIDANCE, GuidanceInterval, sample_ode, sample_sde
+from fae_core.samplers import (
+    PAPER_GUIDANCE,
+    PAPER_TEXT_GUIDANCE,
+    GuidanceInterval,
+    sample_ode,
+    sample_sde,
+)
 
 from ..config.sections import SampleSection
 from .prompts import Prompts
@@ -34,6 +40,8 @@ def intervals(sample: SampleSection) -> tuple[GuidanceInterval, ...]:
         return ()
     if sample.guidance == "paper":
         return PAPER_GUIDANCE
+    if sample.guidance == "paper-text":
+        return PAPER_TEXT_GUIDANCE
     return tuple(GuidanceInterval(g.start, g.end, g.scale) for g in sample.guidance)
 
 

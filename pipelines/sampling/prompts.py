@@ -6,7 +6,9 @@ Image i has prompt i modulo their number, as images have classes in turn.
 from __future__ import annotations
 
 import json
+import textwrap
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -20,6 +22,7 @@ from ..networks.text_encoder import CaptionEncoder
 from ..storage import paths
 
 TEXT_SUFFIXES = (".txt", ".jsonl")
+NAME_LENGTH = 48
 
 
 class Prompts:
@@ -28,6 +31,10 @@ class Prompts:
     def __init__(self, texts: Sequence[str], encoder: CaptionEncoder) -> None:
         self.texts = list(texts)
         self.encoder = encoder
+
+    def name(self, number: int) -> str:
+        """The beginning of a prompt, for pictures."""
+        return shortened(self.texts[number])
 
     def condition(self, model: MMDiT, numbers: Tensor) -> tuple[Velocity, Tensor, int]:
         """The velocity of images with the prompts `numbers` int64 [n], which are on the CPU.
@@ -46,16 +53,22 @@ class Prompts:
         return velocity, rows, len(texts)
 
 
+def shortened(text: str) -> str:
+    """The beginning of a prompt that stands beside pictures."""
+    return textwrap.shorten(text, NAME_LENGTH, placeholder=" …")
+
+
 def has_prompts(recipe: Recipe) -> bool:
     """Whether the recipe names prompts."""
     return recipe.prompt is not None or recipe.prompts is not None
 
 
-def read_prompts(recipe: Recipe) -> list[str]:
-    """The prompts that `prompt` or `prompts` name, in their order.
+def read_prompts(recipe: Recipe) -> list[dict[str, Any]]:
+    """What `prompt` or `prompts` name, in its order: each has its text as `prompt`.
 
-    Raises RecipeError where there are none, both keys are given, or one is empty, and SourceError
-    for images that cannot be listed.
+    A .jsonl also gives what else its lines say, images their `key`. Raises RecipeError where there
+    is no prompt, both keys are given, or a prompt is empty, and SourceError for images that cannot
+    be listed.
     """
     uri = recipe.prompts
     if recipe.prompt is not None:
@@ -63,7 +76,7 @@ def read_prompts(recipe: Recipe) -> list[str]:
             raise RecipeError("Give prompt=TEXT or prompts=FILE, not both.")
         if not recipe.prompt.strip():
             raise RecipeError("prompt is empty: give a text.")
-        return [recipe.prompt.strip()]
+        return [{"prompt": recipe.prompt.strip()}]
     if uri is None:
         raise RecipeError(
             "The generator draws images of texts: give prompt=TEXT, or prompts=FILE with one on "
@@ -75,30 +88,31 @@ def read_prompts(recipe: Recipe) -> list[str]:
     return found
 
 
-def _read_file(uri: str) -> list[str]:
-    """One prompt a line; of .jsonl the value of "prompt" in each line, as GenEval's file has it."""
+def _read_file(uri: str) -> list[dict[str, Any]]:
+    """One prompt a line; of .jsonl the object in each line, as GenEval's file has them."""
     try:
         lines = paths.read_bytes(uri).decode().splitlines()
     except UnicodeDecodeError:
         raise RecipeError(f"prompts={uri} is not UTF-8 text.") from None
     found = []
     for number, line in enumerate(lines, 1):
-        text = line
-        if uri.endswith(".jsonl"):
+        record = {"prompt": line}
+        if uri.endswith(".jsonl") and line.strip():
             try:
-                text = json.loads(line)["prompt"]
+                record = dict(json.loads(line))
+                record["prompt"] = str(record["prompt"])
             except (ValueError, KeyError, TypeError):
                 raise RecipeError(
                     f'prompts={uri}, line {number}: expected JSON such as {{"prompt": "a red cat"}}'
                     f", not {line[:60]!r}."
                 ) from None
-        if not isinstance(text, str) or not text.strip():
+        if not record["prompt"].strip():
             raise RecipeError(f"prompts={uri}: line {number} of {len(lines)} has no prompt.")
-        found.append(text.strip())
+        found.append({**record, "prompt": record["prompt"].strip()})
     return found
 
 
-def _read_captions(recipe: Recipe, uri: str) -> list[str]:
+def _read_captions(recipe: Recipe, uri: str) -> list[dict[str, Any]]:
     """The first caption of every image of a source, read as the section `data` says."""
     data = recipe.data.model_copy(update={"path": uri})
     table = plan_source(data).table
@@ -109,4 +123,4 @@ def _read_captions(recipe: Recipe, uri: str) -> list[str]:
             f"prompts={uri}: {len(without)} of its {len(keys)} images have no caption, for example "
             f"{without[0]!r}. (A file of prompts is called NAME.txt or NAME.jsonl.)"
         )
-    return [text.strip() for text in captions]
+    return [{"prompt": text.strip(), "key": key} for key, text in zip(keys, captions, strict=True)]

@@ -1,14 +1,15 @@
 """`fae sample`: images from a trained generator, a Ray Data job that resumes as precompute does.
 
-indices -> latents and images (actor pool) -> one Parquet shard each (index, label, PNG). Image i
-depends on (seed, i, its class) alone: its index addresses its noise. Any number of actors, restarts
-or other images beside it give the same image; exactly, where shard_size and batch_size stay as they
-are, and to rounding where batches differ. At the end the images are written as the field's
-evaluators read them: PNG folders by class, and arr_0 in one NPZ.
+indices -> latents and images (actor pool) -> one Parquet shard each (index, label, PNG, prompt).
+Image i depends on (seed, i, its class or prompt) alone: its index addresses its noise. Any number
+of actors, restarts or other images beside it give the same image; exactly, where shard_size and
+batch_size stay as they are, and to rounding where batches differ. At the end the images are written
+as the field's evaluators read them: PNG folders by class, and arr_0 in one NPZ.
 """
 
 from __future__ import annotations
 
+import json
 import time
 from functools import partial
 from typing import Any
@@ -22,7 +23,7 @@ from ..config.facts import deciding_values
 from ..runtime.actor_pool import RowStages, run_rows
 from ..runtime.places import check_places
 from ..runtime.progress import Progress
-from ..storage import paths
+from ..storage import fingerprint_of, paths
 from .image_sampler import ImageSampler
 from .sample_store import (
     FORMAT,
@@ -63,14 +64,18 @@ def sample(recipe: Recipe, show_progress: bool = True) -> dict[str, Any]:
             progress.add(int(row["rows"]), 0, float(row["drawn_at"]))
         rates = progress.close()
     run = {"seconds": time.monotonic() - started, "shards_drawn": len(todo), **rates}
-    return commit_samples(output, recipe.sample, parts, num_shards, run, sampler.class_names)
+    return commit_samples(
+        output, recipe.sample, parts, num_shards, run, sampler.class_names, sampler.records
+    )
 
 
 def sample_parts(recipe: Recipe, sampler: ImageSampler) -> dict[str, Any]:
-    """What decides the images: networks by content, sampler, seed, number, classes, batching."""
+    """What decides the images: networks and prompts by content, settings, seed, batching."""
     deciding = deciding_values(recipe, ["sample"], addresses=False)
     settings = {name.removeprefix("sample."): value for name, value in deciding.items()}
     settings["classes"] = sampler.classes or None  # a class by name is the class by number
+    if sampler.records:
+        settings["prompts_sha256"] = fingerprint_of({"prompts": sampler.records})
     return {"format": FORMAT, "seed": recipe.seed, **sampler.fingerprints, **settings}
 
 
@@ -85,11 +90,13 @@ class DrawShards:
         options, shard = self.recipe.sample, int(batch["shard"][0])
         first = shard * options.shard_size
         indices = list(range(first, min(first + options.shard_size, options.num_images)))
-        labels = self.sampler.labels(indices)
+        labels, known = self.sampler.labels(indices), self.sampler.records
         return {
             "shard": batch["shard"],
             "images": [self.sampler(indices, labels)],
             "indices": [np.array(indices)],
             "labels": [np.array(labels)],
+            "prompts": [json.dumps([known[label] for label in labels] if known else [])],
+            "num_prompts": [len(known)],
             "drawn_at": [time.time()],
         }

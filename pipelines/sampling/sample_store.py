@@ -1,6 +1,7 @@
 """Where the images of `fae sample` are kept: plan, shards, PNG folders, one NPZ, manifest.
 
-A shard is a Parquet file of index, label and PNG. Imports no torch, because CPU tasks write here.
+A shard is a Parquet file of index, label and PNG, and of the prompt where there is one. Imports no
+torch, because CPU tasks write here.
 """
 
 from __future__ import annotations
@@ -8,7 +9,7 @@ from __future__ import annotations
 import io
 import json
 import zipfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -50,22 +51,44 @@ def write_sample_shard(row: dict[str, Any], output: str, formats: Sequence[str])
     """Write one shard, and its PNG files where they are wanted; {shard, rows, drawn_at}."""
     images = [encode_png(image) for image in np.asarray(row["images"])]
     indices, labels = np.asarray(row["indices"]), np.asarray(row["labels"])
-    if "png" in formats:
-        for index, label, data in zip(indices, labels, images, strict=True):
-            name = f"png/{int(label):04d}/{int(index):08d}.png"
+    prompts, num_prompts = json.loads(row["prompts"]), int(row["num_prompts"])
+    for place, (index, label) in enumerate(zip(indices.tolist(), labels.tolist(), strict=True)):
+        files = {}
+        if "png" in formats:
+            folder = "png" if prompts else f"png/{label:04d}"
+            files[f"{folder}/{index:08d}.png"] = images[place]
+        if "geneval" in formats and prompts:
+            number = index // num_prompts
+            files |= _geneval_files(label, number, images[place], prompts[place])
+        for name, data in files.items():
             paths.write_bytes(paths.join(output, name), data)
-    table = pa.table(
-        {
-            "index": pa.array(indices, pa.int64()),
-            "label": pa.array(labels, pa.int64()),
-            "image": images,
-        }
-    )
+    columns = {
+        "index": pa.array(indices, pa.int64()),
+        "label": pa.array(labels, pa.int64()),
+        "image": images,
+    }
+    if prompts:
+        columns["prompt"] = pa.array([record["prompt"] for record in prompts], pa.string())
+    table = pa.table(columns)
     buffer = io.BytesIO()
     pq.write_table(table, buffer, compression="none", write_page_checksum=True)
     # After the PNG files: a shard that is there has all of its pictures.
     paths.write_bytes(paths.join(output, "shards", _name(int(row["shard"]))), buffer.getvalue())
     return {"shard": int(row["shard"]), "rows": len(images), "drawn_at": row["drawn_at"]}
+
+
+def _geneval_files(
+    label: int, number: int, png: bytes, record: Mapping[str, Any]
+) -> dict[str, bytes]:
+    """Files by name of image `number` of prompt `label`, as GenEval's evaluation reads them.
+
+    GenEval's own prompts bring the metadata that it judges by.
+    """
+    folder = f"geneval/{label:05d}"
+    files = {f"{folder}/samples/{number:04d}.png": png}
+    if number == 0:
+        files[f"{folder}/metadata.jsonl"] = json.dumps(record).encode()
+    return files
 
 
 def encode_png(image: np.ndarray) -> bytes:
@@ -92,10 +115,12 @@ def commit_samples(
     num_shards: int,
     run: dict[str, Any],
     class_names: Sequence[str] = (),
+    prompts: Sequence[Mapping[str, Any]] = (),
 ) -> dict[str, Any]:
     """Check that every image is there, write samples.npz where it is wanted, then the manifest.
 
-    `class_names` are the generator's, in the order of their numbers. Returns the manifest.
+    `class_names` are the generator's, `prompts` the records of what was drawn, each in the order of
+    their numbers. Returns the manifest.
     """
     manifest_uri = paths.join(output, "manifest.json")
     if paths.exists(manifest_uri):
@@ -109,6 +134,7 @@ def commit_samples(
     manifest = {
         **parts,
         "class_names": list(class_names),
+        **({"prompts": [record["prompt"] for record in prompts]} if prompts else {}),
         "stored": sample.num_images,
         "shards": [{"name": name, "bytes": sizes[name]} for name in names],
         "run": {**run, "versions": versions()},

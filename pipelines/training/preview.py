@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import textwrap
-
 import numpy as np
 import torch
 from torch import nn
@@ -24,7 +22,6 @@ from ..sampling.prompts import Prompts, has_prompts, read_prompts
 GRID_ROWS = 4
 GRID_COLUMNS = 6
 PREVIEW_STEPS = 50
-NAME_LENGTH = 48
 
 
 class Preview:
@@ -53,9 +50,11 @@ class Preview:
             num_rows = min(GRID_ROWS, recipe.generator.num_classes)
             self.names = [class_name(row, store.class_names) for row in range(num_rows)]
         else:
-            texts = read_prompts(recipe) if has_prompts(recipe) else _some_captions(store)
-            self.prompts = Prompts(texts[:GRID_ROWS], encoder)
-            self.names = [textwrap.shorten(t, NAME_LENGTH) for t in self.prompts.texts]
+            texts = _some_captions(store)
+            if has_prompts(recipe):
+                texts = [record["prompt"] for record in read_prompts(recipe)[:GRID_ROWS]]
+            self.prompts = Prompts(texts, encoder)
+            self.names = [self.prompts.name(row) for row in range(len(texts))]
 
     def __call__(self, model: nn.Module, step: int) -> tuple[dict[str, float], bytes | None]:
         """The standard deviation of the normalized samples, and their grid, classes in rows."""

@@ -29,24 +29,27 @@ class SampleSection(ActorPoolSection):
     """Images to draw; 50,000 is the field's number for FID, and the paper's."""
     classes: list[int | str] | None = None
     """Image i is of class classes[i % len(classes)]; all classes in turn without it. A class is
-    given by its number, or by its name where the images had class names."""
+    given by its number, or by its name where the images had class names. A generator of kind mmdit
+    has `prompts` instead, in turn as well."""
     sampler: Literal["ode", "sde"] = "ode"
-    """dit: Euler's method for the ODE, or Euler-Maruyama for the SDE. The paper has the ODE with
-    guidance and the SDE without."""
+    """dit, mmdit: Euler's method for the ODE, or Euler-Maruyama for the SDE. The paper has the ODE
+    with guidance and the SDE without."""
     num_steps: int = Field(250, gt=0)
-    """dit: steps of the sampler; the paper's."""
+    """dit, mmdit: steps of the sampler; the paper's."""
     shift: float = Field(1.0, gt=0.0)
-    """dit: timestep shift in sampling, as `generator.shift` in training; the paper shifts both
-    alike."""
-    guidance: list[GuidanceSection] | Literal["none", "paper"] = "none"
-    """dit: scales by interval of t, as {start, end, scale}; `paper` is its three-part schedule."""
+    """dit, mmdit: timestep shift in sampling, as `generator.shift` in training; the paper shifts
+    both alike."""
+    guidance: list[GuidanceSection] | Literal["none", "paper", "paper-text"] = "none"
+    """dit, mmdit: scales by interval of t, as {start, end, scale}. `paper` is its three-part
+    schedule for classes, `paper-text` its 1.5 from t = 0.9 to 0 for text."""
     flow_guidance: float = Field(0.0, ge=0.0)
     """starflow: ω of eq. 9 in arXiv 2506.06276; 0 is none, 3 is in that paper's figures."""
     denoise: bool = False
     """starflow: Tweedie's step after sampling. A decoder finetuned on noisy latents does better."""
-    formats: Execution[list[Literal["png", "npz"]]] = ["png", "npz"]
-    """Written beside the Parquet shards: png/CLASS/INDEX.png, and samples.npz with arr_0 uint8
-    [n, S, S, 3]."""
+    formats: Execution[list[Literal["png", "npz", "geneval"]]] = ["png", "npz"]
+    """Written beside the Parquet shards: png/CLASS/INDEX.png (of prompts png/INDEX.png), and
+    samples.npz with arr_0 uint8 [n, S, S, 3]. geneval is the layout of GenEval's evaluation:
+    geneval/PROMPT/metadata.jsonl and geneval/PROMPT/samples/NUMBER.png."""
     shard_size: int = Field(64, gt=0)
     """Images of one Parquet shard: the unit of work, of retry and of resume. It limits the batches,
     and so decides the last bits of an image."""
@@ -56,7 +59,7 @@ class SampleSection(ActorPoolSection):
     """Autocast dtype of the generator's network; state and flow inversion are float32 always. Not
     in the paper."""
     compile: Execution[bool] = False
-    """dit: torch.compile the network, for one batch size; images stay equal to rounding."""
+    """dit, mmdit: torch.compile the network, for one batch size; images stay equal to rounding."""
 
 
 class PrecomputeSection(DecodingPoolSection):
