@@ -61,8 +61,8 @@ def leave_ray_out(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(f"fae.pipelines.training.{feed}.decoded", decoded)
 
 
-def train_here(monkeypatch: pytest.MonkeyPatch, trainer: str = "generator") -> None:
-    """The trainer's worker runs in this process, alone, without Ray Train."""
+def train_here(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The worker of a trainer runs in this process, alone, without Ray Train."""
     alone = SimpleNamespace(
         get_world_rank=lambda: 0, get_world_size=lambda: 1, get_local_world_size=lambda: 1
     )
@@ -74,7 +74,9 @@ def train_here(monkeypatch: pytest.MonkeyPatch, trainer: str = "generator") -> N
     def launch(worker: Callable, recipe: Recipe, *_: object) -> None:
         worker({"recipe": recipe.model_dump(mode="json"), "tracking_uri": "", "account": None})
 
-    monkeypatch.setattr(f"fae.pipelines.training.{trainer}.launch", launch)
+    monkeypatch.setattr("ray.train.collective.barrier", lambda: None)
+    for trainer in ("autoencoder", "pixel_decoder", "generator"):
+        monkeypatch.setattr(f"fae.pipelines.training.{trainer}.launch", launch)
 
 
 def _wrapped(row: Row) -> dict[str, Any]:

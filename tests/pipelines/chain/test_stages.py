@@ -10,7 +10,7 @@ from fae.pipelines.chain.chain_job import describe, fit_together
 from fae.pipelines.chain.sizes import expected_bytes
 from fae.pipelines.chain.stages import STAGES, check_stages, plan_stages, select
 from fae.pipelines.config.recipe import RecipeError, load_recipe
-from tests.tiny import save_decoders
+from tests.tiny import save_decoders, save_text_encoder
 
 
 @pytest.fixture
@@ -100,6 +100,63 @@ def test_a_pixel_decoder_to_start_from_replaces_the_first_stage(images, tmp_path
     assert stages["finetune"].recipe.pixel_decoder.start_from == start
     assert stages["finetune"].needs == ("autoencoder",)
     assert stages["finetune"].key != keys(images)["finetune"]
+
+
+@pytest.fixture
+def captioned(images):
+    for index, path in enumerate(sorted(images.glob("*.png"))):
+        path.with_suffix(".txt").write_text(f"{'red' if index % 2 else 'blue'} cat")
+    return images
+
+
+@pytest.fixture(scope="module")
+def of_text(tmp_path_factory) -> list[str]:
+    folder = save_text_encoder(tmp_path_factory.mktemp("text") / "encoder")
+    return ["generator.kind=mmdit", f"text.weights={folder}", "text.max_length=8"]
+
+
+@pytest.mark.parametrize(
+    ("override", "changed"),
+    [
+        ("text.template='{} on white'", {"generator", "samples", "evaluation", "report"}),
+        ("prompt=red cat", {"samples", "evaluation", "report"}),
+        ("generator.num_classes=7", {"generator", "samples", "evaluation", "report"}),
+    ],
+)
+def test_captions_decide_the_generator_and_prompts_the_samples(
+    captioned, of_text, override, changed
+):
+    before, after = keys(captioned, *of_text), keys(captioned, *of_text, override)
+    assert {name for name in before if before[name] != after[name]} == changed
+
+
+def test_the_text_encoder_of_others_decides_nothing_for_a_generator_of_classes(images, of_text):
+    assert keys(images) == keys(images, *of_text[1:])
+
+
+def test_samples_have_the_captions_of_what_they_are_compared_with(captioned, of_text, tmp_path):
+    stages = {stage.name: stage for stage in plan_stages(recipe(captioned, *of_text))}
+    check_stages(list(stages.values()))
+    assert stages["samples"].recipe.prompts == str(captioned)
+    held_out = tmp_path / "held-out"
+    held_out.mkdir()
+    Image.fromarray(np.zeros((40, 40, 3), np.uint8)).save(held_out / "a.png")
+    values = (*of_text, f"evaluate.reference={held_out}")
+    stages = {stage.name: stage for stage in plan_stages(recipe(captioned, *values))}
+    with pytest.raises(RecipeError, match="samples cannot run: .*1 of its 1 images have no captio"):
+        check_stages(list(stages.values()))
+    (held_out / "a.txt").write_text("green cat")
+    stages = {stage.name: stage for stage in plan_stages(recipe(captioned, *values))}
+    check_stages(list(stages.values()))
+    assert stages["samples"].recipe.prompts == str(held_out)
+
+
+def test_a_chain_of_text_wants_captions_and_one_of_classes_no_prompts(images, of_text):
+    with pytest.raises(RecipeError, match="generator cannot run: 6 of 6 images have no caption"):
+        check_stages(plan_stages(recipe(images, *of_text)))
+    values = ("generator.num_classes=1", "data.label_column=null", "prompt=a cat")
+    with pytest.raises(RecipeError, match="samples cannot run: prompts need a generator of kind"):
+        check_stages(plan_stages(recipe(images, *values)))
 
 
 def test_sizes_are_those_of_networks_latents_and_pictures(images):
