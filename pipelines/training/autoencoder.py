@@ -26,6 +26,7 @@ from ..config.sections import AutoencoderSection
 from ..data.records import split_records
 from ..networks import backbone_fingerprints, backbone_of, features_of
 from ..networks.untrained import backbone_spec, build_autoencoder, build_backbone
+from ..runtime.places import check_places
 from . import run_folder
 from .batches import Batch, images_and_features, sample_noise
 from .feature_cache import training_features

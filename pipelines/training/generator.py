@@ -28,6 +28,7 @@ from ..data.records import label_problem
 from ..latents import LatentStore
 from ..networks.text_encoder import SOURCE, CaptionEncoder, source_of, text_spec
 from ..networks.untrained import backbone_spec, build_generator
+from ..runtime.places import check_places
 from ..storage import StoreError, paths
 from . import run_folder
 from .batches import Batch

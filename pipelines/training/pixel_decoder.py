@@ -34,6 +34,7 @@ from ..networks import (
     load_checkpoint,
 )
 from ..networks.untrained import backbone_spec, build_pixel_decoder, pixel_decoder_config
+from ..runtime.places import check_places
 from . import run_folder
 from .feature_cache import training_features
 from .feature_statistics import fit_statistics, read_statistics
