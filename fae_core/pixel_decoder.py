@@ -58,7 +58,11 @@ class PixelDecoderConfig:
     ) -> PixelDecoderConfig:
         """The decoder of a size in SIZES or RAE_SIZES. Raises ValueError for another."""
         if size in RAE_SIZES:
-            return cls(feature_dim, grid, image_size, *RAE_SIZES[size], True, 1e-12)
+            width, depth, num_heads, mlp_width = RAE_SIZES[size]
+            return cls(
+                feature_dim, grid, image_size, width, depth, num_heads,
+                mlp_width=mlp_width, class_token=True, norm_eps=1e-12,
+            )  # fmt: skip
         if size not in SIZES:
             known = ", ".join([*SIZES, *RAE_SIZES])
             raise ValueError(f"No pixel decoder size {size!r}; there are {known}.")

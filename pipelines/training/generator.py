@@ -49,7 +49,9 @@ def train_generator(recipe: Recipe, callbacks: Sequence[Any] = ()) -> run_folder
     """
     run_uri = run_folder.run_folder(recipe)
     (latents,) = recipe.require("train generator", "latents=STORE")
-    check_places(recipe, ("storage", "latents", *PREVIEWED_WITH))
+    check_places(
+        recipe, ("storage", "latents", "autoencoder.checkpoint", "pixel_decoder.checkpoint")
+    )
     store = LatentStore.open(latents)
     needed_columns(store, recipe.generator)
     check_settings(recipe)
