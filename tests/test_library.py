@@ -331,7 +331,7 @@ def test_mistakes_of_sampling_are_explained(runs, model):
         fae.sample(runs / "flow", model, labels=[0], guidance="paper")
     with pytest.raises(CheckpointError, match="needs a pixel decoder"):
         fae.sample(dit, runs / "fae", labels=[0])
-    with pytest.raises(CheckpointError, match="needed is dit or starflow"):
+    with pytest.raises(CheckpointError, match="needed is dit or mmdit or starflow"):
         fae.sample(fae.load(runs / "fae"), model, labels=[0])
 
 
