@@ -145,7 +145,7 @@ def recipes(
             typer.echo("  ".join(map(str.ljust, row, widths)).rstrip())
         return
     from fae.pipelines.config.explain import describe_recipes
-    from fae.pipelines.publishing.shipped import describe_shipped
+    from fae.pipelines.publishing import describe_shipped
 
     for recipe in describe_recipes():
         typer.echo(f"{recipe.name}\n  {recipe.about}.\n  Needs: {recipe.needs}.")

@@ -3,6 +3,7 @@
 from .findings import PublishError as PublishError
 from .import_job import import_rae as import_rae
 from .publish_job import publish as publish
+from .shipped import describe_shipped as describe_shipped
 from .upload import push as push
 
-__all__ = ["PublishError", "import_rae", "publish", "push"]
+__all__ = ["PublishError", "describe_shipped", "import_rae", "publish", "push"]

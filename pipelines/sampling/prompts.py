@@ -17,7 +17,6 @@ from fae_core.flow_matching import Velocity
 from fae_core.generators.mmdit import MMDiT
 
 from ..config import Recipe, RecipeError
-from ..data import plan_source
 from ..networks.text_encoder import CaptionEncoder
 from ..storage import paths
 
@@ -115,6 +114,8 @@ def _read_file(uri: str) -> list[dict[str, Any]]:
 def _read_captions(recipe: Recipe, uri: str) -> list[dict[str, Any]]:
     """The first caption of every image of a source, read as the section `data` says."""
     data = recipe.data.model_copy(update={"path": uri})
+    from ..data import plan_source  # with boto3, which no prompts of one's own need
+
     table = plan_source(data).table
     keys, captions = table["key"].to_pylist(), table["caption"].to_pylist()
     without = [key for key, text in zip(keys, captions, strict=True) if not (text or "").strip()]
