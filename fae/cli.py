@@ -507,6 +507,36 @@ def status(
 
 
 @app.command()
+def explore(
+    places: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="STORE|IMAGES...", help="A latent store, or image files and folders."
+        ),
+    ],
+    output: Annotated[str, typer.Option("--output", "-o", help="The HTML file.")] = "explore.html",
+    autoencoder: Annotated[
+        str | None, typer.Option(help="Its checkpoint; a latent store knows its own.")
+    ] = None,
+    images: Annotated[int, typer.Option(help="Show at most so many pictures.")] = 60,
+) -> None:
+    """Write a page to look at pictures, features, latents.
+
+    Click a patch and see its similarity to all others, in latents and in features; a map of the
+    pictures, nearest neighbours, and errors of the rebuilt features. The page is one file, which
+    needs no server and no network:
+
+    \b
+      fae explore latents -o explore.html
+      fae explore photos --autoencoder runs/first/autoencoder.safetensors
+    """
+    from fae.pipelines.explore import explore as run_explore
+
+    written = run_explore(places, output, autoencoder, images)
+    typer.echo(f"{output}: {written}. Open it in a browser.")
+
+
+@app.command()
 def export(
     uri: Annotated[str, typer.Argument(help="A finished latent store.")],
     output: Annotated[str, typer.Option(help="An empty folder or s3:// prefix.")],
