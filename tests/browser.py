@@ -60,7 +60,8 @@ class Page:
 
     def value(self, expression: str) -> Any:
         """What JavaScript's `expression` is worth."""
-        result = self.ask("Runtime.evaluate", expression=expression, returnByValue=True)
+        result = self.ask("Runtime.evaluate", expression=expression, returnByValue=True,
+                          awaitPromise=True)  # fmt: skip
         assert "exceptionDetails" not in result, result["exceptionDetails"]
         return result["result"].get("value")
 
@@ -72,9 +73,12 @@ class Page:
 
     def place(self, selector: str, x: float, y: float) -> dict[str, float]:
         """Coordinates of the point at shares (x, y) of an element, scrolled into view."""
+        # Two frames later the layout and what listens to scrolling have settled.
         box = self.value(
-            f"(() => {{ const e = document.querySelector({selector!r});"
-            "e.scrollIntoView({block: 'center'}); const b = e.getBoundingClientRect();"
+            f"(async () => {{ const e = document.querySelector({selector!r});"
+            "e.scrollIntoView({block: 'center'});"
+            "for (let i = 0; i < 2; i++) await new Promise(requestAnimationFrame);"
+            "const b = e.getBoundingClientRect();"
             "return [b.left, b.top, b.width, b.height]; })()"
         )
         return {"x": box[0] + x * box[2], "y": box[1] + y * box[3]}
