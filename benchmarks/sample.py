@@ -27,7 +27,12 @@ from fae.pipelines.networks.untrained import (
     build_pixel_decoder,
 )
 from fae.pipelines.sampling.latent_decoder import LatentDecoder
-from fae.pipelines.sampling.latent_sampler import LatentSampler, image_noise, intervals
+from fae.pipelines.sampling.latent_sampler import (
+    LatentSampler,
+    image_noise,
+    intervals,
+    sampling_shift,
+)
 from fae_core.generators.dit import DiT
 from fae_core.generators.starflow import StarFlow
 from fae_core.precision import autocast
@@ -47,7 +52,8 @@ def network_alone(
             return
         both, both_labels = torch.cat([x, x]), torch.cat([labels, labels])
         guidance = intervals(recipe.sample)
-        for t in timestep_grid(recipe.sample.num_steps, recipe.sample.shift)[:-1]:
+        shift = sampling_shift(recipe.sample, x.shape[1:])
+        for t in timestep_grid(recipe.sample.num_steps, shift)[:-1]:
             if guidance_scale(t, guidance) == 1.0:
                 model(x, torch.full((len(x),), t, device=x.device), labels)
             else:

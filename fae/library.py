@@ -203,8 +203,8 @@ def sample(
     text_encoder: str | Path | None = None,
     seed: int = 0,
     indices: Iterable[int] | None = None,
-    num_steps: int = 250,
-    guidance: float | Literal["none", "paper", "paper-text"] | list[dict[str, float]] = "none",
+    num_steps: int | None = None,
+    guidance: float | Literal["none", "paper", "paper-text"] | list[dict[str, float]] | None = None,
     batch_size: int = 64,
     device: str | torch.device = "cpu",
     **settings: Any,
@@ -218,9 +218,10 @@ def sample(
     A network is a path, what `load` returned, or for the autoencoder and its pixel decoder together
     a FeatureAutoencoder, whose device is then used. An image depends on its label or prompt, on
     `seed` and on its index alone; `indices` [n] are 0 to n - 1 by default. `guidance` is one scale
-    for all timesteps, `paper`, `paper-text`, or intervals {start, end, scale}; STARFlow takes one
-    scale, and has no `num_steps`. `settings` are more keys of the recipe's section `sample`, such
-    as sampler, shift, denoise or precision.
+    for all timesteps, `none`, `paper`, `paper-text`, or intervals {start, end, scale}; STARFlow
+    takes one scale, and has no `num_steps`. `settings` are more keys of the recipe's section
+    `sample`, such as protocol, sampler, shift, denoise or precision; the protocol's values, by
+    default 250 steps and no guidance, are used where none are given.
 
     Raises CheckpointError if the networks do not belong together, RecipeError for a wrong setting,
     ValueError for a label that is none of the generator's classes or an empty prompt, and
@@ -235,8 +236,8 @@ def sample(
     decoder.check_latents(loaded.fingerprints["autoencoder"], name)
     values = {
         **settings,
-        **_guidance(guidance, isinstance(loaded.module, StarFlow)),
-        "num_steps": num_steps,
+        **({} if guidance is None else _guidance(guidance, isinstance(loaded.module, StarFlow))),
+        **({} if num_steps is None else {"num_steps": num_steps}),
         "batch_size": batch_size,
     }
     recipe = validate_recipe({"seed": seed, "sample": values}, source="fae.sample")
@@ -260,6 +261,7 @@ def sample(
     if not classes or len(classes) != len(numbers):
         raise ValueError(f"Expected one label for each image, not {len(classes)} labels.")
     draw = LatentSampler(loaded.module.to(place), recipe.sample, seed, place, texts)
+    draw.check()
     return draw_images(draw, decoder, numbers, classes)
 
 

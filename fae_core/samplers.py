@@ -2,7 +2,8 @@
 
 Both integrate a velocity field from t = 1 (noise) to t = 0 (data) in SiT's formulation (arXiv
 2401.08740). The paper uses the SDE without guidance and the ODE with guidance, with 250 steps each
-(arXiv 2512.07829, appendix D).
+(arXiv 2512.07829, appendix D). The public code of SiT and LightningDiT differs from the papers in
+the SDE's diffusion, in its last step and in the channels that are guided; these are arguments.
 """
 
 from __future__ import annotations
@@ -42,23 +43,39 @@ def guidance_scale(t: float, intervals: Sequence[GuidanceInterval]) -> float:
     return next((i.scale for i in intervals if i.end < t <= i.start), 1.0)
 
 
-def timestep_grid(num_steps: int, shift: float = 1.0) -> list[float]:
+def timestep_grid(
+    num_steps: int, shift: float = 1.0, last_step: float | None = None
+) -> list[float]:
     """num_steps + 1 times from 1 to 0, evenly spaced before the shift.
 
-    Raises ValueError for less than one step.
+    The last step is from `last_step` to 0, before the shift too, if it is given. Raises ValueError
+    for less than one step, or less than two with a `last_step`.
     """
-    if num_steps < 1:
-        raise ValueError(f"At least one step is needed, not {num_steps}.")
-    even = torch.linspace(1.0, 0.0, num_steps + 1, dtype=torch.float64)
+    if num_steps < (1 if last_step is None else 2):
+        raise ValueError(
+            f"{num_steps} steps are too few: at least one is needed, two with a last step."
+        )
+    if last_step is None:
+        even = torch.linspace(1.0, 0.0, num_steps + 1, dtype=torch.float64)
+    else:
+        even = torch.linspace(1.0, last_step, num_steps, dtype=torch.float64)
+        even = torch.cat([even, torch.zeros(1, dtype=torch.float64)])
     return [float(t) for t in shift_timesteps(even, shift)]
 
 
 def guided_velocity(
-    model: Velocity, x: Tensor, t: float, labels: Tensor, null_class: int, scale: float
+    model: Velocity,
+    x: Tensor,
+    t: float,
+    labels: Tensor,
+    null_class: int,
+    scale: float,
+    channels: int | None = None,
 ) -> Tensor:
-    """v_null + scale·(v_class - v_null), float32 like `x` [B, ...], for labels int64 [B].
+    """v_null + scale·(v_class - v_null), float32 like `x` [B, C, ...], for labels int64 [B].
 
-    At scale 1 the model runs on the batch once, otherwise on a doubled batch.
+    With `channels` only so many first channels are guided; the others have v_class. At scale 1 the
+    model runs on the batch once, otherwise on a doubled batch.
     """
     if scale == 1.0:
         return model(x, torch.full((len(x),), t, device=x.device), labels).float()
@@ -66,7 +83,10 @@ def guided_velocity(
     times = torch.full((len(both),), t, device=x.device)
     null = torch.full_like(labels, null_class)
     conditional, unconditional = model(both, times, torch.cat([labels, null])).float().chunk(2)
-    return unconditional + scale * (conditional - unconditional)
+    guided = unconditional + scale * (conditional - unconditional)
+    if channels is None:
+        return guided
+    return torch.cat([guided[:, :channels], conditional[:, channels:]], dim=1)
 
 
 def sample_ode(
@@ -77,12 +97,14 @@ def sample_ode(
     shift: float = 1.0,
     guidance: Sequence[GuidanceInterval] = (),
     null_class: int = 0,
+    guidance_channels: int | None = None,
 ) -> Tensor:
     """Samples, float32 like `noise` [B, ...], by Euler steps of dx = v dt from t = 1 to t = 0."""
     x = noise.float()
     grid = timestep_grid(num_steps, shift)
     for t, following in itertools.pairwise(grid):
-        v = guided_velocity(model, x, t, labels, null_class, guidance_scale(t, guidance))
+        scale = guidance_scale(t, guidance)
+        v = guided_velocity(model, x, t, labels, null_class, scale, guidance_channels)
         x = x + (following - t) * v
     return x
 
@@ -96,20 +118,25 @@ def sample_sde(
     shift: float = 1.0,
     guidance: Sequence[GuidanceInterval] = (),
     null_class: int = 0,
+    guidance_channels: int | None = None,
+    diffusion_scale: float = 1.0,
+    last_step: float | None = None,
 ) -> Tensor:
-    """Samples by Euler-Maruyama steps of the reverse SDE with diffusion coefficient w_t = t.
+    """Samples by Euler-Maruyama steps of the reverse SDE with w_t = `diffusion_scale`·t.
 
     dx = (v - w/2·score) dt + sqrt(w) dW backwards in time, where score = -(x + (1-t)·v) / t, so
     w·score has no singularity at t = 0. `noise` [B, ...] and `step_noise(i)`, for step i, are
-    standard normal; the last step adds no noise. Returns float32.
+    standard normal; the last step adds no noise, and `last_step` is its length (see
+    `timestep_grid`). Returns float32.
     """
     x = noise.float()
-    grid = timestep_grid(num_steps, shift)
+    grid = timestep_grid(num_steps, shift, last_step)
     for index, (t, following) in enumerate(itertools.pairwise(grid)):
-        v = guided_velocity(model, x, t, labels, null_class, guidance_scale(t, guidance))
-        drift = v + 0.5 * (x + (1.0 - t) * v)
+        scale = guidance_scale(t, guidance)
+        v = guided_velocity(model, x, t, labels, null_class, scale, guidance_channels)
+        drift = v + 0.5 * diffusion_scale * (x + (1.0 - t) * v)
         step = t - following
         x = x - step * drift
         if index < num_steps - 1:
-            x = x + (t * step) ** 0.5 * step_noise(index).to(x, non_blocking=True)
+            x = x + (diffusion_scale * t * step) ** 0.5 * step_noise(index).to(x, non_blocking=True)
     return x

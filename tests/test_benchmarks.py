@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import pytest
+import torch
 
-from benchmarks import scale, store
+from benchmarks import protocols, scale, store
 from fae.pipelines.latents.reader import LatentStore
 from fae.pipelines.latents.verify import verify_store
 
@@ -45,3 +46,17 @@ def test_a_written_store_reads_back_and_a_manifest_alone_opens(tmp_path):
     store.write_manifest(str(tmp_path), 2000)
     opened = LatentStore.open(str(tmp_path))
     assert (len(opened), opened.num_rows.tolist()) == (2000, [512, 512, 512, 464])
+
+
+def test_the_mixtures_velocity_is_the_mean_over_what_led_to_a_point():
+    mixture = protocols.Mixture(3, 2, seed=1)
+    labels = torch.arange(3_000_000) % 3
+    generator = torch.Generator().manual_seed(0)
+    draws = [torch.randn(3_000_000, 2, generator=generator, dtype=torch.float64) for _ in range(2)]
+    data, noise, t = mixture.draw(labels, draws[0]), draws[1], 0.6
+    x = (1 - t) * data + t * noise
+    for label in (1, mixture.null):
+        near = (x.abs() < 0.15).all(1) & ((labels == label) | (label == mixture.null))
+        expected = (noise - data)[near].mean(0)
+        found = mixture.velocity(torch.zeros(1, 2), torch.tensor([t]), torch.tensor([label]))[0]
+        assert torch.allclose(found, expected, atol=0.04), (found, expected)

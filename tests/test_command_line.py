@@ -33,6 +33,8 @@ from fae.pipelines.config.recipe import load_recipe, recipe_names
         (["export", "--help"], "--format lightningdit"),
         (["import", "--help"], "rae"),
         (["import", "rae", "--help"], "pixel_decoder.start_from=decoder.safetensors"),
+        (["import", "lightningdit", "--help"], "--stats for-lightningdit/latents_stats.pt"),
+        (["import", "sit", "--help"], "sample.protocol=sit"),
         (["recipes", "--help"], "--print-config"),
         (["explain", "--help"], "fae explain autoencoder.latent_dim"),
     ],

@@ -9,15 +9,18 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from fae_core import checkpoint
 from fae_core.backbone import load_backbone
 from fae_core.backbone_presets import PRESETS, backbone_label, resolve_spec
+from fae_core.foreign.dit import dit_generator
 from fae_core.foreign.rae import decoder_tensors, num_patches, rae_decoder
-from fae_core.foreign.tensors import ForeignError, read_tensors
+from fae_core.foreign.tensors import ForeignError, Remaining, read_tensors
 from fae_core.pixel_decoder import RAE_SIZES, PixelDecoder
 
+from ..networks import load_checkpoint
 from ..storage import paths
 
 DIFFUSERS_WEIGHTS = "diffusion_pytorch_model.safetensors"
@@ -32,6 +35,11 @@ RAE_BACKBONES = {
     ("mae", 1024): "mae_vitl16",
 }
 """Preset by diffusers' `encoder_type` and `encoder_hidden_size`."""
+
+SIT_MULTIPLIER = 0.18215
+"""What SiT multiplies SD-VAE's latents by; LightningDiT has statistics instead."""
+NO_AUTOENCODER = "none of this project"
+"""The fingerprint of the autoencoder of an imported generator that was not given one."""
 
 
 def import_rae(
@@ -72,6 +80,71 @@ def import_rae(
     }
     _save(output, module, fingerprints)
     return f"{output}: {_described(module, backbone_label(name, image_size))}"
+
+
+def import_generator(
+    source: str,
+    output: str,
+    layout: str,
+    stats: str | None = None,
+    multiplier: float | None = None,
+    autoencoder: str | None = None,
+    num_heads: int | None = None,
+    num_classes: int | None = None,
+) -> str:
+    """Write the generator `source` as the checkpoint `output`; says what it is, for people.
+
+    `layout` is `lightningdit` or `sit`. Normalized latents there are (raw - mean) / std times the
+    `multiplier`, which is 1 and 0.18215 by default; `stats` is LightningDiT's latents_stats.pt.
+    `autoencoder` is the checkpoint here whose latents they are; without it the generator's latents
+    cannot be decoded here. Raises ForeignError, CheckpointError and StorageError.
+    """
+    _check_output(output)
+    if layout == "lightningdit" and stats is None and multiplier is None:
+        raise ForeignError(
+            "LightningDiT keeps the mean and standard deviation of latents beside the data, not in "
+            "the checkpoint: give --stats latents_stats.pt, or --multiplier where the latents were "
+            "only scaled (latent_norm: false)."
+        )
+    uri = paths.address_of(source)
+    with _tensors(uri) as tensors:
+        generator = dit_generator(tensors, uri, num_heads, num_classes)
+    config = generator.config
+    mean, std = torch.zeros(config.latent_dim), torch.ones(config.latent_dim)
+    if stats is not None:
+        mean, std = _latent_statistics(stats, config.latent_dim)
+    default = SIT_MULTIPLIER if layout == "sit" and stats is None else 1.0
+    generator.set_latent_stats(mean, std / (multiplier or default))
+    fingerprints = {"autoencoder": NO_AUTOENCODER, "imported": f"{layout}:{Path(uri).name}"}
+    if autoencoder is not None:
+        made = load_checkpoint(paths.address_of(autoencoder), "autoencoder")
+        shape = (made.module.config.latent_dim, made.module.config.grid)
+        if shape != (config.latent_dim, config.grid):
+            raise ForeignError(
+                f"{uri} makes latents of {config.latent_dim} channels on a grid of {config.grid}; "
+                f"{autoencoder} has {shape[0]} on {shape[1]}."
+            )
+        fingerprints["autoencoder"] = made.weights_sha256
+    _save(output, generator, fingerprints)
+    rows, columns = config.grid
+    guided = "" if config.label_dropout else ", without a null class and so without guidance"
+    return (
+        f"{output}: generator of {config.num_classes} classes, latents {config.latent_dim}×{rows}×"
+        f"{columns}, {config.width} wide, {config.depth} blocks{guided}"
+    )
+
+
+def _latent_statistics(name: str, num_channels: int) -> tuple[Tensor, Tensor]:
+    """Mean and standard deviation [C] of LightningDiT's latents_stats.pt."""
+    uri = paths.address_of(name)
+    with _tensors(uri) as found:
+        rest = Remaining(found, uri)
+        mean, std = rest.take("mean").flatten(), rest.take("std").flatten()
+    if not len(mean) == len(std) == num_channels:
+        raise ForeignError(
+            f"{uri} has statistics of {len(mean)} channels; the generator has {num_channels}."
+        )
+    return mean, std
 
 
 def _check_output(output: str) -> None:

@@ -24,7 +24,11 @@ from .prompts import Prompts, has_prompts, read_prompts
 
 
 class ImageSampler:
-    """Generator and decoders on one device, and what identifies them."""
+    """Generator and decoders on one device, and what identifies them.
+
+    Raises CheckpointError for networks that do not belong together, and RecipeError for settings
+    that the generator cannot be sampled with.
+    """
 
     def __init__(self, recipe: Recipe, device: str = "cpu") -> None:
         networks = ("generator", "autoencoder", "pixel_decoder")
@@ -34,6 +38,7 @@ class ImageSampler:
         loaded = load_checkpoint(generator, *GENERATORS)
         self.decoder = LatentDecoder.of(recipe, self.device, loaded.fingerprints["autoencoder"])
         self.model = loaded.module.to(self.device)
+        LatentSampler(self.model, recipe.sample, recipe.seed, self.device).check()
         self.compiled = recipe.sample.compile and not isinstance(self.model, StarFlow)
         if self.compiled:
             self.model.compile(dynamic=False, fullgraph=True)

@@ -61,11 +61,18 @@ class LatentDecoder:
         `uri` is this autoencoder's address, for the message.
         """
         found = self.fingerprints["autoencoder"]
-        if found != autoencoder_sha256:
+        if found == autoencoder_sha256:
+            return
+        if " " in autoencoder_sha256:  # words, of `fae import`
             raise CheckpointError(
-                f"{uri} is not the autoencoder of these latents: its weights hash to "
-                f"{found[:12]}…, theirs to {autoencoder_sha256[:12]}…."
+                f"{uri} is not the autoencoder of these latents: the generator was imported, and "
+                f"its autoencoder is {autoencoder_sha256}. If it was trained on latents that "
+                "`fae export` wrote, import it with --autoencoder."
             )
+        raise CheckpointError(
+            f"{uri} is not the autoencoder of these latents: its weights hash to {found[:12]}…, "
+            f"theirs to {autoencoder_sha256[:12]}…."
+        )
 
     @torch.inference_mode()
     def __call__(self, latents: Tensor) -> Tensor:

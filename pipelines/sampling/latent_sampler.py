@@ -6,7 +6,9 @@ runs this in actors, `fae train generator` for its previews.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -25,8 +27,12 @@ from fae_core.samplers import (
     sample_sde,
 )
 
+from ..config import RecipeError
 from ..config.sections import SampleSection
 from .prompts import Prompts
+
+RAE_BASE_DIMENSION = 4096
+"""Values of a latent for which RAE's shift is 1 (arXiv 2510.11690)."""
 
 
 def image_noise(seed: int, indices: Iterable[int], shape: Sequence[int]) -> Tensor:
@@ -43,6 +49,13 @@ def intervals(sample: SampleSection) -> tuple[GuidanceInterval, ...]:
     if sample.guidance == "paper-text":
         return PAPER_TEXT_GUIDANCE
     return tuple(GuidanceInterval(g.start, g.end, g.scale) for g in sample.guidance)
+
+
+def sampling_shift(sample: SampleSection, latent_shape: Sequence[int]) -> float:
+    """The timestep shift for latents [C, H, W] that the recipe asks for."""
+    if sample.shift == "dimension":
+        return math.sqrt(math.prod(latent_shape) / RAE_BASE_DIMENSION)
+    return sample.shift
 
 
 class LatentSampler:
@@ -65,6 +78,15 @@ class LatentSampler:
         self.device = device
         self.prompts = prompts
 
+    def check(self) -> None:
+        """Raises RecipeError where guidance is asked of a generator that has no null class."""
+        guided = any(interval.scale != 1.0 for interval in intervals(self.sample))
+        if guided and isinstance(self.model, DiT) and self.model.config.label_dropout == 0.0:
+            raise RecipeError(
+                "sample.guidance: this generator was trained without dropped labels "
+                "(label_dropout=0), so no class stands for none. Set sample.guidance=none."
+            )
+
     def __call__(self, noise: Tensor, labels: Tensor, indices: Sequence[int]) -> Tensor:
         sample, model = self.sample, self.model
         velocity: Velocity
@@ -80,15 +102,25 @@ class LatentSampler:
                 with torch.inference_mode(False):  # its score is a gradient
                     x = model.denoise(x.clone(), labels.clone())
             return model.denormalize(x)
-        guidance, steps, shift = intervals(sample), sample.num_steps, sample.shift
+        shape = tuple(noise.shape[1:])
+        settings: dict[str, Any] = {
+            "num_steps": sample.num_steps,
+            "shift": sampling_shift(sample, shape),
+            "guidance": intervals(sample),
+            "null_class": null,
+            "guidance_channels": sample.guidance_channels,
+        }
         with autocast(sample.precision, self.device):
             if sample.sampler == "ode":
-                x = sample_ode(velocity, noise, labels, steps, shift, guidance, null)
+                x = sample_ode(velocity, noise, labels, **settings)
             else:
-                shape = tuple(noise.shape[1:])
 
                 def step_noise(step: int) -> Tensor:
                     return normal_draws(self.seed, "sde", step, list(indices), shape)
 
-                x = sample_sde(velocity, noise, labels, step_noise, steps, shift, guidance, null)
+                settings |= {
+                    "diffusion_scale": sample.diffusion_scale,
+                    "last_step": sample.last_step,
+                }
+                x = sample_sde(velocity, noise, labels, step_noise, **settings)
         return model.denormalize(x)

@@ -135,3 +135,79 @@ def test_a_field_sees_the_times_of_the_grid() -> None:
 
     sample_ode(field, torch.zeros(1, 2), LABELS[:1], 4)
     assert seen == [1.0, 0.75, 0.5, 0.25]
+
+
+def sit_sde(start: Tensor, num_steps: int, norm: float, last: float) -> Tensor:
+    """SiT's Euler-Maruyama in its own terms: t = 0 is the noise, w = 2·norm·sigma, a mean step."""
+
+    def drift(x: Tensor, t: float) -> Tensor:
+        velocity = -gaussian(x, torch.full((len(x),), 1 - t), LABELS[: len(x)])
+        score = (t * velocity - x) / (1 - t)
+        return velocity + norm * (1 - t) * score
+
+    x = start.double()
+    times = torch.linspace(0.0, 1.0 - last, num_steps, dtype=torch.float64).tolist()
+    for step, (t, following) in enumerate(itertools.pairwise(times)):
+        dt = following - t
+        x = x + drift(x, t) * dt + (2 * norm * (1 - t) * dt) ** 0.5 * step_noise(step)[: len(x)]
+    return x + drift(x, times[-1]) * last
+
+
+@pytest.mark.parametrize(("norm", "last"), [(1.0, 0.04), (0.5, 0.1)])
+def test_the_sde_is_that_of_sits_code(norm: float, last: float) -> None:
+    start, steps = noise(0)[:64], 25
+    ours = sample_sde(
+        gaussian,
+        start,
+        LABELS[:64],
+        lambda step: step_noise(step)[:64],
+        steps,
+        diffusion_scale=2 * norm,
+        last_step=last,
+    )
+    assert torch.allclose(ours.double(), sit_sde(start, steps, norm, last), atol=1e-5)
+
+
+def test_a_gaussian_keeps_its_moments_for_every_diffusion() -> None:
+    for scale in (0.0, 1.0, 2.0):
+        samples = sample_sde(
+            gaussian, noise(0), LABELS, step_noise, 200, diffusion_scale=scale, last_step=0.005
+        ).double()
+        assert torch.allclose(samples.mean(0), MEAN, atol=0.04)
+        assert torch.allclose(torch.cov(samples.T), torch.diag(STD**2), atol=0.12)
+
+
+def test_without_diffusion_the_sde_is_the_ode() -> None:
+    start = noise(0)
+    ode = sample_ode(gaussian, start, LABELS, 20)
+    sde = sample_sde(gaussian, start, LABELS, step_noise, 20, diffusion_scale=0.0)
+    assert torch.equal(ode, sde)
+
+
+def test_the_grid_of_lightningdit_is_ours_with_one_step_less_and_the_reciprocal_shift() -> None:
+    points = torch.linspace(0.0, 1.0, 250, dtype=torch.float64)  # its 250 "steps"
+    theirs = 0.3 * points / (1 + (0.3 - 1) * points)
+    ours = torch.tensor(timestep_grid(249, 1 / 0.3), dtype=torch.float64)
+    assert torch.allclose(ours, 1 - theirs, atol=1e-9)
+
+
+def test_only_the_first_channels_are_guided_where_that_is_asked() -> None:
+    def field(x: Tensor, t: Tensor, labels: Tensor) -> Tensor:
+        return torch.where((labels == 7)[:, None], 1.0, 3.0).expand_as(x)
+
+    samples = sample_ode(
+        field,
+        torch.zeros(2, 5),
+        torch.tensor([0, 1]),
+        4,
+        guidance=[GuidanceInterval(1.0, 0.0, 2.0)],
+        null_class=7,
+        guidance_channels=3,
+    )
+    assert samples.tolist() == [[-5.0, -5.0, -5.0, -3.0, -3.0]] * 2
+
+
+def test_a_last_step_needs_another_before_it() -> None:
+    assert timestep_grid(3, 1.0, 0.04) == pytest.approx([1.0, 0.52, 0.04, 0.0])
+    with pytest.raises(ValueError, match="two with a last step"):
+        timestep_grid(1, 1.0, 0.04)

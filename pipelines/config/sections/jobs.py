@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal
 
-from pydantic import Field, PositiveFloat
+from pydantic import Field, PositiveFloat, model_validator
 
 from .base import Execution, InputPath, OutputPath, Place, Precision, Secret, Section
 from .pool import ActorPoolSection, DecodingPoolSection
@@ -22,8 +23,36 @@ class GuidanceSection(Section):
     one."""
 
 
+PROTOCOLS: dict[str, dict[str, Any]] = {
+    "fae": {},
+    "sit": {
+        "sampler": "sde",
+        "num_steps": 250,
+        "shift": 1.0,
+        "diffusion_scale": 2.0,
+        "last_step": 0.04,
+        "guidance_channels": 3,
+    },
+    "lightningdit": {
+        "sampler": "ode",
+        "num_steps": 249,
+        "shift": 1 / 0.3,
+        "guidance": [{"start": 0.875, "end": 0.0, "scale": 6.7}],
+        "guidance_channels": 3,
+    },
+    "rae": {"sampler": "ode", "num_steps": 49, "shift": "dimension"},
+}
+"""Keys of `SampleSection` as the code of each project sets them. Its ODEs have one step less than
+they are said to have: N points of time are N - 1 steps."""
+
+
 class SampleSection(ActorPoolSection):
     """`fae sample`: images from the trained generator."""
+
+    protocol: Execution[Literal["fae", "sit", "lightningdit", "rae"]] = "fae"
+    """dit: whose code the defaults of sampler, num_steps, shift, guidance, guidance_channels,
+    diffusion_scale and last_step follow; any of them that is given replaces its value. fae is what
+    the papers say. Which one FAE's authors used is not in the paper."""
 
     num_images: int = Field(50_000, gt=0)
     """Images to draw; 50,000 is the field's number for FID, and the paper's."""
@@ -36,12 +65,21 @@ class SampleSection(ActorPoolSection):
     with guidance and the SDE without."""
     num_steps: int = Field(250, gt=0)
     """dit, mmdit: steps of the sampler; the paper's."""
-    shift: float = Field(1.0, gt=0.0)
+    shift: PositiveFloat | Literal["dimension"] = 1.0
     """dit, mmdit: timestep shift in sampling, as `generator.shift` in training; the paper shifts
-    both alike."""
+    both alike. dimension is RAE's rule, the root of a latent's values over 4096."""
     guidance: list[GuidanceSection] | Literal["none", "paper", "paper-text"] = "none"
     """dit, mmdit: scales by interval of t, as {start, end, scale}. `paper` is its three-part
     schedule for classes, `paper-text` its 1.5 from t = 0.9 to 0 for text."""
+    guidance_channels: int | None = Field(None, gt=0)
+    """dit, mmdit: guide only so many first channels of a latent, all of them without it. SiT's and
+    LightningDiT's code guides three."""
+    diffusion_scale: float = Field(1.0, ge=0.0)
+    """sde: the diffusion coefficient is w = diffusion_scale·σ. The papers write w = σ; SiT's code
+    walks with twice that."""
+    last_step: float | None = Field(None, gt=0.0, lt=1.0)
+    """sde: length of the last step, which adds no noise, before the shift; as long as the others
+    without it. SiT's code has 0.04."""
     flow_guidance: float = Field(0.0, ge=0.0)
     """starflow: ω of eq. 9 in arXiv 2506.06276; 0 is none, 3 is in that paper's figures."""
     denoise: bool = False
@@ -60,6 +98,14 @@ class SampleSection(ActorPoolSection):
     in the paper."""
     compile: Execution[bool] = False
     """dit, mmdit: torch.compile the network, for one batch size; images stay equal to rounding."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _fill_in_the_protocol(cls, values: Any) -> Any:
+        """The protocol's values in the place of those that are not given."""
+        if not isinstance(values, Mapping):
+            return values
+        return {**PROTOCOLS.get(str(values.get("protocol")), {}), **values}
 
 
 class PrecomputeSection(DecodingPoolSection):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import re
 import shutil
@@ -17,13 +18,15 @@ from typer.testing import CliRunner
 
 import fae
 from fae.cli import app
-from fae.pipelines.config import load_recipe
+from fae.pipelines.config import RecipeError, load_recipe
 from fae.pipelines.networks import backbone_of
 from fae.pipelines.training.pixel_decoder import starting_model
 from fae_core.backbone import load_backbone
+from fae_core.checkpoint import CheckpointError
 from fae_core.foreign.tensors import ForeignError
 from fae_core.pixel_decoder import PixelDecoder, PixelDecoderConfig
-from tests.tiny import ROOT
+from tests.foreign_networks import CHANNELS, CLASSES, HEADS, SIDE, random_tensors, theirs
+from tests.tiny import ROOT, save_decoders
 
 BACKBONE = "test_vit"
 RAE_NAMES = {
@@ -81,8 +84,8 @@ def rae() -> AutoencoderRAE:
 def own_tensors(rae: AutoencoderRAE) -> dict[str, Tensor]:
     """The decoder as RAE's own files have it."""
     tensors = {**rae.decoder.state_dict(), "decoder_pos_embed": rae.decoder.decoder_pos_embed}
-    for theirs, name in RAE_NAMES.items():
-        tensors = {key.replace(theirs, name): tensor for key, tensor in tensors.items()}
+    for old, name in RAE_NAMES.items():
+        tensors = {key.replace(old, name): tensor for key, tensor in tensors.items()}
     return tensors
 
 
@@ -166,13 +169,23 @@ def test_the_commands_of_the_page_work(
     torch.save(own_tensors(rae), "model.pt")
     small = ["--backbone", BACKBONE, "--backbone-weights", weights, "--num-heads", 4]
     page = (ROOT / "docs" / "interchange.md").read_text()
-    commands = re.findall("^fae import rae .*$", page, re.M)
-    assert len(commands) == 2
-    for number, command in enumerate(commands):
+    commands = re.findall("^fae import .*$", page.replace("\\\n", " "), re.M)
+    assert [command.split()[2] for command in commands] == ["rae", "rae", "lightningdit", "sit"]
+    for number, command in enumerate(commands[:2]):
         words = command.split()[2:]
         run(*words, *small, "--output", f"{number}.safetensors")
     first, second = (fae.load(tmp_path / f"{number}.safetensors") for number in range(2))
     assert first.module.config.grid == second.module.config.grid == (4, 4)
+    (tmp_path / "for-lightningdit").mkdir()
+    statistics = {"mean": torch.zeros(CHANNELS), "std": torch.ones(CHANNELS)}
+    torch.save(statistics, "for-lightningdit/latents_stats.pt")
+    save_decoders(tmp_path, (CHANNELS, SIDE, SIDE), 32)
+    (tmp_path / "autoencoder.safetensors").rename("fae.safetensors")
+    torch.save({"ema": random_tensors()}, "0080000.pt")
+    torch.save(random_tensors(modern=False), "SiT-XL-2-256.pt")
+    for command in commands[2:]:
+        run(*command.split()[2:], "--num-heads", HEADS)
+        assert fae.load(tmp_path / "generator.safetensors").kind == "dit"
 
 
 @pytest.mark.parametrize(
@@ -214,3 +227,62 @@ def test_other_models_and_pickles_are_refused(tmp_path: Path) -> None:
         run("rae", tmp_path / "p.pt", "--output", tmp_path / "d.safetensors")
     with pytest.raises(ForeignError, match=r"\.safetensors file"):
         run("rae", tmp_path / "p.pt", "--output", tmp_path / "decoder.pt")
+
+
+def test_a_checkpoint_of_sits_training_becomes_a_generator(tmp_path: Path) -> None:
+    tensors = random_tensors(modern=False, patch=2, variances=True)
+    training = {
+        "model": {name: torch.zeros_like(tensor) for name, tensor in tensors.items()},
+        "ema": {f"module.{name}": tensor for name, tensor in tensors.items()},
+        "opt": {"state": {}},
+        "args": argparse.Namespace(model="SiT-XL/2"),
+    }
+    torch.save(training, tmp_path / "0400000.pt")
+    output = tmp_path / "generator.safetensors"
+    printed = run("sit", tmp_path / "0400000.pt", "--num-heads", HEADS, "--output", output)
+    assert "5 classes, latents 3×4×4" in printed
+    loaded = fae.load(output)
+    x, t, y = torch.randn(2, 3, 4, 4), torch.tensor([0.2, 0.9]), torch.tensor([1, 5])
+    with torch.no_grad():
+        expected = -theirs(tensors, x, 1 - t, y, patch=2)
+        assert (loaded.module(x, t, y) - expected).abs().max() < 1e-4
+    assert torch.allclose(loaded.module.denormalize(x), x / 0.18215)
+
+
+def test_a_generator_of_lightningdit_on_latents_of_ours_draws_images(tmp_path: Path) -> None:
+    save_decoders(tmp_path, (CHANNELS, SIDE, SIDE), 32)
+    networks = [tmp_path / f"{name}.safetensors" for name in ("autoencoder", "pixel_decoder")]
+    torch.save({"ema": random_tensors()}, tmp_path / "80000.pt")
+    stats = {"mean": torch.randn(1, CHANNELS, 1, 1), "std": torch.rand(1, CHANNELS, 1, 1) + 0.5}
+    torch.save(stats, tmp_path / "latents_stats.pt")
+    output = tmp_path / "generator.safetensors"
+    words = ("lightningdit", tmp_path / "80000.pt", "--output", output)
+    with pytest.raises(ForeignError, match="--stats latents_stats.pt"):
+        run(*words)
+    words = (*words, "--stats", tmp_path / "latents_stats.pt")
+    run(*words, "--multiplier", 0.5)
+    x = torch.randn(2, CHANNELS, SIDE, SIDE)
+    raw = x * stats["std"] / 0.5 + stats["mean"]
+    assert torch.allclose(fae.load(output).module.denormalize(x), raw, atol=1e-6)
+    with pytest.raises(CheckpointError, match="none of this project.*--autoencoder"):
+        fae.sample(output, *networks, labels=[0], num_steps=2)
+    run(*words, "--autoencoder", networks[0])
+    images = fae.sample(output, *networks, labels=[0, 4], num_steps=2, protocol="lightningdit")
+    assert images.shape == (2, 32, 32, 3)
+    save_decoders(tmp_path / "other", (4, SIDE, SIDE), 32)
+    with pytest.raises(ForeignError, match="latents of 3 channels"):
+        run(*words, "--autoencoder", tmp_path / "other" / "autoencoder.safetensors")
+
+
+def test_a_generator_without_a_null_class_is_not_guided(tmp_path: Path) -> None:
+    save_decoders(tmp_path, (CHANNELS, SIDE, SIDE), 32)
+    networks = [tmp_path / f"{name}.safetensors" for name in ("autoencoder", "pixel_decoder")]
+    torch.save(random_tensors(null_class=False), tmp_path / "g.pt")
+    output = tmp_path / "generator.safetensors"
+    options = ("--num-classes", CLASSES, "--multiplier", 1, "--autoencoder", networks[0])
+    assert "without guidance" in run(
+        "lightningdit", tmp_path / "g.pt", *options, "--output", output
+    )
+    assert len(fae.sample(output, *networks, labels=[4], num_steps=2)) == 1
+    with pytest.raises(RecipeError, match="label_dropout=0"):
+        fae.sample(output, *networks, labels=[4], num_steps=2, guidance=2.0)
