@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import os
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from tests.hosts import GCS_PORT, SCRATCH, Hosts, why_not
-from tests.tiny import TINY, noisy_jpegs
+from tests.tiny import TINY, noisy_jpegs, wait_for
 
 pytestmark = [
     pytest.mark.integration,
@@ -23,6 +25,12 @@ while len(ray.nodes()) < 2:
     time.sleep(0.2)
 print(sorted(answer.value for answer in lanes.ask_every_node(platform.node)))
 main()
+"""
+
+OTHER_TIME = """
+import time
+real = time.time
+time.time = lambda: real() + 3600
 """
 
 
@@ -62,3 +70,38 @@ def test_tasks_run_on_both_hosts_and_a_path_of_one_of_them_is_refused_before_the
         "share."
     ], ran.stdout
     assert not head.path(f"{SCRATCH}/latents").exists()
+
+
+@pytest.mark.faults
+def test_doctor_names_the_host_with_another_clock_version_or_file_and_without_disk(
+    tmp_path: Path,
+) -> None:
+    with Hosts() as hosts:
+        head, other = hosts.add("head"), hosts.add("other", disk_mb=300)
+        wrong = other.path(f"{SCRATCH}/wrong")
+        (wrong / "timm-0.0.1.dist-info").mkdir(parents=True)
+        (wrong / "timm-0.0.1.dist-info" / "METADATA").write_text("Name: timm\nVersion: 0.0.1\n")
+        (wrong / "sitecustomize.py").write_text(OTHER_TIME)
+        other.environment["PYTHONPATH"] = f"{SCRATCH}/wrong:{other.environment['PYTHONPATH']}"
+        for host in (head, other):
+            host.path(f"{SCRATCH}/weights.pth").write_bytes(host.name.encode())
+        head.start_ray(head, "--include-dashboard=false")
+        other.start_ray(head)
+        wait_for(lambda: "Ray runtime started" in other.path("/tmp/ray.log").read_text())
+        disk = os.statvfs(other.path(SCRATCH))
+        free = disk.f_bavail * disk.f_frsize
+        other.path(f"{SCRATCH}/full").write_bytes(bytes(free - 8_000_000))
+        recipe = ["photos-dinov2s", "tracking.enabled=false"]
+        places = [f"backbone.weights={SCRATCH}/weights.pth", f"output={SCRATCH}/latents"]
+        command = ["python", "-m", "fae", "doctor", *recipe, *places]
+        ran = head.run(command, {"RAY_ADDRESS": f"{head.address}:{GCS_PORT}"})
+    assert ran.returncode == 1, ran.stdout
+    name = other.address
+    for words in (
+        rf"problem  disk         {name} has \d+ MB of 315 MB free",
+        rf"problem  clock        {name} is 3\d\d\d s ahead of this process",
+        rf"problem  versions     {name} has timm 0.0.1; this process has",
+        rf"problem  places       backbone.weights=\S+ is another file on {name}\.",
+        rf"problem  places       output=\S+ is not there on {name}\.",
+    ):
+        assert re.search(words, ran.stdout), f"{words}\n{ran.stdout}"

@@ -65,7 +65,7 @@ def test_from_images_to_scores_with_trainings_across_hosts(cluster: Cluster) -> 
     assert metrics["evaluation"]["frechet_backbone"] > 0
     (latents,) = (name for name in stages if name.startswith("latents-"))
     command = ["python", "-m", "fae", "inspect", f"s3://bucket/runs/{latents}", "--verify"]
-    inspected = cluster.two.run(command)
+    inspected = cluster.workers[1].run(command)
     assert inspected.returncode == 0, inspected.stdout
 
 

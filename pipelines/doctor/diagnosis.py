@@ -13,14 +13,20 @@ from urllib.parse import urlsplit, urlunsplit
 from fae_core.errors import UserError
 
 from ..config import Recipe, load_recipe
+from ..config.facts import path_values
 from ..config.sections import TrackingSection
 from ..runtime import ray_private
+from ..runtime.places import unseen
 from ..runtime.session import start_ray
 from ..training.tracking import resolve_uri
 from .bucket import check_bucket
 from .cluster import check_fit
 from .finding import Finding
 from .nodes import check_nodes, look_at_nodes
+
+OF_ONE_HOST = ("evaluate.output", "probe.output", "generator.cache", "tracking.uri")
+"""Places that the driver alone uses, or of which each host has its own, or that are checked apart.
+"""
 
 
 def doctor(
@@ -82,6 +88,23 @@ def check_cluster(recipe: Recipe | None, address: str | None = None) -> Iterator
     yield from check_nodes(nodes)
     if recipe:
         yield from check_fit(recipe, nodes, ray_private.most_after_scaling())
+        yield from check_places(recipe)
+
+
+def check_places(recipe: Recipe) -> Iterator[Finding]:
+    """Whether each node finds the recipe's local places as this process does."""
+    defaults = path_values(Recipe())
+    given = {
+        key: value
+        for key, value in path_values(recipe).items()
+        if value != defaults.get(key) and key not in OF_ONE_HOST
+    }
+    found = unseen(given)
+    for key, path, node, problem in found:
+        message = f"{key}={path} {problem} on {node}. Give s3://… or a folder that all nodes share."
+        yield Finding("problem", "places", message)
+    if given and not found:
+        yield Finding("ok", "places", f"{', '.join(given)}: the same on all nodes")
 
 
 def check_tracking(tracking: TrackingSection) -> Iterator[Finding]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import http.server
 import socket
 import threading
+from dataclasses import replace
 
 import boto3
 import pytest
@@ -123,6 +124,16 @@ def test_other_versions_and_small_shm_are_found_on_the_node_that_has_them():
     found = {f.subject: f for f in check_nodes([cpu_node(), old, small])}
     assert found["versions"].level == "problem" and "c2 has torch 1.0" in found["versions"].message
     assert found["/dev/shm"].level == "warning" and "c3" in found["/dev/shm"].message
+
+
+def test_a_full_disk_and_a_wrong_clock_are_found_on_the_node_that_has_them():
+    full = replace(cpu_node("c2"), disk=("/tmp", 1e9, 100e9))
+    late = replace(cpu_node("c3"), disk=("/tmp", 50e9, 100e9), clock_ahead=-3600.0)
+    found = {f.subject: f for f in check_nodes([cpu_node(), full, late])}
+    assert found["disk"].level == "problem" and "c2 has 1.0 GB of 100.0 GB" in found["disk"].message
+    assert found["clock"].level == "problem" and "c3 is 3600 s behind" in found["clock"].message
+    found = {f.subject: f for f in check_nodes([replace(late, clock_ahead=-60.0)])}
+    assert found["disk"].level == "ok" and found["clock"].level == "ok"
 
 
 @pytest.mark.parametrize("kind", ["closed", "full", "silent", "other"])
