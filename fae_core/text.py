@@ -64,7 +64,7 @@ class CaptionTokenizer:
         self.spec = spec
         source = text_source(spec)
         try:
-            self.tokenizer: Any = _transformers().AutoTokenizer.from_pretrained(source)
+            self.tokenizer: Any = quiet_transformers().AutoTokenizer.from_pretrained(source)
         except (OSError, ValueError, ImportError) as error:
             raise _not_loaded(spec, "tokenizer", error) from None
         if self.tokenizer.pad_token is None:
@@ -232,7 +232,7 @@ def _config(spec: TextSpec) -> Any:
     """The configuration of the text tower. Raises WeightsError where `spec` does not fit it."""
     source = text_source(spec)
     try:
-        config = _transformers().AutoConfig.from_pretrained(source)
+        config = quiet_transformers().AutoConfig.from_pretrained(source)
     except (OSError, ValueError) as error:
         raise _not_loaded(spec, "configuration", error) from None
     config = getattr(config, "text_config", None) or config
@@ -252,7 +252,7 @@ def _config(spec: TextSpec) -> Any:
 
 def _model_class(config: Any) -> Any:
     """The class of transformers that gives the token states of such an encoder."""
-    transformers = _transformers()
+    transformers = quiet_transformers()
     try:
         # Of models with an encoder and a decoder it is the encoder.
         return transformers.AutoModelForTextEncoding._model_mapping[type(config)]
@@ -272,7 +272,7 @@ def _not_loaded(spec: TextSpec, what: str, error: Exception) -> WeightsError:
     return WeightsError(f"{what} of the text encoder {source} did not load: {reason}{advice}")
 
 
-def _transformers() -> Any:
+def quiet_transformers() -> Any:
     """The package, quiet. Raises UserError where it is not installed."""
     try:
         import transformers

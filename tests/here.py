@@ -53,7 +53,7 @@ def leave_ray_out(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("ray.init", refuse)
     for job in ("latents.precompute_job", "sampling.sample_job"):
         monkeypatch.setattr(f"fae.pipelines.{job}.run_rows", run_rows)
-    for features in ("features", "probe_features"):
+    for features in ("features", "probe_features", "text_scores"):
         monkeypatch.setattr(f"fae.pipelines.evaluation.{features}.run_rows", run_rows)
     monkeypatch.setattr("fae.pipelines.latents.precompute_job.fan_out", map)
     monkeypatch.setattr("fae.pipelines.evaluation.evaluate_job.start_ray", lambda: None)

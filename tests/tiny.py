@@ -93,6 +93,37 @@ def wait_for_checkpoint(process: subprocess.Popen, run: Path) -> None:
         time.sleep(0.02)
 
 
+def save_towers(folder: Path, kind: str = "siglip") -> Path:
+    """Random image and text towers, siglip or clip, of 24 channels on 32 px; returns `folder`."""
+    import transformers
+
+    save_text_encoder(folder)
+    for name in ("model.safetensors", "config.json"):
+        (folder / name).unlink()
+    sizes = {
+        "hidden_size": 24, "intermediate_size": 32, "num_attention_heads": 2,
+        "num_hidden_layers": 2, "projection_size": 24,
+    }  # fmt: skip
+    text = {**sizes, "vocab_size": 12, "max_position_embeddings": 16, "pad_token_id": 0}
+    text |= {"bos_token_id": 2, "eos_token_id": 2}
+    vision = {**sizes, "image_size": 32, "patch_size": 16}
+    model, settings, processor = {
+        "siglip": ("SiglipModel", "SiglipConfig", "SiglipImageProcessor"),
+        "clip": ("CLIPModel", "CLIPConfig", "CLIPImageProcessor"),
+    }[kind]
+    more = {"projection_dim": 24} if kind == "clip" else {}
+    config = getattr(transformers, settings)(text_config=text, vision_config=vision, **more)
+    torch.manual_seed(0)
+    network = getattr(transformers, model)(config)
+    for parameter in network.parameters():
+        torch.nn.init.normal_(parameter, std=0.3)
+    network.save_pretrained(folder)
+    size = {"height": 32, "width": 32}
+    crop = {"crop_size": size} if kind == "clip" else {}
+    getattr(transformers, processor)(size=size, **crop).save_pretrained(folder)
+    return folder
+
+
 def save_text_encoder(folder: Path, kind: str = "bert", seed: int = 0) -> Path:
     """A random text encoder of 16 channels with a tokenizer of few words; returns `folder`."""
     import transformers

@@ -13,6 +13,7 @@ from ..config.sections import DataSection, EvaluateSection
 from .errors import EvaluationError
 from .features import Needs
 from .image_sets import ImageSet, open_set
+from .text_scores import CAPTIONED
 
 FRECHET = {
     "frechet_backbone": "backbone",
@@ -37,7 +38,7 @@ def open_sets(
         raise RecipeError("evaluate.images is not set: the folder or the samples to score.")
     if not scores:
         raise RecipeError("evaluate.scores is empty. Set one or more, as evaluate.scores=[rfid].")
-    compared = sorted(scores - {"inception_score"})
+    compared = sorted(scores - {"inception_score"} - CAPTIONED)
     if not compared:
         return open_set("images", options.images, options.limit, image_size, data), None
     if options.reference is None:

@@ -1,9 +1,10 @@
 """`fae evaluate`: scores of a set of images against a reference, by Ray Data.
 
 Generation scores compare two sets: Fréchet distances (of the backbone, FID, sFID), precision and
-recall, and KID; the Inception Score needs no reference. Reconstruction scores compare each image
-with its own original and refuse a reference without it (`comparison.py`). scores.json records what
-was compared; the same command again returns its scores.
+recall, and KID; the Inception Score needs no reference, nor do the scores of images and their
+captions. Reconstruction scores compare each image with its own original and refuse a reference
+without it (`comparison.py`). scores.json records what was compared; the same command again returns
+its scores.
 """
 
 from __future__ import annotations
@@ -34,6 +35,7 @@ from .extractor import Extractor
 from .features import Needs, Summary, compare_pairs, summarize
 from .image_sets import ImageSet
 from .npz_files import read_statistics, write_statistics
+from .text_scores import CAPTIONED, check_captions, score_captions
 
 FORMAT = "fae-scores-1"
 
@@ -42,10 +44,12 @@ def evaluate(recipe: Recipe, show_progress: bool = True) -> dict[str, float]:
     """Scores of `evaluate.images` against `evaluate.reference`, by name.
 
     Names are frechet_backbone, fid, sfid, inception_score, precision, recall, kid, rfid, psnr [dB],
-    ssim and lpips, as the recipe asks, and the counts num_images and num_reference; the latter is
-    left out where the reference's file does not record it. With `evaluate.output`, scores.json and
-    the sets' statistics are written there. Raises RecipeError, EvaluationError (a reference that a
-    score cannot use, images that cannot be decoded), ScoresMismatch, WeightsError, TooFewImages.
+    ssim, lpips, clip_score, image_to_text and text_to_image (with true_ and rebuilt_ before them
+    for retrieval_rebuilt), as the recipe asks, and the counts num_images and num_reference; the
+    latter is left out where the reference's file does not record it. With `evaluate.output`,
+    scores.json and the sets' statistics are written there. Raises RecipeError, EvaluationError (a
+    reference that a score cannot use, images that cannot be decoded), ScoresMismatch, WeightsError,
+    TooFewImages.
     """
     started, written = time.monotonic(), recipe.to_yaml()
     recipe = with_absolute_paths(recipe)
@@ -56,8 +60,10 @@ def evaluate(recipe: Recipe, show_progress: bool = True) -> dict[str, float]:
     sides = _sides(images, reference)
     needs = {role: needs_of(options, role, side) for role, side in sides}
     networks = {name for of_side in needs.values() for name in of_side.networks}
+    of_captions = check_captions(images, recipe)
     made_with = {
         **Extractor(options, recipe.backbone, networks).fingerprints,
+        **of_captions,
         "image_size": str(recipe.image_size),
         "crop": crop_version(recipe.data),
     }
@@ -74,6 +80,9 @@ def evaluate(recipe: Recipe, show_progress: bool = True) -> dict[str, float]:
         wanted = {"psnr", "ssim"} if "reconstruction" in scores else set()
         wanted |= scores & {"lpips"}
         result |= compare_pairs(images, reference, wanted, recipe, show_progress)
+    if scores & CAPTIONED:
+        start_ray()
+        result |= score_captions(images, recipe, of_captions, show_progress)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always", RuntimeWarning)
         result = _scores(options, images, reference, summaries) | result

@@ -116,7 +116,7 @@ def _summary(
     for row in rows:
         found = json.loads(str(row["errors"]))
         errors += found
-        _check_errors(images, errors, max_error_rate)
+        check_errors(images, errors, max_error_rate)
         contents.update(row["digests"])
         progress.add(int(row["rows"]), len(found), float(row["done_at"]))
         if row["rows"]:
@@ -185,7 +185,7 @@ class SummarizeChunks:
             for role, (_, num_images) in sets.items()
         }
         networks = {name for needs in self.needs.values() for name in needs.networks}
-        self.extract = Extractor(options, backbone, networks, _device(options))
+        self.extract = Extractor(options, backbone, networks, device_of(options))
         for name, value in self.extract.fingerprints.items():
             if fingerprints[name] != value:
                 raise CheckpointError(
@@ -221,7 +221,7 @@ class ComparePairs:
     """The actor of `compare_pairs`: sums of `scores` over the pairs of a chunk."""
 
     def __init__(self, options: EvaluateSection, scores: list[str]) -> None:
-        self.size, self.device = options.batch_size, torch.device(_device(options))
+        self.size, self.device = options.batch_size, torch.device(device_of(options))
         measures: dict[str, Callable[[Tensor, Tensor], Tensor]] = {"psnr": psnr, "ssim": ssim}
         if "lpips" in scores:
             lpips = lpips_distance().to(self.device)
@@ -246,7 +246,7 @@ class ComparePairs:
         }
 
 
-def _device(options: EvaluateSection) -> str:
+def device_of(options: EvaluateSection) -> str:
     """The device of this actor; on a CPU, torch may use all cores of the node."""
     if options.gpus_per_actor > 0:
         return "cuda"
@@ -277,7 +277,8 @@ def _merge(whole: Summary, row: Row, needs: Needs) -> None:
             whole.splits.merge(sums)
 
 
-def _check_errors(images: ImageSet, errors: list[dict[str, str]], allowed: float) -> None:
+def check_errors(images: ImageSet, errors: list[dict[str, str]], allowed: float) -> None:
+    """Raises EvaluationError where more of the images could not be decoded than is allowed."""
     if len(errors) <= allowed * len(images.keys):
         return
     first = "\n".join(f"  {e['key']} [{e['stage']}] {e['message']}" for e in errors[:10])

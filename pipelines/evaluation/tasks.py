@@ -36,7 +36,7 @@ def decode_batch(row: dict[str, Any], data: DataSection, image_size: int) -> dic
 
 
 def decode_chunk(row: dict[str, Any], data: DataSection, image_size: int) -> dict[str, Any]:
-    """{role?, chunk, start, images, originals?} -> the same with crops, kept int64 [n], errors.
+    """{role?, chunk, start, captions?, images, originals?} -> with crops, kept int64 [n], errors.
 
     `images` and `originals` come as pieces of an image set (JSON) and leave as uint8 [n, S, S, 3].
     `kept` are the positions of the decoded images in the chunk; a pair is kept whole or left out.
@@ -44,7 +44,7 @@ def decode_chunk(row: dict[str, Any], data: DataSection, image_size: int) -> dic
     """
     images, kept, errors = read_piece(json.loads(row["images"]), image_size, data)
     decoded: dict[str, Any] = {
-        name: row[name] for name in ("role", "chunk", "start") if name in row
+        name: row[name] for name in ("role", "chunk", "start", "captions") if name in row
     }
     if "originals" in row:
         originals, whole, more = read_piece(json.loads(row["originals"]), image_size, data)

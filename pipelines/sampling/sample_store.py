@@ -51,7 +51,7 @@ def write_sample_shard(row: dict[str, Any], output: str, formats: Sequence[str])
     """Write one shard, and its PNG files where they are wanted; {shard, rows, drawn_at}."""
     images = [encode_png(image) for image in np.asarray(row["images"])]
     indices, labels = np.asarray(row["indices"]), np.asarray(row["labels"])
-    prompts, num_prompts = json.loads(row["prompts"]), int(row["num_prompts"])
+    prompts, num_prompts = json.loads(row.get("prompts", "[]")), int(row.get("num_prompts", 0))
     for place, (index, label) in enumerate(zip(indices.tolist(), labels.tolist(), strict=True)):
         files = {}
         if "png" in formats:

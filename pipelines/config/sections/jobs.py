@@ -150,10 +150,18 @@ class EvaluateSection(DecodingPoolSection):
             "rfid",
             "reconstruction",
             "lpips",
+            "clip_score",
+            "retrieval",
+            "retrieval_rebuilt",
         ]
     ] = ["frechet_backbone"]
     """Scores to compute. frechet_backbone downloads nothing. rfid, reconstruction (PSNR, SSIM) and
-    lpips need pairs of equal key."""
+    lpips need pairs of equal key. clip_score and retrieval (image to text and back, top-1) need
+    captioned images and `towers`; retrieval_rebuilt needs autoencoder.checkpoint and a backbone
+    that is the towers' own image tower."""
+    towers: InputPath[str | None] = None
+    """Local folder of a CLIP or SigLIP of transformers: config.json, safetensors, tokenizer and
+    image processor."""
     output: OutputPath[str | None] = None
     """Folder or s3:// prefix for scores.json and the statistics of both sets; the same command
     again returns them."""
