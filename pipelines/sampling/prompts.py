@@ -41,8 +41,10 @@ class Prompts:
         Its labels are rows of the states that are encoded here: the second result [n] those of the
         images, the third that of the empty prompt, for guidance.
         """
-        distinct, rows = torch.unique(numbers, return_inverse=True)
-        texts = [self.texts[number] for number in distinct.tolist()]
+        wanted = numbers.tolist()
+        row_of = {number: row for row, number in enumerate(dict.fromkeys(wanted))}
+        rows = torch.tensor([row_of[number] for number in wanted])
+        texts = [self.texts[number] for number in row_of]
         states, mask = self.encoder([*texts, ""])
 
         def velocity(x: Tensor, t: Tensor, labels: Tensor) -> Tensor:

@@ -180,8 +180,8 @@ def test_distinct_prompts_are_encoded_once_a_batch(networks):
 
     prompts = Prompts(PROMPTS, encoder)
     _, rows, null = prompts.condition(sampler.model, torch.tensor([2, 0, 2, 2]))
-    assert asked == [["a red cat", "a small house", ""]]
-    assert rows.tolist() == [1, 0, 1, 1] and null == 2
+    assert asked == [["a small house", "a red cat", ""]]
+    assert rows.tolist() == [0, 1, 0, 0] and null == 2
 
 
 def test_prompts_are_lines_or_records_or_the_captions_of_images(networks, tmp_path):

@@ -3,7 +3,12 @@
 Every tensor is on the device, and the processor waits for it only where it must.
 """
 
+import atexit
+import functools
+import shutil
+import tempfile
 from collections.abc import Callable
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -13,6 +18,7 @@ from fae.pipelines.config.recipe import Recipe, load_recipe
 from fae.pipelines.config.sections import TrainingSection
 from fae.pipelines.latents.encoder import LatentEncoder
 from fae.pipelines.networks.loading import backbone_of
+from fae.pipelines.networks.text_encoder import CaptionEncoder, text_spec
 from fae.pipelines.networks.untrained import (
     build_autoencoder,
     build_generator,
@@ -20,8 +26,10 @@ from fae.pipelines.networks.untrained import (
 )
 from fae.pipelines.sampling.latent_decoder import LatentDecoder
 from fae.pipelines.sampling.latent_sampler import LatentSampler, image_noise
+from fae.pipelines.sampling.prompts import Prompts
 from fae.pipelines.training.autoencoder import autoencoder_job
 from fae.pipelines.training.batches import Batch
+from fae.pipelines.training.captions import blank_captions
 from fae.pipelines.training.generator import generator_job
 from fae.pipelines.training.job import Job
 from fae.pipelines.training.memory_plan import memory_plan_of
@@ -33,8 +41,9 @@ from fae.pipelines.training.pixel_objective import (
 from fae.pipelines.training.state import TrainState
 from fae.pipelines.training.step import train_step
 from fae_core import samplers
+from fae_core.text import CaptionTokenizer, load_text_encoder
 from tests.fake_gpu import GPU, FakeGPU
-from tests.tiny import SMALLEST_BACKBONE, TINY
+from tests.tiny import SMALLEST_BACKBONE, TINY, save_text_encoder
 
 GRID = (2, 2)
 LATENT_SHAPE = (8, *GRID)
@@ -68,7 +77,17 @@ FLOW = [
     "generator.num_heads=null",
 ]
 
+TEXT = ["generator.kind=mmdit", "text.max_length=6"]
+
 Case = tuple[Job, TrainingSection, Batch]
+
+
+@functools.cache
+def text_encoder() -> Path:
+    """A folder of this process with a random text encoder."""
+    folder = tempfile.mkdtemp()
+    atexit.register(shutil.rmtree, folder)
+    return save_text_encoder(Path(folder) / "text")
 
 
 @pytest.fixture
@@ -156,6 +175,18 @@ def generator(*settings: str) -> Callable[[FakeGPU], Case]:
     return made
 
 
+def of_text(gpu: FakeGPU) -> Case:
+    recipe = recipe_with(*TEXT, f"text.weights={text_encoder()}")
+    section = recipe.generator
+    model = gpu.place(build_generator(section, LATENT_SHAPE, recipe.text))
+    encoder = gpu.place(load_text_encoder(text_spec(recipe.text)))
+    latents = torch.zeros(2, *LATENT_SHAPE)
+    captions = blank_captions(2, recipe.text.max_length)
+    times = torch.zeros(2)
+    batch = batch_of(gpu, latents=latents.half(), noise=latents, time=times, **captions)
+    return generator_job(section, model, encoder), section.training, batch
+
+
 every_case = pytest.mark.parametrize(
     "case",
     [
@@ -176,6 +207,7 @@ every_case = pytest.mark.parametrize(
             id="dit, activations recomputed",
         ),
         pytest.param(generator(*FLOW), id="starflow"),
+        pytest.param(of_text, id="mmdit"),
     ],
 )
 
@@ -214,6 +246,7 @@ def test_a_steps_memory_is_planned_without_waiting_for_the_device(
     [
         pytest.param([], id="ode"),
         pytest.param(["sample.sampler=sde"], id="sde"),
+        pytest.param([*TEXT], id="text"),
         pytest.param([*FLOW, "sample.flow_guidance=1.0"], id="flow"),
         pytest.param([*FLOW, "sample.denoise=true"], id="flow, denoised"),
     ],
@@ -221,14 +254,19 @@ def test_a_steps_memory_is_planned_without_waiting_for_the_device(
 def test_drawing_pictures_never_waits_for_the_device(
     gpu: FakeGPU, settings: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    recipe = recipe_with(*settings)
+    recipe = recipe_with(*settings, f"text.weights={text_encoder()}")
     grid = samplers.timestep_grid(10)
     monkeypatch.setattr(samplers, "timestep_grid", lambda *_: grid)  # real numbers, all three parts
     backbone = backbone_of(recipe)
-    model = gpu.place(build_generator(recipe.generator, LATENT_SHAPE)).eval()
+    model = gpu.place(build_generator(recipe.generator, LATENT_SHAPE, recipe.text)).eval()
     autoencoder = gpu.place(build_autoencoder(recipe.autoencoder, backbone.spec))
     decoder = gpu.place(build_pixel_decoder(recipe.pixel_decoder, backbone.spec, recipe.image_size))
-    draw = LatentSampler(model, recipe.sample, 0, GPU)
+    prompts = None
+    if recipe.generator.kind == "mmdit":
+        spec = text_spec(recipe.text)
+        encoder = CaptionEncoder(CaptionTokenizer(spec), gpu.place(load_text_encoder(spec)))
+        prompts = Prompts(["a red cat", "a dog"], encoder)
+    draw = LatentSampler(model, recipe.sample, 0, GPU, prompts)
     paint = LatentDecoder(autoencoder, decoder, {})
     with gpu.running() as waits, torch.inference_mode():
         pictures = paint(draw(image_noise(0, [0, 1], LATENT_SHAPE), torch.zeros(2).long(), [0, 1]))
