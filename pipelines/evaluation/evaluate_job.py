@@ -54,7 +54,7 @@ def evaluate(recipe: Recipe, show_progress: bool = True) -> dict[str, float]:
     started, written = time.monotonic(), recipe.to_yaml()
     recipe = with_absolute_paths(recipe)
     options, scores = recipe.evaluate, set(recipe.evaluate.scores)
-    read = ("images", "reference", "inception_weights")
+    read = ("images", "reference", "inception_weights", "towers")
     check_places(recipe, ("backbone.weights", *(f"evaluate.{name}" for name in read)))
     images, reference = open_sets(options, recipe.image_size, recipe.data)
     sides = _sides(images, reference)

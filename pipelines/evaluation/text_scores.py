@@ -23,7 +23,7 @@ from fae_core.towers import Towers, load_towers
 from ..config import Recipe
 from ..latents import LatentEncoder
 from ..networks import features_of
-from ..runtime import RowStages, run_rows
+from ..runtime.actor_pool import RowStages, run_rows
 from ..runtime.progress import Progress
 from .errors import EvaluationError
 from .features import check_errors, device_of
