@@ -49,9 +49,8 @@ def train_generator(recipe: Recipe, callbacks: Sequence[Any] = ()) -> run_folder
     """
     run_uri = run_folder.run_folder(recipe)
     (latents,) = recipe.require("train generator", "latents=STORE")
-    check_places(
-        recipe, ("storage", "latents", "autoencoder.checkpoint", "pixel_decoder.checkpoint")
-    )
+    decoders = ("autoencoder.checkpoint", "pixel_decoder.checkpoint")
+    check_places(recipe, ("storage", "latents", "text.weights", "prompts", *decoders))
     store = LatentStore.open(latents)
     needed_columns(store, recipe.generator)
     check_settings(recipe)
