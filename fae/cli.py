@@ -458,17 +458,20 @@ def inspect(
     figure: Annotated[
         str | None, typer.Option(help="Draw PCA maps of some latents into this PNG file.")
     ] = None,
+    page: Annotated[
+        str | None, typer.Option(help="Also write all of this into this HTML file.")
+    ] = None,
 ) -> None:
     """Say what a latent store or a checkpoint holds.
 
     This checks every shard of the store latents, and draws some of them:
 
     \b
-      fae inspect latents --verify --figure latents.png
+      fae inspect latents --verify --figure latents.png --page latents.html
     """
     from fae.pipelines.latents import inspect as run_inspect
 
-    if not run_inspect(uri, verify=verify, figure=figure):
+    if not run_inspect(uri, verify=verify, figure=figure, page=page):
         raise typer.Exit(1)
 
 

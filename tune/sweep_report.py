@@ -1,8 +1,9 @@
 """The report of a sweep, made from its trials' records alone; `fae tune report` writes it again.
 
-It consists of report.md, report.png, importance.png where a setting varies, and recommended.yaml, a
-recipe that `fae train` and `fae run` take. All of them are written into the sweep's folder and
-logged to its MLflow run. The report can be made at any time, from the trials that exist by then.
+It consists of report.html for people, of report.md, report.png and, where a setting varies,
+importance.png for MLflow, and of recommended.yaml, a recipe that `fae train` and `fae run` take.
+All of them are written into the sweep's folder and logged to its MLflow run. The report can be made
+at any time, from the trials that exist by then.
 """
 
 from __future__ import annotations
@@ -14,11 +15,13 @@ from typing import Any
 
 from fae.pipelines.config import Recipe
 from fae.pipelines.config.sections import ObjectiveSection
+from fae.pipelines.pages.blocks import Table
 from fae.pipelines.storage import paths
 from fae.pipelines.training.tracking import Tracker
 
 from .records import FINISHED, RecordedTrial
 from .report_figures import PANELS, importance_figure, trials_figure
+from .report_page import sweep_page
 from .spaces import Settings, apply, label
 from .study import has_values, importance, pareto_front
 from .trials import SEED, recorded_trials, sweep_folder
@@ -54,6 +57,15 @@ def write_sweep_report(
         files["recommended.yaml"] = apply(recipe, best).to_yaml().encode()
     text = _markdown(recipe, trials, front, best, importances)
     files["report.md"] = text.encode()
+    files["report.html"] = sweep_page(
+        recipe,
+        trials,
+        front,
+        _recommendation(recipe, trials, best),
+        _trials_table(trials, front, objectives),
+        importances,
+        IMPORTANCE_NOTE,
+    )
     for name, data in files.items():
         paths.write_bytes(paths.join(folder, name), data)
     chosen = by_settings(finished).get(json.dumps(best, sort_keys=True), [])
@@ -66,7 +78,7 @@ def write_sweep_report(
         }
         tracker.log_metrics({f"best/{metric}": value for metric, value in means.items()}, 0)
     return {
-        "report": paths.join(folder, "report.md"),
+        "report": paths.join(folder, "report.html"),
         "trials": len(trials),
         "finished": len(finished),
         "pareto": [trial.settings for trial in front],
@@ -130,7 +142,7 @@ def _markdown(
         "★ marks the Pareto front of the objectives, a hollow mark a trial that did not finish. "
         "Lines join the means of trials with equal settings.",
         "",
-        *_trials_table(trials, front, objectives),
+        *_markdown_table(_trials_table(trials, front, objectives)),
         "",
     ]
     if any(importances.values()):
@@ -166,19 +178,25 @@ def _trials_table(
     trials: Sequence[RecordedTrial],
     front: Sequence[RecordedTrial],
     objectives: Sequence[ObjectiveSection],
-) -> list[str]:
+) -> Table:
     keys = list(dict.fromkeys(key for trial in trials for key in trial.settings))
     metrics = [o.metric for o in objectives]
     known = {metric for trial in trials for metric in trial.metrics}
     metrics += [metric for metric, _ in PANELS if metric in known - set(metrics)]
     starred = {trial.key for trial in front}
-    lines = _header(["", *keys, *metrics, "state", "trial"], "---")
+    rows = []
     for trial in trials:
         cells = ["★" if trial.key in starred else ""]
         cells += [str(trial.settings.get(key, "")) for key in keys]
         cells += [_number(trial.metrics[m]) if m in trial.metrics else "" for m in metrics]
-        lines.append(_line([*cells, trial.state, f"`{trial.key}`"]))
-    return lines
+        rows.append([*cells, trial.state, trial.key])
+    marked = [index for index, trial in enumerate(trials) if trial.key in starred]
+    return Table(["", *keys, *metrics, "state", "trial"], rows, marked)
+
+
+def _markdown_table(table: Table) -> list[str]:
+    lines = _header(table.header, "---")
+    return [*lines, *(_line([*row[:-1], f"`{row[-1]}`"]) for row in table.rows)]
 
 
 def _importance_table(importances: Mapping[str, Mapping[str, float]]) -> list[str]:

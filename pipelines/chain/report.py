@@ -1,10 +1,12 @@
-"""The report at the end of `fae run`: report.md with numbers, learning curves and pictures."""
+"""The report at the end of `fae run`: numbers, learning curves and pictures, for people as
+report.html, which is one file, and for MLflow and diffs as report.md.
+"""
 
 from __future__ import annotations
 
 import io
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import pyarrow as pa
@@ -14,6 +16,9 @@ from PIL import Image
 from fae_core.figures import Curve, curve_panels, picture_grid
 
 from ..data.records import class_name
+from ..pages import report_page
+from ..pages.blocks import Chart, Commands, Picture, Table, Words
+from ..pages.charts import Point, line_chart
 from ..sampling.prompts import shortened
 from ..storage import paths
 from ..training.metrics_log import Series, figure_uri, read_metrics_log
@@ -35,9 +40,9 @@ CAPTIONS = {
 
 
 def write_report(report: Stage, stages: Sequence[Stage]) -> str:
-    """Write report.md, its PNG files and recipe.yaml into the folder of the stage `report`.
+    """Write report.html, report.md, PNG files and recipe.yaml into the folder of `report`.
 
-    Returns the address of report.md.
+    Returns the address of report.html.
     """
     lines = ["# From images to samples", "", *_table(stages), ""]
     panels = _panels(stages)
@@ -45,11 +50,13 @@ def write_report(report: Stage, stages: Sequence[Stage]) -> str:
         _write(report, "curves.png", curve_panels(panels))
         lines += ["## Learning curves", "", "![Learning curves](curves.png)", ""]
     lines += ["## Pictures", ""]
+    pictures: list[Picture] = []
     for stage in stages:
         for name, png in stage_pictures(stage).items():
-            file = f"{stage.name}-{name}"
+            file, caption = f"{stage.name}-{name}", CAPTIONS.get(stage.name, stage.name)
             _write(report, file, png)
-            lines += [f"![{stage.name}]({file})", "", CAPTIONS.get(stage.name, stage.name), ""]
+            lines += [f"![{stage.name}]({file})", "", caption, ""]
+            pictures.append(Picture(png, caption))
     lines += [
         "## Run it again",
         "",
@@ -60,7 +67,46 @@ def write_report(report: Stage, stages: Sequence[Stage]) -> str:
     recipe = report.recipe.model_copy(deep=True)
     recipe.run = recipe.output = recipe.evaluate.output = recipe.probe.output = None
     _write(report, "recipe.yaml", recipe.to_yaml().encode())
-    return _write(report, "report.md", "\n".join(lines).encode())
+    _write(report, "report.md", "\n".join(lines).encode())
+    return _write(report, "report.html", _page(stages, panels, pictures))
+
+
+def _page(
+    stages: Sequence[Stage],
+    panels: Mapping[str, Mapping[str, Curve]],
+    pictures: Sequence[Picture],
+) -> bytes:
+    rows = [
+        [stage.name, f"{seconds:.0f}", figures, folder]
+        for stage, seconds, figures, folder in _rows(stages)
+    ]
+    drawings = [
+        line_chart(
+            title,
+            {
+                name: [Point(step, value) for step, value in zip(*curve, strict=True)]
+                for name, curve in curves.items()
+            },
+            "step",
+            logarithmic=(False, True),
+        )
+        for title, curves in panels.items()
+    ]
+    again = (
+        "recipe.yaml beside this page is the whole recipe. With a changed value the command runs "
+        "the stages that the value decides."
+    )
+    return report_page(
+        "From images to samples",
+        f"{len(stages)} stages, {sum(seconds for _, seconds, _, _ in _rows(stages)):,.0f} s",
+        [
+            ("Stages", [Table(["stage", "seconds", "results", "folder"], rows)]),
+            ("Learning curves", [Chart(drawings)] if drawings else []),
+            ("Pictures", pictures),
+            ("Run it again", [Words(again), Commands(["fae run recipe.yaml"])]),
+        ],
+        "Made by fae run.",
+    )
 
 
 def stage_pictures(stage: Stage) -> dict[str, bytes]:
@@ -129,14 +175,21 @@ def _panels(stages: Sequence[Stage]) -> dict[str, dict[str, Curve]]:
     return {name: curves for name, curves in found.items() if curves}
 
 
+def _rows(stages: Sequence[Stage]) -> list[tuple[Stage, float, str, str]]:
+    """Each stage with its seconds, its metrics in words, and the name of its folder."""
+    rows = []
+    for stage in stages:
+        result = stage.result() or {"seconds": 0.0, "metrics": {}}
+        figures = ", ".join(f"{name} {value:.4g}" for name, value in result["metrics"].items())
+        rows.append((stage, float(result["seconds"]), figures, stage.uri.rpartition("/")[2]))
+    return rows
+
+
 def _table(stages: Sequence[Stage]) -> list[str]:
     """Lines of a Markdown table with one row for each stage."""
     lines = ["| stage | seconds | results | folder |", "|---|---:|---|---|"]
-    for stage in stages:
-        result = stage.result() or {"seconds": 0.0, "metrics": {}}
-        numbers = ", ".join(f"{name} {value:.4g}" for name, value in result["metrics"].items())
-        folder = stage.uri.rpartition("/")[2]
-        lines.append(f"| {stage.name} | {result['seconds']:.0f} | {numbers} | `{folder}` |")
+    for stage, seconds, figures, folder in _rows(stages):
+        lines.append(f"| {stage.name} | {seconds:.0f} | {figures} | `{folder}` |")
     return lines
 
 

@@ -35,6 +35,7 @@ from .extractor import Extractor
 from .features import Needs, Summary, compare_pairs, summarize
 from .image_sets import ImageSet
 from .npz_files import read_statistics, write_statistics
+from .scores_page import scores_page
 from .text_scores import CAPTIONED, check_captions, score_captions
 
 FORMAT = "fae-scores-1"
@@ -100,6 +101,7 @@ def evaluate(recipe: Recipe, show_progress: bool = True) -> dict[str, float]:
             "run": {"seconds": time.monotonic() - started, "versions": versions()},
         }
         paths.write_bytes(paths.join(options.output, "recipe.yaml"), written.encode())
+        paths.write_bytes(paths.join(options.output, "scores.html"), scores_page(about))
         paths.write_once(_scores_uri(options.output), json.dumps(about, indent=1).encode())
     return result
 

@@ -19,6 +19,9 @@ from ..config import RecipeError, load_recipe
 from ..config.sections import DataSection
 from ..data.account import Account
 from ..data.reading import load_crops
+from ..pages import report_page
+from ..pages.blocks import Picture, Section, Words
+from ..pages.blocks import Table as BlockTable
 from ..storage import StoreError, paths
 from .manifest import missing_shards, read_manifest
 from .plan import open_plan
@@ -30,8 +33,15 @@ FIGURE_IMAGES = 8
 SHOWN_ERRORS = 5
 
 
-def inspect(uri: str, verify: bool = False, figure: str | None = None) -> bool:
+Rows = list[tuple[str, str]]
+
+
+def inspect(
+    uri: str, verify: bool = False, figure: str | None = None, page: str | None = None
+) -> bool:
     """Print what is at `uri`; False where `verify` finds a problem.
+
+    A PNG of some latents goes to `figure`, and the same as one HTML file to `page`.
 
     Raises StoreError, CheckpointError, StorageError.
     """
@@ -39,95 +49,111 @@ def inspect(uri: str, verify: bool = False, figure: str | None = None) -> bool:
     if uri.endswith(".safetensors"):
         if figure:
             raise StoreError("A figure is drawn from a latent store, not from a checkpoint.")
-        _show_checkpoint(console, uri)
+        title, rows = _checkpoint_rows(uri)
+        console.print(_table(title, rows))
+        if page:
+            paths.write_bytes(page, _page(uri, title, rows, [], None))
+            console.print(f"page: {page}")
         return True
     if not paths.exists(paths.join(uri, "plan.parquet")):
         raise StoreError(
             f"{uri} holds no latent store (no plan.parquet) and is no .safetensors checkpoint."
         )
-    _show_store(console, uri)
-    if figure:
-        paths.write_bytes(figure, draw_latents(uri))
+    rows, remarks = _store_rows(uri)
+    console.print(_table(f"latent store  {uri}", rows))
+    for line in remarks:
+        console.print(line, markup=False)
+    finished = read_manifest(uri) is not None
+    drawn = draw_latents(uri) if figure or (page and finished) else None
+    if figure and drawn:
+        paths.write_bytes(figure, drawn)
         console.print(f"figure: {figure}")
+    if page:
+        paths.write_bytes(page, _page(uri, "latent store", rows, remarks, drawn))
+        console.print(f"page: {page}")
     return not verify or _verify(console, uri)
 
 
-def _show_checkpoint(console: Console, uri: str) -> None:
+def _page(uri: str, title: str, rows: Rows, remarks: list[str], figure: bytes | None) -> bytes:
+    caption = "Some images, and their latents: principal components as colours, one basis for all."
+    sections: list[Section] = [
+        ("", [BlockTable(["part", "value"], rows)]),
+        ("Pictures", [Picture(figure, caption)] if figure else []),
+        ("Account", [Words(line) for line in remarks]),
+    ]
+    return report_page(uri.rstrip("/").rpartition("/")[2], title, sections, "Made by fae inspect.")
+
+
+def _checkpoint_rows(uri: str) -> tuple[str, Rows]:
+    """A title, and what the checkpoint holds by name."""
     with paths.local_copy(uri) as path:
         metadata = checkpoint.read_metadata(path)
         loaded = checkpoint.load(path)
-    table = _table(f"{metadata['kind']}  {uri}")
-    for name, module in loaded.module.named_children():
-        table.add_row(f"{name} parameters", f"{sum(p.numel() for p in module.parameters()):,}")
-    for key, value in json.loads(metadata["config"]).items():
-        table.add_row(key, str(value))
-    for key, value in loaded.fingerprints.items():
-        table.add_row(f"trained with {key}", value)
+    rows = [
+        (f"{name} parameters", f"{sum(p.numel() for p in module.parameters()):,}")
+        for name, module in loaded.module.named_children()
+    ]
+    rows += [(key, str(value)) for key, value in json.loads(metadata["config"]).items()]
+    rows += [(f"trained with {key}", value) for key, value in loaded.fingerprints.items()]
     if names := loaded.class_names:
-        table.add_row("class names", f"{len(names)}: {names[0]} … {names[-1]}")
-    table.add_row("weights SHA-256", f"{loaded.weights_sha256} (matches)")
-    console.print(table)
+        rows.append(("class names", f"{len(names)}: {names[0]} … {names[-1]}"))
+    rows.append(("weights SHA-256", f"{loaded.weights_sha256} (matches)"))
+    return f"{metadata['kind']}  {uri}", rows
 
 
-def _show_store(console: Console, uri: str) -> None:
+def _store_rows(uri: str) -> tuple[Rows, list[str]]:
+    """What the store holds by name; then lines about its source and its errors."""
     plan = open_plan(uri)
     manifest = read_manifest(uri)
-    table = _table(f"latent store  {uri}")
     errors = list(read_errors(uri))
     if manifest is None:
         missing = len(missing_shards(uri, plan))
-        table.add_row("state", "not finished: run the same precompute command again")
-        table.add_row("shards", f"{plan.num_shards - missing} of {plan.num_shards}")
-        table.add_row("images", f"{plan.num_images} planned, {len(errors)} errors so far")
+        rows = [
+            ("state", "not finished: run the same precompute command again"),
+            ("shards", f"{plan.num_shards - missing} of {plan.num_shards}"),
+            ("images", f"{plan.num_images} planned, {len(errors)} errors so far"),
+        ]
     else:
-        _add_manifest(table, manifest)
-    for part, value in plan.parts.items():
-        table.add_row(part, value)
-    table.add_row("fingerprint", plan.fingerprint)
-    console.print(table)
-    if plan.account:
-        for line in Account.from_dict(dict(plan.account)).lines():
-            console.print(line, markup=False)
-    for error in errors[:SHOWN_ERRORS]:
-        console.print(f"error: {error['key']} [{error['stage']}] {error['message']}", markup=False)
+        rows = _manifest_rows(manifest)
+    rows += [*plan.parts.items(), ("fingerprint", plan.fingerprint)]
+    remarks = Account.from_dict(dict(plan.account)).lines() if plan.account else []
+    remarks += [
+        f"error: {error['key']} [{error['stage']}] {error['message']}"
+        for error in errors[:SHOWN_ERRORS]
+    ]
     if len(errors) > SHOWN_ERRORS:
-        console.print(f"… and {len(errors) - SHOWN_ERRORS} more in {paths.join(uri, 'errors')}")
+        remarks.append(f"… and {len(errors) - SHOWN_ERRORS} more in {paths.join(uri, 'errors')}")
+    return rows, remarks
 
 
-def _add_manifest(table: Table, manifest: dict[str, Any]) -> None:
+def _manifest_rows(manifest: dict[str, Any]) -> Rows:
     channels, height, width = manifest["latent_shape"]
     size = sum(entry["bytes"] for entry in manifest["shards"])
     per_image = 2 * channels * height * width * len(manifest["columns"])
     run = manifest["run"]
-    table.add_row("state", "finished")
-    table.add_row(
-        "images",
-        f"{manifest['planned']:,} planned = {manifest['stored']:,} stored"
-        f" + {manifest['errors']:,} errors",
-    )
-    table.add_row("columns", ", ".join(manifest["columns"]))
-    table.add_row(
-        "latent", f"{channels} x {height} x {width} float16, {per_image:,} bytes an image"
-    )
-    table.add_row(
-        "shards", f"{len(manifest['shards']):,} of {manifest['shard_size']}, {size:,} bytes"
-    )
+    counts = f"{manifest['planned']:,} planned = {manifest['stored']:,} stored"
+    rows = [
+        ("state", "finished"),
+        ("images", f"{counts} + {manifest['errors']:,} errors"),
+        ("columns", ", ".join(manifest["columns"])),
+        ("latent", f"{channels} x {height} x {width} float16, {per_image:,} bytes an image"),
+        ("shards", f"{len(manifest['shards']):,} of {manifest['shard_size']}, {size:,} bytes"),
+    ]
     for name, values in manifest["statistics"].items():
         mean, std = np.array(values["mean"]), np.array(values["std"])
-        table.add_row(
-            f"{name} by channel",
-            f"mean {mean.min():.3f} … {mean.max():.3f}, std {std.min():.3f} … {std.max():.3f}",
-        )
-    table.add_row(
-        "encoded in", f"{run['seconds']:.1f} s ({run['shards_encoded']} shards by the last run)"
-    )
-    table.add_row("versions", ", ".join(f"{k} {v}" for k, v in run["versions"].items()))
+        span = f"mean {mean.min():.3f} … {mean.max():.3f}, std {std.min():.3f} … {std.max():.3f}"
+        rows.append((f"{name} by channel", span))
+    took = f"{run['seconds']:.1f} s ({run['shards_encoded']} shards by the last run)"
+    versions = ", ".join(f"{k} {v}" for k, v in run["versions"].items())
+    return [*rows, ("encoded in", took), ("versions", versions)]
 
 
-def _table(title: str) -> Table:
+def _table(title: str, rows: Rows) -> Table:
     table = Table(title=title, title_justify="left", show_header=False, box=None, pad_edge=False)
     table.add_column(style="bold", no_wrap=True)
     table.add_column(overflow="fold")
+    for row in rows:
+        table.add_row(*row)
     return table
 
 

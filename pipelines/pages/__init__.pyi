@@ -1,7 +1,8 @@
 """Pages that people look at: one HTML file each, which needs no server and no network."""
 
-from . import rendering as rendering
-from .rendering import embedded as embedded
+from . import blocks as blocks
+from . import charts as charts
+from .blocks import report_page as report_page
 from .rendering import render as render
 
-__all__ = ["embedded", "render", "rendering"]
+__all__ = ["blocks", "charts", "render", "report_page"]

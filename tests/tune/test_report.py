@@ -133,6 +133,11 @@ def test_the_page_tells_what_is_there_and_recommends_a_recipe_that_loads(tmp_pat
     page = (folder / "report.md").read_text()
     assert "**latent_dim=16  kind=attention**" in page and "1 stopped early" in page
     assert page.count("★ |") == 1 and "fANOVA" in page
+    html = (folder / "report.html").read_text()
+    assert numbers["report"] == str(folder / "report.html")
+    assert html.count('class="star"') == 5, "the front's trial in each of five charts"
+    assert "latent_dim=16  kind=attention\nfinished, trial t2</title>" in html
+    assert "<pre><code>fae train autoencoder recommended.yaml run=best" in html
     shares = {
         line.split("|")[1].strip(" `"): [float(cell) for cell in line.split("|")[2:-1]]
         for line in page.splitlines()

@@ -38,6 +38,9 @@ def test_the_chain_ends_in_a_page_and_runs_only_what_a_change_decides(
     named = {line.partition("](")[2].rstrip(")") for line in page.splitlines() if line[:2] == "!["}
     assert named == {path.name for path in report.glob("*.png")} and "curves.png" in named
     assert {"autoencoder-validation.png", "samples-grid.png"} <= named
+    html = (report / "report.html").read_text()
+    assert html.count("data:image/png;base64,") == len(named) - 1, "curves are drawn as SVG"
+    assert "<figcaption>autoencoder</figcaption>" in html and "validation/mse: " in html
     history = read_metrics_log(str(next(tmp_path.glob("autoencoder-*"))))
     assert [step for step, _ in history["validation/mse"]] == [4, 8]
 

@@ -42,7 +42,10 @@ def test_a_finished_store_is_described_verified_and_drawn(tmp_path, photographs)
     store = make_store(tmp_path / "store", photographs)
     plan = open_plan(str(store))
     commit(str(store), plan, {"seconds": 2.0, "shards_encoded": 3})
-    result = run(str(store), "--verify", "--figure", str(tmp_path / "latents.png"))
+    page = tmp_path / "page.html"
+    result = run(
+        str(store), "--verify", "--figure", str(tmp_path / "latents.png"), "--page", str(page)
+    )
     assert result.exit_code == 0, result.output
     for text in (
         "20 planned = 19 stored + 1 errors",
@@ -52,6 +55,9 @@ def test_a_finished_store_is_described_verified_and_drawn(tmp_path, photographs)
         "[decode] [red]torn[/red]",
     ):
         assert text in result.output
+    html = page.read_text()
+    assert "20 planned = 19 stored + 1 errors" in html and "data:image/png;base64," in html
+    assert "[red]torn[/red]" in html
     picture = Image.open(io.BytesIO((tmp_path / "latents.png").read_bytes()))
     assert picture.width > 1000
 
