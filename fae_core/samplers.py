@@ -32,10 +32,12 @@ class GuidanceInterval:
 
 PAPER_GUIDANCE = (GuidanceInterval(1.0, 0.9, 0.9), GuidanceInterval(0.7, 0.0, 2.5))
 """The guidance of the paper's main results. The paper divides time in three parts and does not say
-that there is no guidance between 0.9 and 0.7: that is inferred."""
+that there is no guidance between 0.9 and 0.7: that is inferred. Whether its scales are for all
+channels, or for the first three as in LightningDiT's code, is not in the paper."""
 
 PAPER_TEXT_GUIDANCE = (GuidanceInterval(0.9, 0.0, 1.5),)
-"""The guidance of the paper's text-to-image model (appendix D)."""
+"""The guidance of the paper's text-to-image model (appendix D), for channels that it does not
+name either."""
 
 
 def guidance_scale(t: float, intervals: Sequence[GuidanceInterval]) -> float:

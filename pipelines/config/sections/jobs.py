@@ -50,10 +50,9 @@ class SampleSection(ActorPoolSection):
     """`fae sample`: images from the trained generator."""
 
     protocol: Execution[Literal["fae", "sit", "lightningdit", "rae"]] = "fae"
-    """dit: whose code the defaults of sampler, num_steps, shift, guidance, guidance_channels,
-    diffusion_scale and last_step follow; any of them that is given replaces its value. fae is what
-    the papers say. Which one FAE's authors used is not in the paper."""
-
+    """dit, mmdit: whose code the defaults of sampler, num_steps, shift, guidance,
+    guidance_channels, diffusion_scale and last_step follow; any of them that is given replaces its
+    value. fae is what the papers say. Which one FAE's authors used is not in the paper."""
     num_images: int = Field(50_000, gt=0)
     """Images to draw; 50,000 is the field's number for FID, and the paper's."""
     classes: list[int | str] | None = None

@@ -57,6 +57,17 @@ def test_a_protocol_sets_what_is_not_given(name: str) -> None:
     assert again == changed.sample
 
 
+def test_the_values_are_those_of_the_code_that_is_named() -> None:
+    sit = SampleSection(protocol="sit")
+    assert (sit.sampler, sit.diffusion_scale, sit.last_step) == ("sde", 2.0, 0.04)
+    lightningdit = SampleSection(protocol="lightningdit")
+    assert (lightningdit.sampler, lightningdit.num_steps) == ("ode", 249)
+    assert lightningdit.shift == pytest.approx(1 / 0.3)
+    guided = [(i.start, i.end, i.scale) for i in lightningdit.guidance]
+    assert guided == [(0.875, 0.0, 6.7)]
+    assert sit.guidance_channels == lightningdit.guidance_channels == 3
+
+
 def test_the_values_decide_and_not_their_names() -> None:
     named = load_recipe("photos-dinov2s", ["sample.protocol=rae"])
     keys = ["sample.sampler=ode", "sample.num_steps=49", "sample.shift=dimension"]
