@@ -1,5 +1,5 @@
-"""What several test modules share: an S3 server on loopback, photographs, and one local Ray a
-module."""
+"""What several test modules share: an S3 server and a Hub on loopback, photographs, and one local
+Ray a module."""
 
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ from moto.server import ThreadedMotoServer
 
 from fae.pipelines.storage import s3
 from tests.fault_proxy import FaultProxy
+from tests.hub_server import TOKEN, HubServer, hub_server
 
 # A deadline would be one of the machine, which may be busy.
 hypothesis.settings.register_profile("fae", deadline=None)
@@ -68,6 +69,17 @@ def root(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.Mon
     client = boto3.client("s3", endpoint_url=endpoint)
     client.create_bucket(Bucket="bucket")
     return f"s3://bucket/{tmp_path.name}"
+
+
+@pytest.fixture
+def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[HubServer]:
+    """A Hub on loopback, which this process takes for the Hugging Face Hub."""
+    with hub_server() as server:
+        monkeypatch.setenv("HF_ENDPOINT", server.url)
+        monkeypatch.setenv("HF_TOKEN", TOKEN)
+        monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "cache"))
+        monkeypatch.setattr("huggingface_hub.constants.HF_HUB_DISABLE_XET", True)
+        yield server
 
 
 @pytest.fixture

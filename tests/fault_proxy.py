@@ -44,6 +44,8 @@ class FaultProxy:
         """Every request is answered 503 SlowDown while it is set."""
         self.put_limit: int | None = None
         """Bytes that one PUT may have; a larger one is answered 400 EntityTooLarge."""
+        self.ignores_ranges = False
+        """Answers have the whole object, whatever range was asked for."""
         self.requests: Counter[str] = Counter()
         """By method, and by "METHOD status"."""
         self.bytes_down = 0
@@ -197,7 +199,8 @@ def _handler_of(proxy: FaultProxy) -> type[BaseHTTPRequestHandler]:
                 return self.answer(503, {"Content-Type": "application/xml"}, SLOW_DOWN, fault)
             upstream = http.client.HTTPConnection(proxy.upstream, timeout=60)
             try:
-                headers = {k: v for k, v in self.headers.items() if k.lower() not in HOP_HEADERS}
+                dropped = (*HOP_HEADERS, "range") if proxy.ignores_ranges else HOP_HEADERS
+                headers = {k: v for k, v in self.headers.items() if k.lower() not in dropped}
                 if body or self.command in ("PUT", "POST"):
                     headers["Content-Length"] = str(len(body))
                 upstream.request(self.command, self.path, body=body, headers=headers)

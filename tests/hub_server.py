@@ -1,7 +1,8 @@
 """A server on loopback that speaks those calls of the Hugging Face Hub that its own client makes
 here.
 
-Repositories, their files and one commit each are in memory. A private repository and every write
+Repositories, their files and one commit each are in memory; another branch is a repository of its
+own, `datasets/OWNER/NAME@refs/convert/parquet` for one. A private repository and every write
 need the token. `requests` records method, path and range of each call.
 """
 
@@ -80,9 +81,10 @@ class _Handler(BaseHTTPRequestHandler):
         path = unquote(split.path)
         self.state.requests.append((self.command, path, self.headers.get("Range")))
         for pattern, method in _ROUTES:
-            if match := re.fullmatch(pattern, path):
+            if match := re.fullmatch(pattern, split.path):
+                groups = [group and unquote(group) for group in match.groups()]
                 try:
-                    getattr(self, method)(body, parse_qs(split.query), *match.groups())
+                    getattr(self, method)(body, parse_qs(split.query), *groups)
                 except KeyError:
                     self._send({"error": "not found"}, 404, {"X-Error-Code": "RepoNotFound"})
                 return
@@ -108,11 +110,12 @@ class _Handler(BaseHTTPRequestHandler):
     def _is_owner(self) -> bool:
         return self.headers.get("Authorization") == f"Bearer {TOKEN}"
 
-    def _files(self, kind: str, name: str) -> Files:
+    def _files(self, kind: str, name: str, revision: str = "main") -> Files:
         repository = f"{kind}/{name}"
         if repository in self.state.private and not self._is_owner:
             raise KeyError(repository)
-        return self.state.repositories[repository]
+        files = self.state.repositories[repository]
+        return self.state.repositories.get(f"{repository}@{revision}", files)
 
     def _refused(self) -> bool:
         if self._is_owner:
@@ -182,8 +185,9 @@ class _Handler(BaseHTTPRequestHandler):
         self._send({"commitUrl": f"{self.state.url}/{name}/commit/{commit}", "commitOid": commit})
 
     def repository(self, body: bytes, _: Any, kind: str, name: str, *revision: str) -> None:
-        files = self._files(kind, name)
-        if revision and revision[0] not in ("main", commit_of(files)):
+        files = self._files(kind, name, *revision)
+        branches = [b.partition("@")[2] for b in self.state.repositories if f"/{name}@" in b]
+        if revision and revision[0] not in ("main", commit_of(files), *branches):
             self._send({"error": "no revision"}, 404, {"X-Error-Code": "RevisionNotFound"})
             return
         siblings = [{"rfilename": path} for path in sorted(files)]
@@ -191,9 +195,9 @@ class _Handler(BaseHTTPRequestHandler):
         self._send({**about, "tags": [], "downloads": 0, "likes": 0, "disabled": False})
 
     def tree(
-        self, body: bytes, query: Any, kind: str, name: str, _: str, below: str | None
+        self, body: bytes, query: Any, kind: str, name: str, revision: str, below: str | None
     ) -> None:
-        files, folder = self._files(kind, name), (below or "").strip("/")
+        files, folder = self._files(kind, name, revision), (below or "").strip("/")
         prefix = f"{folder}/" if folder else ""
         recursive = query.get("recursive", ["false"])[0].lower() in ("true", "1")
         found: dict[str, Any] = {}
@@ -213,7 +217,7 @@ class _Handler(BaseHTTPRequestHandler):
         self._send(list(found.values()))
 
     def paths_info(self, body: bytes, _: Any, kind: str, name: str, revision: str) -> None:
-        files = self._files(kind, name)
+        files = self._files(kind, name, revision)
         text = body.decode()
         asked = json.loads(text)["paths"] if text.startswith("{") else parse_qs(text)["paths"]
         found = []
@@ -227,7 +231,7 @@ class _Handler(BaseHTTPRequestHandler):
     def resolve(
         self, body: bytes, _: Any, dataset: str | None, name: str, revision: str, path: str
     ) -> None:
-        files = self._files("datasets" if dataset else "models", name)
+        files = self._files("datasets" if dataset else "models", name, revision)
         if path not in files:
             self._send({"error": "no file"}, 404, {"X-Error-Code": "EntryNotFound"})
             return

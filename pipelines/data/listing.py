@@ -52,7 +52,8 @@ def in_order(table: pa.Table, *columns: str) -> pa.Table:
 
 def relative_path(uri: str, path: str) -> str:
     """`uri` below `path` with forward slashes; its file name where `path` is that file."""
-    root = (path if paths.is_remote(uri) else paths.filesystem(path)[1]).rstrip("/")
+    root = paths.source_root(path) if paths.is_remote(uri) else paths.filesystem(path)[1]
+    root = root.rstrip("/")
     return posixpath.basename(uri) if uri == root else uri[len(root) + 1 :]
 
 

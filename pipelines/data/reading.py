@@ -81,7 +81,7 @@ def _source_filter(data: DataSection) -> Callable[[str], bool]:
     if data.path is None or data.format == "list":
         return lambda uri: True
     remote = paths.is_remote(data.path)
-    root = data.path.rstrip("/") if remote else paths.filesystem(data.path)[1].rstrip("/")
+    root = paths.source_root(data.path) if remote else paths.filesystem(data.path)[1].rstrip("/")
     may_be_list = data.format == "auto" and root.lower().endswith(LISTS)
 
     def inside(uri: str) -> bool:

@@ -50,7 +50,7 @@ def plan_source(data: DataSection) -> Source:
     repeated key, and where a setting has to decide what is meant.
     """
     if not data.path:
-        raise SourceError("data.path is not set. Give a folder, a file or an s3:// prefix.")
+        raise SourceError("data.path is not set. Give a folder, a file, an s3:// prefix or hf://.")
     account = Account(data.path)
     uris = list_addresses(data, account)
     if not len(uris) and not paths.exists(data.path):

@@ -11,6 +11,7 @@ import os
 import posixpath
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from itertools import zip_longest
 from typing import Any
 from urllib.parse import unquote
 
@@ -215,7 +216,13 @@ def _image_rows(
     wanted = [n for n in columns.wanted if n in schema.names and n != data.image_column]
     refuse_extensions(schema, wanted, uri)
     class_names = _class_names(schema, columns.label)
-    if class_names and not account.class_names:
+    if class_names:
+        if account.class_names not in ([], class_names):
+            raise SourceError(
+                f"{uri}: the classes of column {columns.label!r} are others than in the files "
+                f"before ({_first_difference(account.class_names, class_names)}). Read the parts "
+                "of one data set, or set data.label_column=null."
+            )
         account.class_names = class_names
         account.labels_from = f"column {columns.label} (ClassLabel)"
     shared = {name: unquote(value) for name, value in partitions.items()}
@@ -255,6 +262,12 @@ def _class_names(schema: pa.Schema, label: str | None) -> list[str]:
         return [str(name) for name in names]
     except (KeyError, TypeError, ValueError):
         return []
+
+
+def _first_difference(before: Sequence[str], now: Sequence[str]) -> str:
+    pairs = enumerate(zip_longest(before, now))
+    number, (first, second) = next(pair for pair in pairs if pair[1][0] != pair[1][1])
+    return f"{number} was {first!r} and is {second!r}"
 
 
 def _require(column: str, field: str, names: Sequence[str], uri: str) -> None:

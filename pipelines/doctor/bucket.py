@@ -99,7 +99,8 @@ def _write_and_read(client: Any, bucket: str, key: str) -> Finding:
     settings = client.meta.config.request_checksum_calculation
     error = _attempt("write and read", bucket, key, lambda: _round_trip(client, bucket, key))
     if error is None:
-        return Finding("ok", "write, read", f"by boto3 and by Arrow; checksums {settings}")
+        text = f"by boto3 and by Arrow, whole and in ranges; checksums {settings}"
+        return Finding("ok", "write, read", text)
     if settings != "when_required":
         # Ceph, for example, accepts boto3's newer checksums and answers Arrow's with 411.
         error += (
@@ -115,7 +116,14 @@ def _round_trip(client: Any, bucket: str, key: str) -> None:
     uri = f"s3://{bucket}/{key}"
     client.put_object(Bucket=bucket, Key=key, Body=CONTENT)
     with paths.open_input(uri) as file:
-        by_arrow = bytes(file.read())
+        by_arrow, part = bytes(file.read()), bytes(file.read_at(8, 4))
+    ranged = client.get_object(Bucket=bucket, Key=key, Range="bytes=4-11")["Body"].read()
+    if not part == ranged == CONTENT[4:12]:
+        raise paths.StorageError(
+            f"{uri}: asked for bytes 4 to 11, Arrow reads {len(part)} bytes and boto3 "
+            f"{len(ranged)}. The server, or a proxy before it, does not read in ranges, which "
+            "Parquet and the training reader need."
+        )
     filesystem, path = paths.filesystem(uri)
     with filesystem.open_output_stream(path) as stream:
         stream.write(CONTENT)

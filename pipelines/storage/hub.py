@@ -1,18 +1,21 @@
 """hf:// addresses for paths.py: repositories of models and data sets on the Hugging Face Hub.
 
-An address is hf://[datasets/]OWNER/NAME[@REVISION][/PATH]. HF_ENDPOINT names another server;
+An address is hf://[datasets/]OWNER/NAME[@REVISION][/PATH]; of a data set that is listed, the last
+part of PATH may be a pattern like train-*.parquet. HF_ENDPOINT names another server;
 the token is HF_TOKEN, or the one that `hf auth login` stored. huggingface_hub retries requests.
 The Hub is read here and written by `fae publish --push` alone, which calls `upload`.
 """
 
 from __future__ import annotations
 
+import fnmatch
 import functools
 import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
 from huggingface_hub import HfApi, HfFileSystem, hf_hub_download
 from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 from pyarrow import fs
@@ -45,7 +48,14 @@ def _filesystem(server: str | None, secret: str | None) -> HfFileSystem:
 
 def arrow_filesystem() -> fs.FileSystem:
     """The Hub as Arrow's file system: a read of a file is a ranged GET."""
-    return fs.PyFileSystem(fs.FSSpecHandler(filesystem()))
+    return fs.PyFileSystem(_Ranges(filesystem()))
+
+
+class _Ranges(fs.FSSpecHandler):
+    """Reads what is asked for; by itself HfFileSystem reads five megabytes more, each time."""
+
+    def open_input_file(self, path: str) -> pa.NativeFile:
+        return pa.PythonFile(self.fs.open(path, mode="rb", cache_type="none"), mode="r")
 
 
 def path_of(uri: str) -> str:
@@ -69,16 +79,28 @@ def read_bytes(uri: str) -> bytes:
     return bytes(filesystem().cat_file(path_of(uri)))
 
 
+def split_pattern(uri: str) -> tuple[str, str]:
+    """(folder, pattern) where the last part of `uri` is a pattern, else (`uri`, "")."""
+    folder, _, last = uri.rstrip("/").rpartition("/")
+    return (folder, last) if any(sign in last for sign in "*?[") else (uri.rstrip("/"), "")
+
+
 def list_files(uri: str, recursive: bool) -> Iterator[tuple[str, int, str]]:
-    """(address, bytes, content hash) of every file at or below `uri`; nothing if there is none."""
-    hub, path = filesystem(), path_of(uri)
+    """(address, bytes, content hash) of every file at or below `uri`; nothing if there is none.
+
+    Addresses begin as `uri` does. Where it ends in a pattern, they are of the files that match it.
+    """
+    hub, (folder, pattern) = filesystem(), split_pattern(uri)
     hub.invalidate_cache()
     try:
-        found: Any = hub.find(path, maxdepth=None if recursive else 1, detail=True)
+        root = hub.resolve_path(path_of(folder)).unresolve()
+        found: Any = hub.find(root, maxdepth=None if recursive else 1, detail=True)
     except FileNotFoundError:
         return
     for name, info in found.items():
-        yield f"hf://{name}", int(info["size"]), str(info.get("blob_id") or "")
+        below = name.removeprefix(root)
+        if not pattern or fnmatch.fnmatchcase(below.removeprefix("/"), pattern):
+            yield folder + below, int(info["size"]), str(info.get("blob_id") or "")
 
 
 def download(uri: str) -> Path:

@@ -119,6 +119,15 @@ def join(uri: str, *parts: str) -> str:
     return "/".join([uri.rstrip("/"), *(part.strip("/") for part in parts)]) if parts else uri
 
 
+def source_root(uri: str) -> str:
+    """The folder or file that `uri` names; where it is hf:// and ends in a pattern, the folder."""
+    if not is_hub(uri):
+        return uri.rstrip("/")
+    from . import hub
+
+    return hub.split_pattern(uri)[0]
+
+
 def open_input(uri: str) -> pa.NativeFile:
     """`uri` open for reading at any offset; on S3 a read is a ranged GET. Raises StorageError."""
     filesystem_, path = filesystem(uri)

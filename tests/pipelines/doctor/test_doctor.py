@@ -21,6 +21,7 @@ from fae.pipelines.doctor.diagnosis import check_tracking, doctor
 from fae.pipelines.doctor.nodes import Node, check_nodes
 from fae.pipelines.runtime.packages import versions
 from fae_core.errors import UserError
+from tests.fault_proxy import FaultProxy
 
 GIB = float(2**30)
 
@@ -202,6 +203,16 @@ def test_a_good_bucket_passes_and_is_left_as_it_was(client):
         "latents/kept"
     ]
     assert "Uploads" not in client.list_multipart_uploads(Bucket="doctor")
+
+
+def test_a_server_that_reads_no_ranges_is_a_problem(client, s3_server, monkeypatch):
+    with FaultProxy(s3_server) as proxy:
+        monkeypatch.setenv("AWS_ENDPOINT_URL", proxy.url)
+        assert {f.subject: f for f in check_bucket("s3://doctor/x")}["write, read"].level == "ok"
+        proxy.ignores_ranges = True
+        *_, found = check_bucket("s3://doctor/x")
+    assert (found.subject, found.level) == ("write, read", "problem")
+    assert "does not read in ranges" in found.message
 
 
 def test_the_lifecycle_rule_is_offered_then_added_beside_the_others(client):

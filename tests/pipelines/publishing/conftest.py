@@ -1,4 +1,4 @@
-"""What the tests of publishing share: folders as runs leave them, and a Hub on loopback."""
+"""What the tests of publishing share: folders as runs leave them."""
 
 from __future__ import annotations
 
@@ -23,18 +23,7 @@ from fae_core import checkpoint
 from fae_core.generators.dit import DiT, DiTConfig
 from fae_core.generators.starflow import StarFlow, StarFlowConfig
 from fae_core.pixel_decoder import PixelDecoder, PixelDecoderConfig
-from tests.hub_server import TOKEN, hub_server
 from tests.tiny import SMALLEST_BACKBONE, TINY
-
-
-@pytest.fixture
-def hub(monkeypatch, tmp_path):
-    with hub_server() as server:
-        monkeypatch.setenv("HF_ENDPOINT", server.url)
-        monkeypatch.setenv("HF_TOKEN", TOKEN)
-        monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "cache"))
-        monkeypatch.setattr("huggingface_hub.constants.HF_HUB_DISABLE_XET", True)
-        yield server
 
 
 @pytest.fixture(scope="session")
