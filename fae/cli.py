@@ -43,6 +43,11 @@ def print_version(wanted: bool) -> None:
         raise typer.Exit
 
 
+def close(found: str, following: str) -> None:
+    """Print the last line of a command: where its result is, and the one next command."""
+    typer.echo(f"{found}   next: {following}")
+
+
 @app.callback(epilog=f"`fae COMMAND --help` shows an example. {RESUMES}")
 def fae(
     version: Annotated[
@@ -203,7 +208,9 @@ def train_autoencoder_command(recipe: "Recipe") -> None:
     """
     from fae.pipelines.training import train_autoencoder
 
-    typer.echo(f"autoencoder: {train_autoencoder(recipe).checkpoint}")
+    made = train_autoencoder(recipe).checkpoint
+    source = f"data.path={recipe.data.path} autoencoder.checkpoint={made}"
+    close(f"autoencoder: {made}", f"fae precompute RECIPE {source} output=latents")
 
 
 @recipe_command(train_app, "pixel-decoder", memory="pixel_decoder")
@@ -226,7 +233,9 @@ def train_pixel_decoder_command(recipe: "Recipe") -> None:
     """
     from fae.pipelines.training import train_pixel_decoder
 
-    typer.echo(f"pixel decoder: {train_pixel_decoder(recipe).checkpoint}")
+    made = train_pixel_decoder(recipe).checkpoint
+    others = "generator.checkpoint=… autoencoder.checkpoint=… --grid grid.png"
+    close(f"pixel decoder: {made}", f"fae sample RECIPE pixel_decoder.checkpoint={made} {others}")
 
 
 @recipe_command(train_app, "generator", memory="generator")
@@ -242,7 +251,9 @@ def train_generator_command(recipe: "Recipe") -> None:
     """
     from fae.pipelines.training import train_generator
 
-    typer.echo(f"generator: {train_generator(recipe).checkpoint}")
+    made = train_generator(recipe).checkpoint
+    others = "autoencoder.checkpoint=… pixel_decoder.checkpoint=… --grid grid.png"
+    close(f"generator: {made}", f"fae sample RECIPE generator.checkpoint={made} {others}")
 
 
 @recipe_command(app, "plan")
@@ -284,7 +295,10 @@ def precompute(recipe: "Recipe") -> None:
     from fae.pipelines.latents import precompute as run_precompute
 
     manifest = run_precompute(recipe)
-    typer.echo(f"{recipe.output}: {manifest['stored']} latents, {manifest['errors']} errors")
+    close(
+        f"{recipe.output}: {manifest['stored']} latents, {manifest['errors']} errors",
+        f"fae train generator RECIPE latents={recipe.output} run=generator",
+    )
 
 
 @recipe_command(app, "sample", memory="sample")
@@ -320,7 +334,10 @@ def sample(
         typer.echo(f"grid: {grid}")
         return
     manifest = run_sample(recipe)
-    typer.echo(f"{recipe.output}: {manifest['stored']} images")
+    close(
+        f"{recipe.output}: {manifest['stored']} images",
+        f"fae evaluate RECIPE evaluate.images={recipe.output} evaluate.reference=…",
+    )
 
 
 @recipe_command(app, "evaluate")
@@ -349,6 +366,8 @@ def evaluate(recipe: "Recipe") -> None:
 
     for name, value in run_evaluate(recipe).items():
         typer.echo(f"{name}: {value:.6g}")
+    if output := recipe.evaluate.output:
+        close(f"scores: {output}/scores.html", "fae publish RUN... --output published")
 
 
 @recipe_command(app, "probe")
@@ -402,7 +421,10 @@ def run(
         print_plan(loaded)
         return
     finished = run_chain(loaded)
-    typer.echo(f"finished: {', '.join(finished)}")
+    close(
+        f"finished: {', '.join(finished)}; in {loaded.storage}",
+        f"fae publish {loaded.storage} --output published",
+    )
 
 
 @app.command(epilog=RESUMES)
@@ -446,7 +468,11 @@ def tune(
     from fae.tune import report, search
 
     numbers = (report if report_only else search)(loaded)
-    typer.echo(f"{numbers['finished']} of {numbers['trials']} trials finished; {numbers['report']}")
+    folder = numbers["report"].rpartition("/")[0]
+    close(
+        f"{numbers['finished']} of {numbers['trials']} trials finished; {numbers['report']}",
+        f"fae status {folder}" if numbers["best"] is None else f"fae run {folder}/recommended.yaml",
+    )
 
 
 @app.command()

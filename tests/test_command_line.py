@@ -5,6 +5,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from importlib.metadata import version
+from types import SimpleNamespace
 
 import pytest
 import typer
@@ -207,3 +208,35 @@ def test_plan_prints_the_account_of_a_source(tmp_path):
     assert (found["num_images"], found["class_names"]) == (2, ["cat", "dog"])
     missing = CliRunner().invoke(app, ["plan", "photos-dinov2s", "data.path=/nowhere/at/all"])
     assert "does not exist" in str(missing.exception)
+
+
+@pytest.mark.parametrize(
+    ("words", "job", "result", "ending"),
+    [
+        (
+            "train autoencoder photos-dinov2s data.path=photos",
+            "training.train_autoencoder",
+            SimpleNamespace(checkpoint="runs/a/autoencoder.safetensors"),
+            "next: fae precompute RECIPE data.path=photos "
+            "autoencoder.checkpoint=runs/a/autoencoder.safetensors output=latents",
+        ),
+        (
+            "precompute photos-dinov2s output=latents",
+            "latents.precompute",
+            {"stored": 3, "errors": 0},
+            "latents: 3 latents, 0 errors   next: fae train generator RECIPE latents=latents "
+            "run=generator",
+        ),
+        (
+            "run photos-dinov2s storage=runs",
+            "chain.run_chain",
+            {"autoencoder": {}, "report": {}},
+            "finished: autoencoder, report; in runs   next: fae publish runs --output published",
+        ),
+    ],
+)
+def test_the_last_line_says_where_the_result_is_and_what_comes_next(
+    words, job, result, ending, monkeypatch
+):
+    monkeypatch.setattr(f"fae.pipelines.{job}", lambda recipe: result)
+    assert lines_of(*words.split())[-1].endswith(ending)
