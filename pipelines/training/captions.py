@@ -21,6 +21,8 @@ from ..latents import LatentStore
 from ..storage import StoreError, differences, paths, refuse_other_work
 
 TEXT_ENCODER = "text_encoder.json"
+LENGTH_STEP = 8
+"""A batch has the tokens of its longest caption, up to a multiple of this: few different shapes."""
 COUNTED_CAPTIONS = 100_000
 """Captions whose tokens are counted before a training: half a minute of one core."""
 
@@ -34,12 +36,15 @@ class CaptionFeed(NamedTuple):
     def tensors(self, captions: Sequence[str | None], uniform: Tensor) -> dict[str, Tensor]:
         """`tokens` int64 [n, L] and `mask` bool [n, L] of the captions of n images.
 
+        L is at most the tokenizer's length; columns without any text are left out.
         A caption is the empty one where its number in [0, 1) of `uniform` [n] is below `dropout`.
         """
         dropped = (uniform < self.dropout).tolist()
         texts = ["" if out else text for text, out in zip(captions, dropped, strict=True)]
         tokens, mask = self.tokenizer(texts)
-        return {"tokens": tokens, "mask": mask}
+        longest = int(mask.sum(dim=1).max())
+        length = max(1, -(-longest // LENGTH_STEP)) * LENGTH_STEP
+        return {"tokens": tokens[:, :length], "mask": mask[:, :length]}
 
 
 def blank_captions(num: int, length: int) -> dict[str, Tensor]:

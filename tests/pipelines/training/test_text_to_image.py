@@ -4,22 +4,24 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
 from fae.pipelines.config.recipe import RecipeError, load_recipe
-from fae.pipelines.config.sections import GeneratorSection, GeneratorTraining
+from fae.pipelines.config.sections import GeneratorSection, GeneratorTraining, TextSection
 from fae.pipelines.doctor.memory import training_memory
 from fae.pipelines.latents.reader import LatentStore
+from fae.pipelines.networks.untrained import build_generator
 from fae.pipelines.storage.claims import StoreError
 from fae.pipelines.training.captions import CaptionFeed, check_captions
-from fae.pipelines.training.generator import train_generator
-from fae.pipelines.training.latent_feed import latent_feed
+from fae.pipelines.training.generator import generator_job, train_generator
+from fae.pipelines.training.latent_feed import blank_latents, latent_feed
 from fae_core import checkpoint
 from fae_core.generators.mmdit import MMDiT
-from fae_core.text import CaptionTokenizer, TextSpec
+from fae_core.text import CaptionTokenizer, TextSpec, load_text_encoder
 from fae_core.weights import WeightsError
 from tests.here import train_here
 from tests.tiny import save_text_encoder
@@ -109,6 +111,30 @@ def test_dropped_captions_are_the_empty_one(store, encoder):
     empty = mask.sum(1) == 1
     assert 0.18 < empty.float().mean() < 0.32
     assert not (torch.cat([b["mask"] for b in take(store, encoder, 4)]).sum(1) == 1).any()
+
+
+def test_a_batch_is_as_long_as_its_longest_caption_which_changes_no_loss(encoder):
+    spec = TextSpec(weights=str(encoder), max_length=30)
+    feed = CaptionFeed(CaptionTokenizer(spec), 0.0)
+    short = feed.tensors(["a red cat", "", None], torch.ones(3))
+    assert short["tokens"].shape == short["mask"].shape == (3, 8)
+    assert feed.tensors(["a red cat " * 3, "a"], torch.ones(2))["mask"].shape == (2, 16)
+    assert feed.tensors(["a red cat " * 20], torch.ones(1))["mask"].shape == (1, 30)
+    section = GeneratorSection(kind="mmdit", width=32, depth=2, num_heads=2, size="S")
+    text = TextSection(weights=str(encoder), max_length=30)
+    torch.manual_seed(0)
+    model = build_generator(section, (2, 3, 3), text)
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.2)
+    job = generator_job(section, model, load_text_encoder(spec))
+    blank = blank_latents(3, (2, 3, 3), 30)
+    tokens, mask = feed.tokenizer(["a red cat", "", None])
+    noise = {"noise": torch.randn(3, 2, 3, 3)}
+    losses = [
+        job.loss(model, replace(blank, tensors={**blank.tensors, **noise, **captions}))["loss"]
+        for captions in (short, {"tokens": tokens, "mask": mask})
+    ]
+    torch.testing.assert_close(*losses)
 
 
 def test_captions_are_counted_and_a_missing_one_is_named_before_a_run_is_claimed(
