@@ -129,7 +129,7 @@ def recipes(
         bool, typer.Option("--backbones", help="List the presets of backbone.name instead.")
     ] = False,
 ) -> None:
-    """List the shipped recipes and what each needs, then the shipped networks and images.
+    """List shipped recipes, networks and images.
 
     A recipe is the first argument of most commands. This lists them, prints one of them whole, and
     lists the backbones with the size of their features and latents:
