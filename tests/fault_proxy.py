@@ -239,10 +239,13 @@ def _handler_of(proxy: FaultProxy) -> type[BaseHTTPRequestHandler]:
                 self.send_header("Content-Length", str(len(body)))
             self.end_headers()
             end = len(body) // 2 if fault == "cut answer" else len(body)
+            # Counted before it is sent: the client may look at the counts as soon as it has all.
+            proxy.count(f"{self.command} {status}")
             for start in range(0, end, CHUNK):
                 proxy.pass_or_wait()
-                self.wfile.write(body[start : min(start + CHUNK, end)])
-            proxy.count(f"{self.command} {status}", down=end)
+                piece = body[start : min(start + CHUNK, end)]
+                proxy.count(down=len(piece))
+                self.wfile.write(piece)
             if fault == "cut answer":
                 self.reset()
 
