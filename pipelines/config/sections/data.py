@@ -13,7 +13,7 @@ class DataSection(Section):
     """Where the images are and how they are read."""
 
     path: InputPath[str | None] = None
-    """Folder, file or s3:// prefix of the images, or a data set on the Hugging Face Hub:
+    """Folder, file or s3:// prefix of the images. Or a data set on the Hugging Face Hub:
     hf://datasets/OWNER/NAME[@REVISION][/PATH], whose last part may be a pattern like
     train-*.parquet."""
     format: Literal["auto", "folder", "parquet", "webdataset", "list"] = "auto"
