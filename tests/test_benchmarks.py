@@ -60,3 +60,11 @@ def test_the_mixtures_velocity_is_the_mean_over_what_led_to_a_point():
         expected = (noise - data)[near].mean(0)
         found = mixture.velocity(torch.zeros(1, 2), torch.tensor([t]), torch.tensor([label]))[0]
         assert torch.allclose(found, expected, atol=0.04), (found, expected)
+
+
+def test_a_trained_velocity_stands_in_for_the_exact_one():
+    mixture = protocols.Mixture(3, 4)
+    velocity = protocols.trained(mixture, 2, batch=8)
+    name, value = next(iter(protocols.rows(mixture, velocity, 30)))
+    assert name == "drawn from the mixture" and value > 0
+    assert velocity(torch.zeros(5, 4), torch.full((5,), 0.5), torch.arange(5) % 4).shape == (5, 4)
