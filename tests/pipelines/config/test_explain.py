@@ -93,7 +93,8 @@ def test_what_a_command_needs_is_returned_or_named():
     assert recipe.require("fae plan", "data.path") == ["photos"]
     with pytest.raises(RecipeError) as refusal:
         Recipe(output="latents").require("precompute", "data.path", "output")
-    assert str(refusal.value) == (
+    assert str(refusal.value).startswith(
         "precompute needs data.path=… and output=…. Not given:\n"
         "  data.path: Folder, file or s3:// prefix of the images."
     )
+    assert "output: " not in str(refusal.value)
