@@ -26,7 +26,7 @@ from pathlib import Path
 import psutil
 
 from fae.pipelines.latents.manifest import read_manifest
-from fae.pipelines.latents.verify import verify
+from fae.pipelines.latents.verify import verify_store
 from fae.pipelines.storage import paths, s3
 from tests.fault_proxy import FaultProxy
 from tests.tiny import TINY, noisy_jpegs, save_autoencoder
@@ -164,7 +164,7 @@ def main() -> None:
                     print(f"the driver ended with {driver.process.returncode}:\n{driver.printed()}")
                     faults["driver ended by itself"] += 1
             stores += 1
-            problems = verify(output)
+            problems = verify_store(output)
             manifest = read_manifest(output) or {}
             counts = {key: manifest.get(key) for key in ("planned", "stored", "errors")}
             print(f"{output}: {counts}, problems {problems}", flush=True)

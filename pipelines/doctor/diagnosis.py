@@ -24,7 +24,13 @@ from .cluster import check_fit
 from .finding import Finding
 from .nodes import check_nodes, look_at_nodes
 
-OF_ONE_HOST = ("evaluate.output", "probe.output", "generator.cache", "tracking.uri")
+OF_ONE_HOST = (
+    "evaluate.output",
+    "probe.output",
+    "generator.cache",
+    "data.feature_cache",
+    "tracking.uri",
+)
 """Places that the driver alone uses, or of which each host has its own, or that are checked apart.
 """
 
