@@ -128,12 +128,13 @@ class Host:
             *where, *options,
         ]  # fmt: skip
         with log:
-            subprocess.Popen(
+            process = subprocess.Popen(
                 self.command(command), env=self.environment, stdin=subprocess.DEVNULL,
                 stdout=log, stderr=subprocess.STDOUT,
             )  # fmt: skip
         if head is self:
-            _wait(lambda: self.answers(GCS_PORT))
+            _wait(lambda: self.answers(GCS_PORT) or process.poll() is not None)
+            assert process.poll() is None, self.path("/tmp/ray.log").read_text()
 
     def answers(self, port: int) -> bool:
         """Whether something listens at the host's own address."""
@@ -187,7 +188,9 @@ class Hosts:
 
     def __init__(self, shared: Sequence[Path] = ()) -> None:
         assert all(folder.is_relative_to("/tmp") for folder in shared)
-        self.shared = shared
+        # A node's image holds the programs, wherever they are on this machine.
+        image = [path for path in (ROOT, Path(sys.prefix)) if path.is_relative_to("/tmp")]
+        self.shared = [*image, *shared]
         self.hosts: dict[str, Host] = {}
         self._number = 0
 

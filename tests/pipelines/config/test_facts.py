@@ -15,7 +15,7 @@ KEYS = {key.name: key for key in walk_keys()}
 PLAIN = [key for key in KEYS.values() if "*" not in key.name]
 PLACE_NAMES = {
     "path", "output", "storage", "checkpoint", "weights", "uri", "images", "reference", "latents",
-    "cache", "from", "prompts",
+    "cache", "from", "prompts", "towers",
 }  # fmt: skip
 STAGES_OF = {
     "image_size": {"autoencoder", "pixel-decoder", "latents", "generator", "samples", "evaluation"},
@@ -134,8 +134,8 @@ def test_a_job_that_hashes_its_inputs_leaves_out_their_addresses():
     with_addresses = deciding_values(recipe, ["evaluate"])
     without = deciding_values(recipe, ["evaluate"], addresses=False)
     assert without["evaluate.limit"] == 3
-    places = {"evaluate.images", "evaluate.reference", "evaluate.inception_weights"}
-    assert with_addresses.keys() - without.keys() == places
+    places = {"images", "reference", "inception_weights", "towers"}
+    assert with_addresses.keys() - without.keys() == {f"evaluate.{name}" for name in places}
 
 
 def test_written_values_are_compared_as_a_recipe_is():
