@@ -153,7 +153,7 @@ def precompute(arguments: list[str], imports: Path, tmp_path: Path) -> Callable[
         words = (*fae, *arguments, f"output={output}")
         variables = {"IMPORTS": str(imports), "RAY_ADDRESS": address}
         driver, said = environment.run(*words, folder=folder, **variables)
-        assert f"\n{output}: 8 latents, 0 errors\n" in f"\n{said}"
+        assert f"{output}: 8 latents, 0 errors" in said
         assert json.loads((output / "manifest.json").read_text())["stored"] == 8
         for module in ("fae.pipelines.latents.tasks", "fae_core.autoencoder"):
             records = [p for p in imports.glob(f"{module}.*") if p.suffix != f".{driver}"]
