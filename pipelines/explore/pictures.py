@@ -48,8 +48,12 @@ def pictures_of(places: Sequence[str], autoencoder: str | None, limit: int) -> P
     if len(places) == 1 and paths.exists(paths.join(places[0], PLAN)):
         return _of_store(places[0], autoencoder, limit)
     if autoencoder is None:
+        for place in places:
+            if not paths.exists(place) and next(iter(paths.list_files(place)), None) is None:
+                raise ExploreError(f"{place} does not exist, or is an empty folder.")
         raise ExploreError(
-            "Images need a trained autoencoder: --autoencoder RUN/autoencoder.safetensors. "
+            "Images need a trained autoencoder: --autoencoder RUN/autoencoder.safetensors, or "
+            "shipped:emoji/autoencoder.safetensors to try it on emoji. "
             f"A latent store knows its own, and {places[0]} is none (it has no {PLAN})."
         )
     recipe = recipe_of(autoencoder)

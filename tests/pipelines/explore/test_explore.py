@@ -189,3 +189,10 @@ def test_the_page_shows_the_cosines_that_numpy_computes(made, tmp_path):
         said = page.value("document.getElementById('live').textContent")
     assert data["images"][int(best.argmax())]["key"] in said.split("by latents")[1]
     assert f"{best.max():.2f}" in said
+
+
+def test_images_without_an_autoencoder_and_places_that_are_not_there_are_told_apart(made, tmp_path):
+    with pytest.raises(ExploreError, match="nowhere does not exist"):
+        pictures.pictures_of([str(tmp_path / "nowhere")], None, 10)
+    with pytest.raises(ExploreError, match="need a trained autoencoder: --autoencoder"):
+        pictures.pictures_of([str(made / "images")], None, 10)
