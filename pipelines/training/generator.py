@@ -8,7 +8,7 @@ text trains with the frozen text encoder beside it, whose hash is in the checkpo
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -22,10 +22,11 @@ from fae_core.generators.mmdit import MMDiT
 from fae_core.generators.starflow import StarFlow, flow_loss
 from fae_core.text import CaptionTokenizer, TextEncoder, untrained_text_encoder
 
-from ..config import Recipe
+from ..config import Recipe, RecipeError
 from ..config.sections import GeneratorSection
 from ..data.records import label_problem
 from ..latents import LatentStore
+from ..networks import check_fingerprints, load_checkpoint
 from ..networks.text_encoder import SOURCE, CaptionEncoder, source_of, text_spec
 from ..networks.untrained import backbone_spec, build_generator
 from ..runtime.places import check_places
@@ -49,8 +50,8 @@ def train_generator(recipe: Recipe, callbacks: Sequence[Any] = ()) -> run_folder
     """
     run_uri = run_folder.run_folder(recipe)
     (latents,) = recipe.require("train generator", "latents=STORE")
-    decoders = ("autoencoder.checkpoint", "pixel_decoder.checkpoint")
-    check_places(recipe, ("storage", "latents", "text.weights", "prompts", *decoders))
+    networks = ("autoencoder.checkpoint", "pixel_decoder.checkpoint", "generator.start_from")
+    check_places(recipe, ("storage", "latents", "text.weights", "prompts", *networks))
     store = LatentStore.open(latents)
     needed_columns(store, recipe.generator)
     check_settings(recipe)
@@ -140,29 +141,55 @@ def untrained_job(recipe: Recipe) -> UntrainedJob:
     return job, functools.partial(blank_latents, shape=shape, text_length=length)
 
 
+def starting_model(
+    recipe: Recipe, store: LatentStore, text_marks: Mapping[str, str]
+) -> DiT | MMDiT | StarFlow:
+    """The network before the first step: untrained, or the one at `generator.start_from`.
+
+    An untrained one normalizes by the store's statistics, a trained one by its own. `text_marks`
+    are the fingerprints of the text encoder. Raises CheckpointError where the trained network is
+    another autoencoder's or text encoder's, and RecipeError where it has another shape.
+    """
+    section, uri = recipe.generator, recipe.generator.start_from
+    if uri is None:
+        model = build_generator(section, store.latent_shape, recipe.text)
+        mean, std = (
+            torch.from_numpy(np.asarray(v)).float() for v in (store.stats.mean, store.stats.std)
+        )
+        model.set_latent_stats(mean, std.clamp_min(1e-6))
+        return model
+    loaded = load_checkpoint(uri, section.kind)
+    marks = {"autoencoder": store.manifest["parts"]["autoencoder weights"], **text_marks}
+    check_fingerprints(f"generator.start_from={uri}", loaded, marks)
+    with torch.device("meta"):
+        config = build_generator(section, store.latent_shape, recipe.text).config
+    if loaded.module.config != config:
+        raise RecipeError(
+            f"generator.start_from={uri} is {loaded.module.config}; the recipe wants {config}."
+        )
+    trained: DiT | MMDiT | StarFlow = loaded.module.train()
+    return trained
+
+
 def _worker(config: dict[str, Any]) -> None:
     worker = enter_worker(config, "generator")
     recipe, section = worker.recipe, worker.recipe.generator
     (latents,) = recipe.require("train generator", "latents=STORE")
     store = LatentStore.open(latents)
-    torch.manual_seed(recipe.seed)
-    model = build_generator(section, store.latent_shape, recipe.text)
-    mean, std = (
-        torch.from_numpy(np.asarray(v)).float() for v in (store.stats.mean, store.stats.std)
-    )
-    model.set_latent_stats(mean, std.clamp_min(1e-6))
     fingerprints = {
         "latents": store.manifest["fingerprint"],
         "autoencoder": store.manifest["parts"]["autoencoder weights"],
     }
     text: CaptionEncoder | None = None
     captions: CaptionFeed | None = None
-    if isinstance(model, MMDiT):
+    if section.kind == "mmdit":
         spec = text_spec(recipe.text)
         text = CaptionEncoder.load(spec).to(worker.device)
         claim_text_encoder(worker.run_uri, text.fingerprints)  # another file on this node
         fingerprints |= {**text.fingerprints, SOURCE: source_of(spec)}
         captions = CaptionFeed(text.tokenizer, recipe.text.dropout)
+    torch.manual_seed(recipe.seed)
+    model = starting_model(recipe, store, text.fingerprints if text else {})
     run_job(
         worker,
         generator_job(section, model, text.encoder if text else None),

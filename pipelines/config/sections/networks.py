@@ -233,5 +233,8 @@ class GeneratorSection(Section):
     """Folder on each host for whole shards of a store on S3; without it each worker fetches the
     rows that it needs."""
     training: GeneratorTraining = GeneratorTraining()
+    start_from: InputPath[str | None] = None
+    """A trained generator of this shape (.safetensors) whose weights and latent statistics the
+    training starts with; its autoencoder and text encoder must be those of the store."""
     checkpoint: HashedPath[str | None] = None
     """A trained generator (.safetensors) that sampling draws from; `fae run` then trains none."""

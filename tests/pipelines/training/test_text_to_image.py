@@ -218,6 +218,30 @@ def test_a_run_goes_on_with_its_own_text_encoder_alone(
         train_generator(load_recipe("photos-dinov2s", more))
 
 
+def test_a_training_starts_from_a_trained_generator_of_its_own_kind(
+    trained, store, encoder, tmp_path, monkeypatch
+):
+    train_here(monkeypatch)
+    start = f"generator.start_from={trained}"
+    still = overrides(store, encoder, tmp_path, start, "generator.training.learning_rate=1e-12")
+    train_generator(load_recipe("photos-dinov2s", still))
+    before, after = (
+        checkpoint.load(folder / "generator.safetensors") for folder in (trained, tmp_path / "test")
+    )
+    assert after.fingerprints == before.fingerprints
+    for name, value in before.module.state_dict().items():
+        torch.testing.assert_close(after.module.state_dict()[name], value, rtol=0, atol=1e-6)
+
+    with pytest.raises(RecipeError, match=r"is MMDiTConfig.*width=32.*the recipe wants.*width=64"):
+        wider = overrides(store, encoder, tmp_path, start, "run=wider", "generator.width=64")
+        train_generator(load_recipe("photos-dinov2s", wider))
+    other = save_text_encoder(tmp_path / "other", seed=1)
+    with pytest.raises(checkpoint.CheckpointError, match=r"start_from=.*was trained with text enc"):
+        train_generator(
+            load_recipe("photos-dinov2s", overrides(store, other, tmp_path, start, "run=other"))
+        )
+
+
 def test_the_memory_of_a_step_has_the_text_encoder_in_it(store, encoder, tmp_path):
     recipe = load_recipe("photos-dinov2s", overrides(store, encoder, tmp_path))
     worker = {p.name: p for p in training_memory(recipe, "generator")}["worker"]
