@@ -130,10 +130,10 @@ def start_up(num_rows: int, results: Any) -> None:
         store = LatentStore.open(folder)
         opened, memory = time.perf_counter(), peak_rss()
         order = EpochOrder(len(store), 0)
-        order.batch(0, BATCH, 0, 1)
+        order.batch(0, BATCH)
         ordered = time.perf_counter()
         # The batch that spans two epochs needs both orders at once.
-        order.batch(num_rows // BATCH, BATCH, 0, 1)
+        order.batch(num_rows // BATCH, BATCH)
     assert len(store) == num_rows
     results.put(
         (num_rows, size / 1e6, opened - started, ordered - opened, before, memory, peak_rss())

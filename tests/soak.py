@@ -6,6 +6,9 @@ that must be exact.
 AWS_* name a real S3 server and --bucket one of its buckets. Faults come from the proxy before it
 and from SIGKILL; a driver that died is started again, a store that is finished early is followed by
 another. Not part of the tests.
+
+With --hosts 3 it runs on so many hosts of a Ray cluster instead, whose links fail and which are
+lost (soak_hosts.py). That needs root, and no S3 server.
 """
 
 from __future__ import annotations
@@ -128,8 +131,14 @@ def main() -> None:
     parser.add_argument("--minutes", type=float, default=10.0)
     parser.add_argument("--bucket", default="soak")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--hosts", type=int, default=0)
     options = parser.parse_args()
     random.seed(options.seed)
+    if options.hosts:
+        from tests.soak_hosts import soak
+
+        soak(options.hosts, options.images, options.minutes)
+        return
     s3.client().create_bucket(Bucket=options.bucket)
     base = f"s3://{options.bucket}"
     upload(f"{base}/images", options.images)

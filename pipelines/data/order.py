@@ -46,11 +46,9 @@ class EpochOrder:
         return items
 
     def batch(
-        self, step: int, batch_size: int, rank: int, world_size: int
+        self, step: int, batch_size: int, places: range | None = None
     ) -> tuple[np.ndarray, np.ndarray]:
-        """(items, epochs) int64 of worker `rank`'s equal slice of global batch `step`."""
-        if batch_size % world_size:
-            raise ValueError(f"A batch of {batch_size} does not divide among {world_size} workers.")
-        size = batch_size // world_size
-        positions = step * batch_size + rank * size + np.arange(size, dtype=np.int64)
+        """(items, epochs) int64 at `places` of global batch `step`, or of all of it."""
+        places = range(batch_size) if places is None else places
+        positions = step * batch_size + np.arange(places.start, places.stop, dtype=np.int64)
         return self.index(positions), positions // self.num_items

@@ -37,9 +37,10 @@ def check_fit(
     }
     for name, training in trainings.items():
         gpus = 1.0 if training.use_gpu else 0.0
-        count, cpus = training.num_workers, training.cpus_per_worker
+        count, cpus = training.fewest_workers, training.cpus_per_worker
         placed = _place(list(nodes), count, cpus, gpus)
-        setting = f"{name}.training.num_workers={count}"
+        key = "num_workers" if count == training.num_workers else "min_workers"
+        setting = f"{name}.training.{key}={count}"
         yield _fit("training", setting, count, placed, cpus, gpus, scaled)
 
 

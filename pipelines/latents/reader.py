@@ -161,14 +161,16 @@ class LatentStore:
         columns: Sequence[str] = ("mean",),
         cache: str | None = None,
         captions: bool = False,
+        places: range | None = None,
     ) -> Iterator[LatentBatch]:
         """Batches for ever: worker `rank`'s equal slice of each global batch from `start_step` on.
 
-        The order is a permutation of the whole store each epoch, the same for any `world_size`;
-        `start_step` may lie anywhere in an epoch. With `cache`, a local folder, shards from S3 are
-        copied there when first needed. With `captions` batches have them; of an image's several,
-        (seed, epoch, row) draw one. Raises ValueError for a batch that does not divide, StoreError
-        for an empty store and for a column that is not stored.
+        `places` in the global batch may be given instead of `rank` and `world_size`. The order is a
+        permutation of the whole store each epoch, the same however a batch is sliced; `start_step`
+        may lie anywhere in an epoch. With `cache`, a local folder, shards from S3 are copied there
+        when first needed. With `captions` batches have them; of an image's several, (seed, epoch,
+        row) draw one. Raises ValueError for a batch that does not divide, StoreError for an empty
+        store and for a column that is not stored.
         """
         absent = [name for name in columns if name not in self.columns]
         if absent:
@@ -177,16 +179,15 @@ class LatentStore:
             )
         if not len(self):
             raise StoreError(f"{self.uri} stores no latents.")
+        own = _equal_slice(batch_size, rank, world_size) if places is None else places
         order = EpochOrder(len(self), seed)
-        order.batch(start_step, batch_size, rank, world_size)
         rows = _Rows(self, columns, cache)
 
         def batches() -> Iterator[LatentBatch]:
             ahead: deque[tuple[np.ndarray, np.ndarray]] = deque()
             for step in itertools.count(start_step):
-                while len(ahead) <= ANNOUNCED_ROWS * world_size // batch_size:
-                    place = step + len(ahead)
-                    ahead.append(order.batch(place, batch_size, rank, world_size))
+                while len(ahead) <= ANNOUNCED_ROWS // len(own):
+                    ahead.append(order.batch(step + len(ahead), batch_size, own))
                     rows.announce(ahead[-1][0])
                 items, epochs = ahead.popleft()
                 latents, labels = rows.take(items)
@@ -194,6 +195,13 @@ class LatentStore:
                 yield LatentBatch(step, latents, labels, items, epochs, texts)
 
         return batches()
+
+
+def _equal_slice(batch_size: int, rank: int, world_size: int) -> range:
+    if batch_size % world_size:
+        raise ValueError(f"A batch of {batch_size} does not divide among {world_size} workers.")
+    size = batch_size // world_size
+    return range(rank * size, (rank + 1) * size)
 
 
 class _Rows:

@@ -63,7 +63,7 @@ def train_autoencoder(recipe: Recipe, callbacks: Sequence[Any] = ()) -> run_fold
 def check_settings(recipe: Recipe) -> None:
     """Raises RecipeError or TrainingError for settings that no autoencoder can be trained with."""
     training = recipe.autoencoder.training
-    check_batch(training, training.num_workers)
+    check_batch(training)
     with torch.device("meta"):
         build_autoencoder(recipe.autoencoder, backbone_spec(recipe))
 

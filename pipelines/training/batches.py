@@ -29,8 +29,8 @@ class Batch:
     """One micro-batch of one worker; `batch["images"]` is a tensor of it, with first dimension n.
 
     `samples` are its places in the global batch of `step`, which seed their randomness; `keys` name
-    them to people. `weight` is n over the planned size, below 1 where images could not be decoded;
-    `errors` are those images.
+    them to people. `weight` is n over the mean size of the step's micro-batches, less where images
+    could not be decoded; `errors` are those images.
     """
 
     step: int

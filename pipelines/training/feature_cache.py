@@ -79,7 +79,7 @@ class FeatureCache:
             features.append(self._row(part.items[i], name))
         tensors = {"images": torch.stack(images), "features": torch.stack(features)}
         errors = [self.errors[item] for item in part.items if item in self.errors]
-        weight = len(kept) / len(part.items)
+        weight = part.weight * len(kept) / len(part.items)
         return Batch(part.step, tensors, samples, [keys[i] for i in kept], weight, errors)
 
     def _row(self, item: int, name: str) -> Tensor:

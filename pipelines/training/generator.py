@@ -79,7 +79,7 @@ def train_generator(recipe: Recipe, callbacks: Sequence[Any] = ()) -> run_folder
 def check_settings(recipe: Recipe) -> None:
     """Raises RecipeError or TrainingError for settings that no generator can be trained with."""
     training = recipe.generator.training
-    check_batch(training, training.num_workers)
+    check_batch(training)
     with torch.device("meta"):
         build_generator(recipe.generator, latent_shape(recipe), recipe.text)
 

@@ -16,7 +16,7 @@ from ..data import EpochOrder
 from ..data.decoding import WINDOW_BATCHES, decoded
 from ..data.records import ImageRecord
 from .batches import Batch, blank_batch, to_device
-from .job import Feed, check_batch
+from .job import Feed, parts_of
 
 HELD_OUT_BATCH = 32
 
@@ -25,32 +25,25 @@ HELD_OUT_BATCH = 32
 class PlannedBatch:
     """One micro-batch before it is decoded.
 
-    `items` are numbers of training images, `samples` their places in the global batch.
+    `items` are numbers of training images, `samples` their places in the global batch; `weight` is
+    that of their part.
     """
 
     step: int
     items: list[int]
     samples: list[int]
+    weight: float
 
 
 def step_parts(
     order: EpochOrder, training: TrainingSection, step: int, rank: int, world_size: int
 ) -> list[PlannedBatch]:
-    """The micro-batches of worker `rank` at `step`: each an equal slice of the global batch.
-
-    Raises TrainingError where the batch cannot be sliced so.
-    """
-    check_batch(training, world_size)
-    size = training.batch_size // (world_size * training.accumulation)
-    items, _ = order.batch(step, training.batch_size, 0, 1)
-    starts = [(micro * world_size + rank) * size for micro in range(training.accumulation)]
+    """The micro-batches of worker `rank` at `step`."""
+    parts = parts_of(training, rank, world_size)
+    items = [order.batch(step, training.batch_size, part.places)[0].tolist() for part in parts]
     return [
-        PlannedBatch(
-            step,
-            [int(item) for item in items[start : start + size]],
-            list(range(start, start + size)),
-        )
-        for start in starts
+        PlannedBatch(step, numbers, list(part.places), part.weight)
+        for numbers, part in zip(items, parts, strict=True)
     ]
 
 
@@ -65,7 +58,8 @@ def image_feed(
     order = EpochOrder(len(records), seed)
 
     def windows(start_step: int, rank: int, world_size: int) -> Iterator[Batch]:
-        steps_per_window = max(1, WINDOW_BATCHES // training.accumulation)
+        per_step = len(parts_of(training, rank, world_size))
+        steps_per_window = max(1, WINDOW_BATCHES // per_step)
         for first in range(start_step, training.steps, steps_per_window):
             steps = range(first, min(first + steps_per_window, training.steps))
             parts = [
@@ -108,7 +102,7 @@ def _batch(
 ) -> Batch:
     keys = [planned[index].key for index in kept]
     samples = [part.samples[index] for index in kept]
-    weight = len(kept) / len(planned)
+    weight = part.weight * len(kept) / len(planned)
     if not kept:  # weight 0: a worker without images still takes part in averaging gradients
         images, samples = np.zeros((1, *images.shape[1:]), np.uint8), part.samples[:1]
     tensors = {"images": torch.from_numpy(np.array(images))}

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -35,13 +36,45 @@ class TrainingError(UserError, RuntimeError):
     """A run that cannot start or cannot continue; the message says what to do."""
 
 
-def check_batch(training: TrainingSection, num_workers: int) -> None:
-    """Raises TrainingError where the batch has no equal parts for workers and accumulation."""
-    if training.batch_size % (num_workers * training.accumulation):
+def check_batch(training: TrainingSection) -> None:
+    """Raises TrainingError where the batch has no equal parts for workers and accumulation.
+
+    Fewer workers than `num_workers` need no equal parts, but at least two images in each.
+    """
+    num = training.num_workers * training.accumulation
+    said = f"training.batch_size={training.batch_size}"
+    parts = f"num_workers x accumulation = {training.num_workers} x {training.accumulation}"
+    if training.batch_size % num:
+        raise TrainingError(f"{said} is not divisible by {parts}.")
+    if training.fewest_workers < training.num_workers and training.batch_size == num > 1:
         raise TrainingError(
-            f"training.batch_size={training.batch_size} is not divisible by num_workers x "
-            f"accumulation = {num_workers} x {training.accumulation}."
+            f"{said} is one image for each of {parts}. With min_workers it must be two or more."
         )
+
+
+class Part(NamedTuple):
+    """A micro-batch: its places in the global batch, and their number over the mean of all parts.
+
+    Losses are means over a part; with these weights their mean is that of the whole batch.
+    """
+
+    places: range
+    weight: float
+
+
+def parts_of(training: TrainingSection, rank: int, world_size: int) -> list[Part]:
+    """The parts of each global batch that worker `rank` takes, one after the other.
+
+    On `num_workers` workers there are `accumulation` of the same size. On fewer workers the batch
+    is the same, and each takes more parts: none is larger than before, and some are smaller by one
+    image. A step then takes longer, and no more memory.
+    """
+    size = training.batch_size
+    each = -(-training.num_workers * training.accumulation // world_size)
+    num = world_size * each
+    own = range(rank * each, (rank + 1) * each)
+    cut = [range(i * size // num, (i + 1) * size // num) for i in own]
+    return [Part(places, len(places) * num / size) for places in cut]
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,7 @@ from ..latents.reader import NO_LABEL, LatentBatch
 from ..storage import StoreError
 from .batches import Batch, blank_batch, to_device
 from .captions import CaptionFeed, blank_captions
-from .job import Feed, check_batch
+from .job import Feed, Part, parts_of
 
 
 def needed_columns(store: LatentStore, generator: GeneratorSection) -> list[str]:
@@ -52,24 +52,20 @@ def latent_feed(
     columns = needed_columns(store, generator)
 
     def batches(start_step: int, rank: int, world_size: int) -> Iterator[Batch]:
-        check_batch(training, world_size)
-        size = training.batch_size // world_size
+        parts = parts_of(training, rank, world_size)
+        first = parts[0].places.start
         reader = store.reader(
             training.batch_size,
             seed,
-            rank,
-            world_size,
-            start_step,
-            columns,
-            generator.cache,
-            captions is not None,
+            start_step=start_step,
+            columns=columns,
+            cache=generator.cache,
+            captions=captions is not None,
+            places=range(first, parts[-1].places.stop),
         )
         for read in reader:
-            piece = size // training.accumulation
-            for start in range(0, size, piece):
-                places = [rank * size + place for place in range(start, start + piece)]
-                part = slice(start, start + piece)
-                yield _make_batch(read, part, places, generator, seed, captions)
+            for part in parts:
+                yield _make_batch(read, first, part, generator, seed, captions)
 
     def feed(start_step: int, rank: int, world_size: int, device: torch.device) -> Iterator[Batch]:
         return to_device(batches(start_step, rank, world_size), device)
@@ -91,13 +87,15 @@ def blank_latents(num: int, shape: Sequence[int], text_length: int = 0) -> Batch
 
 def _make_batch(
     read: LatentBatch,
-    part: slice,
-    places: list[int],
+    first: int,
+    wanted: Part,
     generator: GeneratorSection,
     seed: int,
     captions: CaptionFeed | None,
 ) -> Batch:
-    """The rows `part` of what was read, whose places in the global batch are `places`."""
+    """The part `wanted` of what was read, which begins at place `first` of the global batch."""
+    places = list(wanted.places)
+    part = slice(wanted.places.start - first, wanted.places.stop - first)
     uniform = uniform_draws(seed, "choices", read.step, places, (2,))
     latents = _choose(read, "mean", part, uniform[:, 0].numpy() < 0.5)
     shape = latents.shape[1:]
@@ -117,7 +115,7 @@ def _make_batch(
         "time": normal_draws(seed, "time", read.step, places, ()),
     }
     keys = [f"row {row}" for row in read.rows[part]]
-    return Batch(read.step, tensors, places, keys, 1.0, [])
+    return Batch(read.step, tensors, places, keys, wanted.weight, [])
 
 
 def _labels(

@@ -32,6 +32,9 @@ from .run_folder import run_folder
 from .run_log import say
 from .tracking import Tracker, account_note, shared_tracking
 
+RESIZE_SECONDS = 60.0
+"""Between two looks at whether hosts have joined, where a training has `min_workers`."""
+
 
 def launch(
     worker: Callable[[dict[str, Any]], None],
@@ -120,8 +123,9 @@ def fit(
     """Run `worker(config)` on the workers that `training` asks for under Ray Train.
 
     Where a worker is lost, all resume from the newest checkpoint, up to `training.max_failures`
-    times. `callbacks` are Ray Train's, which hear of every validation and checkpoint. Raises what
-    `worker` itself raises, at once.
+    times; with `min_workers`, on as many as there is room for. They also resume when there is room
+    for more, which is not counted. `callbacks` are Ray Train's, which hear of every validation and
+    checkpoint. Raises what `worker` itself raises, at once.
     """
     import ray
     from ray.train import FailureConfig, RunConfig, ScalingConfig, TrainingFailedError
@@ -143,7 +147,10 @@ def fit(
             train_loop_config=config,
             torch_config=NodeTorchConfig(),
             scaling_config=ScalingConfig(
-                num_workers=training.num_workers,
+                num_workers=(training.fewest_workers, training.num_workers)
+                if training.min_workers
+                else training.num_workers,
+                elastic_resize_monitor_interval_s=RESIZE_SECONDS,
                 use_gpu=training.use_gpu,
                 resources_per_worker={"CPU": training.cpus_per_worker}
                 | ({"GPU": 1} if training.use_gpu else {}),

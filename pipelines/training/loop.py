@@ -18,7 +18,7 @@ from torch import nn
 from . import run_folder
 from .checkpoints import resume, save_checkpoint
 from .distributed import gathered, is_sharded, shard
-from .job import Feed, Job, Validation
+from .job import Feed, Job, Validation, parts_of
 from .launch import Worker
 from .memory_plan import memory_plan_of
 from .meters import BadImages, Meter
@@ -81,6 +81,8 @@ def _train(
     log = RunLog(tracker, MetricsLog(run_uri, state.step)) if tracker else None
     if log and resumed:
         say(resumed)
+    if log and training.min_workers:
+        say(f"on {world_size} of {training.num_workers} workers")
     last_step = training.steps
     wrapped = model if sharded else ray.train.torch.prepare_model(model)
     wrapped_adversary = (
@@ -90,6 +92,7 @@ def _train(
     bad_images = BadImages(run_uri, rank)
     meter = Meter(training.batch_size, world_size)
     validation: dict[str, float] = {}
+    num_batches = len(parts_of(training, rank, world_size))
     batches_to_come = feed(state.step, rank, world_size, device)
     if log and not sharded and state.step < last_step:
         first = next(batches_to_come)
@@ -101,7 +104,7 @@ def _train(
     meter.restart()
     while state.step < last_step:
         with meter.waiting():
-            batches = [next(batches_to_come) for _ in range(training.accumulation)]
+            batches = [next(batches_to_come) for _ in range(num_batches)]
         for batch in batches:
             bad_images.add(batch.errors)
         meter.add(

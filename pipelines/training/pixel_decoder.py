@@ -76,7 +76,7 @@ def train_pixel_decoder(recipe: Recipe, callbacks: Sequence[Any] = ()) -> run_fo
 def check_settings(recipe: Recipe) -> None:
     """Raises RecipeError or TrainingError for settings that no pixel decoder can train with."""
     section, size = recipe.pixel_decoder, recipe.image_size
-    check_batch(section.training, section.training.num_workers)
+    check_batch(section.training)
     with torch.device("meta"):
         build_pixel_decoder(section, backbone_spec(recipe), size)
     if size < WINDOW:

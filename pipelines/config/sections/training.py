@@ -50,6 +50,9 @@ class TrainingSection(Section):
     after."""
     num_workers: Execution[int] = Field(1, gt=0)
     """Processes that train together, one to a GPU where `use_gpu` is set."""
+    min_workers: Execution[int | None] = Field(None, gt=0)
+    """Fewest workers with which training goes on when hosts are lost, with the same batch; it takes
+    up to num_workers again when hosts join. null waits until num_workers fit."""
     parallel: Execution[Literal["ddp", "fsdp"]] = "ddp"
     """Between workers: ddp gives each a copy of the network, fsdp splits its parameters over
     them."""
@@ -70,3 +73,8 @@ class TrainingSection(Section):
     max_failures: Execution[int] = Field(3, ge=0)
     """How often training resumes by itself from the newest checkpoint after workers or nodes were
     lost. An error of the training itself ends it at once."""
+
+    @property
+    def fewest_workers(self) -> int:
+        """Workers on which the training runs at least."""
+        return min(self.min_workers or self.num_workers, self.num_workers)

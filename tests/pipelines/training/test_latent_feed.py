@@ -10,6 +10,7 @@ from fae.pipelines.config.sections import GeneratorSection, GeneratorTraining
 from fae.pipelines.latents.reader import LatentStore
 from fae.pipelines.storage.claims import StoreError
 from fae.pipelines.training.generator import train_generator
+from fae.pipelines.training.job import parts_of
 from fae.pipelines.training.latent_feed import latent_feed
 
 NUM_ROWS = 20
@@ -22,7 +23,7 @@ def store(write_store, tmp_path_factory) -> LatentStore:
 
 
 def section(**changes) -> GeneratorSection:
-    training = GeneratorTraining(batch_size=10, accumulation=changes.pop("accumulation", 1))
+    training = GeneratorTraining(batch_size=10, **changes.pop("training", {}))
     return GeneratorSection(**{"num_classes": 5, "training": training, **changes})
 
 
@@ -46,15 +47,19 @@ def test_about_half_are_mirrored_and_none_where_the_recipe_says_so(store):
     assert all((b["latents"] < 50).all() for b in plain)
 
 
-@pytest.mark.parametrize(("workers", "accumulation"), [(2, 1), (1, 5), (5, 2)])
+@pytest.mark.parametrize(
+    ("workers", "num_workers", "accumulation"), [(2, 2, 1), (1, 1, 5), (5, 5, 2), (3, 5, 1)]
+)
 def test_workers_and_accumulation_share_out_the_same_samples_and_draws(
-    store, workers, accumulation
+    store, workers, num_workers, accumulation
 ):
     whole = take(store, section(latents="sample"), 1, start=7)[0]
     seen: dict[int, dict[str, torch.Tensor]] = {}
     for rank in range(workers):
-        split = section(latents="sample", accumulation=accumulation)
-        for batch in take(store, split, accumulation, 7, rank, workers):
+        training = {"num_workers": num_workers, "accumulation": accumulation}
+        split = section(latents="sample", training=training)
+        num_batches = len(parts_of(split.training, rank, workers))
+        for batch in take(store, split, num_batches, 7, rank, workers):
             assert batch.step == 7
             for i, place in enumerate(batch.samples):
                 seen[place] = {name: batch[name][i] for name in batch.tensors}

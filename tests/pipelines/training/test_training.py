@@ -13,7 +13,7 @@ from fae.pipelines.runtime import ray_private
 from fae.pipelines.training.batches import Batch, random_flips, sample_noise
 from fae.pipelines.training.checkpoints import list_checkpoints, save_checkpoint
 from fae.pipelines.training.image_feed import step_parts
-from fae.pipelines.training.job import TrainingError
+from fae.pipelines.training.job import TrainingError, check_batch, parts_of
 from fae.pipelines.training.launch import fit, raised_by_worker
 from fae.pipelines.training.state import TrainState, ema_decay, write_content
 from fae.pipelines.training.step import NonFiniteError, learning_rate, train_step
@@ -159,10 +159,15 @@ def test_a_non_finite_loss_stops_before_the_step_and_names_the_images():
     assert torch.equal(before, parameters(state)) and state.step == 0
 
 
-@pytest.mark.parametrize(("workers", "accumulation"), [(1, 1), (2, 1), (4, 2), (1, 8)])
-def test_an_epoch_holds_every_image_exactly_once_on_any_number_of_workers(workers, accumulation):
+@pytest.mark.parametrize(
+    ("workers", "accumulation", "most"),
+    [(1, 1, 1), (2, 1, 2), (4, 2, 4), (1, 8, 1), (1, 1, 4), (3, 1, 4), (2, 2, 2), (3, 2, 4)],
+)
+def test_an_epoch_holds_every_image_exactly_once_on_any_number_of_workers(
+    workers, accumulation, most
+):
     num_images, steps = 24, 6
-    training = section(accumulation=accumulation)
+    training = section(accumulation=accumulation, num_workers=most)
     order = EpochOrder(num_images, seed=3)
     for epoch in range(2):
         seen: list[int] = []
@@ -182,15 +187,58 @@ def test_the_same_sample_gets_the_same_image_on_any_rank():
     for workers, accumulation in [(1, 1), (2, 2), (8, 1)]:
         pairs: dict[int, int] = {}
         for rank in range(workers):
-            for part in step_parts(order, section(accumulation=accumulation), 3, rank, workers):
+            training = section(accumulation=accumulation, num_workers=workers)
+            for part in step_parts(order, training, 3, rank, workers):
                 pairs |= dict(zip(part.samples, part.items, strict=True))
         by_sample.append(pairs)
     assert by_sample[0] == by_sample[1] == by_sample[2]
 
 
+def test_on_fewer_workers_the_batch_stays_and_no_micro_batch_grows():
+    def sizes(workers: int, **values: int) -> list[list[int]]:
+        training = section(**{"batch_size": 12, "num_workers": 3, **values})
+        parts = [parts_of(training, rank, workers) for rank in range(workers)]
+        assert [p for own in parts for part in own for p in part.places] == list(range(12))
+        assert sum(part.weight for own in parts for part in own) == pytest.approx(
+            sum(map(len, parts))
+        )
+        return [[len(part.places) for part in own] for own in parts]
+
+    assert sizes(3) == [[4], [4], [4]]
+    assert sizes(2) == [[3, 3], [3, 3]]
+    assert sizes(1) == [[4, 4, 4]]
+    assert sizes(3, num_workers=4) == [[2, 2], [2, 2], [2, 2]]
+    assert sizes(2, accumulation=2) == [[2, 2, 2], [2, 2, 2]]
+    assert sizes(5, num_workers=6) == [[1, 1], [1, 1], [2, 1], [1, 1], [1, 2]]
+
+
+@pytest.mark.parametrize("workers", [1, 2, 3, 4])
+def test_a_step_is_the_same_on_any_number_of_workers(workers):
+    """Workers that average their gradients, as DDP's do, on a batch of 8 that 3 do not divide."""
+    training = section(num_workers=4, gradient_clip=None)
+    whole = new_state(training)
+    train_step(whole, whole.model, loss, batches_of(0, 1), training)
+    (images,) = (batch["images"] for batch in batches_of(0, 1))
+    gradients, losses = [], []
+    for rank in range(workers):
+        state = new_state(training)
+        batches = [
+            Batch(0, {"images": images[p.start : p.stop]}, list(p), [], weight, [])
+            for p, weight in parts_of(training, rank, workers)
+        ]
+        losses.append(train_step(state, state.model, loss, batches, training)["loss"])
+        gradients.append(torch.cat([p.grad.flatten() for p in state.model.parameters()]))
+    expected = torch.cat([p.grad.flatten() for p in whole.model.parameters()])
+    torch.testing.assert_close(torch.stack(gradients).mean(0), expected)
+
+
 def test_a_batch_that_does_not_divide_is_refused_with_the_numbers():
     with pytest.raises(TrainingError, match=r"batch_size=8 .* 3 x 1"):
-        step_parts(EpochOrder(50, seed=1), section(), 0, 0, 3)
+        check_batch(section(num_workers=3))
+    check_batch(section(num_workers=8))
+    check_batch(section(num_workers=4, min_workers=3))
+    with pytest.raises(TrainingError, match=r"one image for each of .* 8 x 1"):
+        check_batch(section(num_workers=8, min_workers=3))
 
 
 def test_a_lost_worker_is_told_from_an_error_of_the_training_function():

@@ -1,0 +1,138 @@
+"""A training on three hosts that share nothing but an S3 server loses a host and takes another."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+from safetensors.numpy import load
+
+from fae.pipelines.config.recipe import load_recipe
+from fae.pipelines.training.autoencoder import train_autoencoder
+from tests.here import leave_ray_out, train_here
+from tests.hosts import GCS_PORT, why_not
+from tests.s3_host import Cluster, cluster_on_hosts
+from tests.tiny import noisy_jpegs, wait_for
+
+pytestmark = [
+    pytest.mark.integration,
+    pytest.mark.faults,
+    pytest.mark.skipif(bool(why_not()), reason=f"no hosts of their own: {why_not()}"),
+]
+STEPS = 300
+TOLERANCE = 1e-3
+"""Of a parameter. Only the order of sums differs, but AdamW's first steps depend on signs of
+gradients near zero."""
+
+
+@pytest.fixture(scope="module")
+def jpegs() -> list[bytes]:
+    return list(noisy_jpegs(48))
+
+
+@pytest.fixture
+def cluster(jpegs: list[bytes]) -> Iterator[Cluster]:
+    with cluster_on_hosts(num_workers=3, dashboard=True) as cluster:
+        for number, jpeg in enumerate(jpegs):
+            cluster.put(f"images/{number:02d}.jpg", jpeg)
+        yield cluster
+
+
+def values(images: str, storage: str) -> list[str]:
+    training = [
+        f"steps={STEPS}", "num_workers=3", "min_workers=1", "cpus_per_worker=1.5", "batch_size=12",
+        "checkpoint_every=10", "validate_every=100000",
+    ]  # fmt: skip
+    return [
+        "tests/tiny_chain.yaml", f"data.path={images}", f"storage={storage}", "run=test",
+        "tracking.enabled=false", *(f"autoencoder.training.{setting}" for setting in training),
+    ]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def alone(jpegs: list[bytes], tmp_path_factory: pytest.TempPathFactory) -> dict[str, np.ndarray]:
+    """The parameters of the same training in this process, undisturbed and on one worker."""
+    folder = tmp_path_factory.mktemp("alone")
+    (folder / "images").mkdir()
+    for number, jpeg in enumerate(jpegs):
+        (folder / "images" / f"{number:02d}.jpg").write_bytes(jpeg)
+    recipe, *rest = values(str(folder / "images"), str(folder / "runs"))
+    with pytest.MonkeyPatch.context() as patch:
+        leave_ray_out(patch)
+        train_here(patch)
+        train_autoencoder(load_recipe(recipe, rest))
+    return load(Path(folder / "runs" / "test" / "autoencoder.safetensors").read_bytes())
+
+
+class Training:
+    """`fae train autoencoder` on the head, which has no CPUs for workers."""
+
+    def __init__(self, cluster: Cluster) -> None:
+        self.cluster = cluster
+        words = values("s3://bucket/images", "s3://bucket/runs")
+        log = 'exec python -m fae train autoencoder "$@" > /tmp/scratch/log 2>&1'
+        address = {"RAY_ADDRESS": f"{cluster.head.address}:{GCS_PORT}"}
+        self.job = cluster.head.start(["bash", "-c", log, "train", *words], address)
+
+    def printed(self) -> str:
+        log = self.cluster.head.path("/tmp/scratch/log")
+        return log.read_text() if log.exists() else ""
+
+    def until(self, text: str, times: int = 1, seconds: float = 600.0) -> float:
+        """Seconds until the training has said `text` so many times."""
+
+        def said() -> bool:
+            found = self.printed().count(text) >= times
+            assert found or self.job.poll() is None, self.printed()
+            return found
+
+        started = time.monotonic()
+        wait_for(said, seconds)
+        return time.monotonic() - started
+
+    def last_step(self) -> int:
+        """The step of the newest checkpoint; 0 where there is none."""
+        names = self.cluster.etags("runs/test/checkpoints/")
+        return max((int(name[-12:-3]) for name in names), default=0)
+
+    def after_step(self, step: int, seconds: float = 600.0) -> None:
+        """Wait for a checkpoint after `step`."""
+
+        def saved() -> bool:
+            assert self.job.poll() is None, self.printed()
+            time.sleep(0.5)
+            return self.last_step() > step
+
+        wait_for(saved, seconds)
+
+    def difference(self, alone: dict[str, np.ndarray]) -> float:
+        """Wait for the end; the largest difference of a parameter from those of `alone`."""
+        assert self.job.wait(1200) == 0, self.printed()
+        trained = load(self.cluster.get("runs/test/autoencoder.safetensors"))
+        assert trained.keys() == alone.keys()
+        return max(float(np.abs(trained[name] - alone[name]).max()) for name in alone)
+
+
+def test_a_training_goes_on_without_a_lost_host_and_takes_one_that_joins(
+    cluster: Cluster, alone: dict[str, np.ndarray]
+) -> None:
+    training = Training(cluster)
+    training.until("on 3 of 3 workers")
+    training.after_step(0)
+    cluster.workers.pop().kill()
+    lost = training.until("on 2 of 3 workers")
+    training.after_step(training.last_step())
+    cluster.add_worker("another")
+    joined = training.until("on 3 of 3 workers", 2)
+    started = time.monotonic()
+    difference = training.difference(alone)
+    print(training.printed())
+    print(
+        f"elastic: on two workers {lost:.0f} s after the loss, on three {joined:.0f} s after "
+        f"another host joined, ended {time.monotonic() - started:.0f} s later; "
+        f"largest difference of a parameter {difference:.1e}"
+    )
+    assert difference < TOLERANCE
