@@ -94,7 +94,7 @@ def test_a_training_goes_on_without_a_lost_node_and_takes_one_that_joins(
     joined = until("on 3 of 3 workers", 2)
     assert job.wait(600) == 0, log.read_text()
     print(log.read_text())
-    print(f"elastic: on two workers {lost:.0f} s after the loss, on three {joined:.0f} s after")
+    print(f"elastic: on two workers {lost:.0f} s after the loss, on three {joined:.0f} s later")
 
     leave_ray_out(monkeypatch)
     train_here(monkeypatch)
