@@ -120,6 +120,30 @@ def test_image_tags_repeat_the_version_of_the_package():
     assert set(re.findall(r"fae-ray:([\d.]+\d)", text)) == {version}
 
 
+def test_the_table_beside_others_says_what_the_page_of_the_field_says():
+    readme = (ROOT / "README.md").read_text()
+    head, _, *table = cells(readme.partition("## What it has, beside others")[2])
+    projects = [re.sub(r"\[(.*)\]\(.*\)", r"\1", name) for name in head[1:]]
+    sections = (ROOT / "docs/field.md").read_text().split("\n## ")[-len(table) :]
+    assert 10 <= len(table) <= 14
+    for (row, *values), section in zip(table, sections, strict=True):
+        _, _, *listed = cells(section)
+        assert section.partition("\n")[0].lower() == row.lower()
+        assert [line[:2] for line in listed] == [
+            list(pair) for pair in zip(projects, values, strict=True)
+        ]
+        paths = re.findall(r"`([\w./-]+)`", listed[0][2])
+        for path in paths:
+            assert "/" not in path or (ROOT / path).exists(), path
+
+
+def cells(text: str) -> list[list[str]]:
+    """The cells of each line of the first table in `text`."""
+    table = re.search(r"(?:^\|.*\n)+", text, re.M)
+    assert table
+    return [[cell.strip() for cell in line[1:-1].split("|")] for line in table[0].splitlines()]
+
+
 def test_the_page_of_backbones_lists_the_presets():
     page = (ROOT / "docs/backbones.md").read_text()
     listed = [line.strip("| ").split(" | ") for line in re.findall(r"^\| `\w+` \|.*$", page, re.M)]
