@@ -25,6 +25,7 @@ RECIPES = "fae/pipelines/config/recipes"
 """Folder of the shipped recipes in a working tree."""
 PLACES = {
     "precompute": ("output",),
+    "precompute-text": ("output",),
     "sample": ("output",),
     "evaluate": ("evaluate.output",),
     "probe": ("probe.output",),

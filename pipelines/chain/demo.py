@@ -26,7 +26,7 @@ from ..config import Recipe, load_recipe
 from ..data import list_images
 from ..data.reading import load_crops
 from ..data.records import ImageRecord, split_records
-from ..latents import LatentEncoder, LatentStore, precompute, verify_store
+from ..latents import LatentEncoder, LatentStore, precompute
 from ..runtime.session import start_ray
 from ..sampling.image_sampler import ImageSampler
 from ..training import TrainResult, train_autoencoder, train_generator, train_pixel_decoder
@@ -109,7 +109,7 @@ def run_demo(output: str) -> None:
     with _stage("3/6  precompute: photographs to a latent store, by Ray Data"):
         store = recipe.output = recipe.latents = str(folder / "latents")
         manifest = precompute(recipe)
-        problems = verify_store(store)
+        problems = LatentStore.open(store).verify()
         if problems:
             raise UserError(f"The store {store} is not sound:\n  " + "\n  ".join(problems))
         print(f"     {manifest['stored']} latents; every shard verified", flush=True)

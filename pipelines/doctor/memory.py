@@ -24,9 +24,9 @@ from ..config import Recipe
 from ..config.sections import DataSection, PrecomputeSection, SampleSection
 from ..data import plan_source
 from ..latents import LatentEncoder
+from ..networks.text_encoder import CaptionEncoder
 from ..networks.untrained import build_autoencoder, build_backbone, fake_networks, network_bytes
 from ..sampling.image_sampler import ImageSampler
-from ..sampling.prompts import Prompts
 from ..storage import paths, s3
 from ..training import requirements
 from .peak import peak_of
@@ -143,14 +143,14 @@ def sample_memory(recipe: Recipe) -> list[Process]:
     section, sampler = recipe.sample, ImageSampler(plain)
     model, decoder = sampler.model, sampler.decoder
     loaded_networks = [model, decoder.autoencoder, decoder.pixel_decoder]
-    if sampler.prompts:
-        loaded_networks.append(sampler.prompts.encoder.encoder)
+    if sampler.text:
+        loaded_networks.append(sampler.text.encoder)
     networks = network_bytes(*loaded_networks)
     size = min(section.batch_size, section.shard_size)
     with fake_networks(*loaded_networks):
         results = peak_of(lambda n: decoder(torch.zeros(n, *sampler.shape)), size)
-        if sampler.prompts:
-            results = max(results, peak_of(partial(_states, sampler.prompts), size + 1))
+        if sampler.text:
+            results = max(results, peak_of(partial(_states, sampler.text), size + 1))
         if not isinstance(model, StarFlow):
             rows = size * (1 if section.guidance == "none" else 2)
             precision = settled_precision(section.precision, section.gpus_per_actor)
@@ -193,8 +193,8 @@ def text(processes: list[Process]) -> str:
 
 def _velocity(sampler: ImageSampler, num: int, precision: str) -> Tensor:
     latents, times = torch.zeros(num, *sampler.shape), torch.ones(num)
-    if sampler.prompts:
-        length = sampler.prompts.encoder.tokenizer.spec.max_length
+    if sampler.text:
+        length = sampler.text.tokenizer.spec.max_length
         states = torch.zeros(num, length, sampler.model.config.text_dim)
         condition: tuple[Tensor, ...] = (states, torch.ones(num, length, dtype=torch.bool))
     else:
@@ -204,10 +204,10 @@ def _velocity(sampler: ImageSampler, num: int, precision: str) -> Tensor:
         return velocity
 
 
-def _states(prompts: Prompts, num: int) -> Tensor:
-    length = prompts.encoder.tokenizer.spec.max_length
+def _states(text: CaptionEncoder, num: int) -> Tensor:
+    length = text.tokenizer.spec.max_length
     ids, mask = torch.zeros(num, length, dtype=torch.int64), torch.ones(num, length)
-    states: Tensor = prompts.encoder.encoder(ids, mask.bool())
+    states: Tensor = text.encoder(ids, mask.bool())
     return states
 
 

@@ -7,8 +7,8 @@ from .encoder import LatentEncoder as LatentEncoder
 from .export_layouts import export as export
 from .inspection import inspect as inspect
 from .precompute_job import precompute as precompute
+from .precompute_text_job import precompute_text as precompute_text
 from .reader import LatentStore as LatentStore
-from .verify import verify_store as verify_store
 
 __all__ = [
     "LatentEncoder",
@@ -17,6 +17,6 @@ __all__ = [
     "inspect",
     "plan",
     "precompute",
+    "precompute_text",
     "reader",
-    "verify_store",
 ]

@@ -24,9 +24,10 @@ from ..pages.blocks import Picture, Section, Words
 from ..pages.blocks import Table as BlockTable
 from ..storage import StoreError, paths
 from .manifest import missing_shards, read_manifest
-from .plan import open_plan
+from .plan import TEXT_FORMAT, open_plan
 from .reader import LatentStore
 from .shards import read_errors
+from .token_states import empty_states
 from .verify import verify_store
 
 FIGURE_IMAGES = 8
@@ -59,17 +60,21 @@ def inspect(
         raise StoreError(
             f"{uri} holds no latent store (no plan.parquet) and is no .safetensors checkpoint."
         )
+    of_text = open_plan(uri).format == TEXT_FORMAT
+    if figure and of_text:
+        raise StoreError("A figure is drawn from a latent store, not from token states.")
     rows, remarks = _store_rows(uri)
-    console.print(_table(f"latent store  {uri}", rows))
+    kind = "token states" if of_text else "latent store"
+    console.print(_table(f"{kind}  {uri}", rows))
     for line in remarks:
         console.print(line, markup=False)
-    finished = read_manifest(uri) is not None
+    finished = not of_text and read_manifest(uri) is not None
     drawn = draw_latents(uri) if figure or (page and finished) else None
     if figure and drawn:
         paths.write_bytes(figure, drawn)
         console.print(f"figure: {figure}")
     if page:
-        paths.write_bytes(page, _page(uri, "latent store", rows, remarks, drawn))
+        paths.write_bytes(page, _page(uri, kind, rows, remarks, drawn))
         console.print(f"page: {page}")
     return not verify or _verify(console, uri)
 
@@ -104,7 +109,7 @@ def _checkpoint_rows(uri: str) -> tuple[str, Rows]:
 def _store_rows(uri: str) -> tuple[Rows, list[str]]:
     """What the store holds by name; then lines about its source and its errors."""
     plan = open_plan(uri)
-    manifest = read_manifest(uri)
+    manifest = read_manifest(uri, plan.format)
     errors = list(read_errors(uri))
     if manifest is None:
         missing = len(missing_shards(uri, plan))
@@ -127,20 +132,29 @@ def _store_rows(uri: str) -> tuple[Rows, list[str]]:
 
 
 def _manifest_rows(manifest: dict[str, Any]) -> Rows:
-    channels, height, width = manifest["latent_shape"]
     size = sum(entry["bytes"] for entry in manifest["shards"])
-    per_image = 2 * channels * height * width * len(manifest["columns"])
+    if manifest["format"] == TEXT_FORMAT:
+        tokens, dim = manifest["tokens"], manifest["state_dim"]
+        per_image = 2 * tokens * dim / max(1, manifest["stored"])
+        content = f"{tokens:,} tokens of {dim} x float16, {per_image:,.0f} bytes an image"
+        empty = f"{len(empty_states(manifest))} tokens"
+        values = [("states", content), ("empty caption", empty)]
+    else:
+        channels, height, width = manifest["latent_shape"]
+        per_image = 2 * channels * height * width * len(manifest["columns"])
+        content = f"{channels} x {height} x {width} float16, {per_image:,} bytes an image"
+        values = [("latent", content)]
     run = manifest["run"]
     counts = f"{manifest['planned']:,} planned = {manifest['stored']:,} stored"
     rows = [
         ("state", "finished"),
         ("images", f"{counts} + {manifest['errors']:,} errors"),
         ("columns", ", ".join(manifest["columns"])),
-        ("latent", f"{channels} x {height} x {width} float16, {per_image:,} bytes an image"),
+        *values,
         ("shards", f"{len(manifest['shards']):,} of {manifest['shard_size']}, {size:,} bytes"),
     ]
-    for name, values in manifest["statistics"].items():
-        mean, std = np.array(values["mean"]), np.array(values["std"])
+    for name, found in manifest.get("statistics", {}).items():
+        mean, std = np.array(found["mean"]), np.array(found["std"])
         span = f"mean {mean.min():.3f} … {mean.max():.3f}, std {std.min():.3f} … {std.max():.3f}"
         rows.append((f"{name} by channel", span))
     took = f"{run['seconds']:.1f} s ({run['shards_encoded']} shards by the last run)"

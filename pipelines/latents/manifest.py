@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -15,14 +16,16 @@ from fae_core.latent_stats import ChannelStats
 
 from ..runtime import versions
 from ..storage import StoreError, StoreMismatch, paths
-from .plan import FORMAT, Plan
-from .shards import LATENT_COLUMNS, SHARDS_AT_ONCE, THREADS, Each, latent_offsets, read_errors
+from .plan import FORMAT, PLAN, TEXT_FORMAT, Plan
+from .shards import LATENT_COLUMNS, SHARDS_AT_ONCE, THREADS, Each, read_errors, value_offsets
+from .token_states import STATES, state_width
 
 
 def missing_shards(uri: str, plan: Plan) -> list[int]:
     """Shards that are not there, or not as the manifest (where there is one) recorded them."""
     there = {f.uri.rpartition("/")[2]: f for f in paths.list_files(paths.join(uri, "shards"))}
-    recorded = {entry["name"]: entry for entry in (read_manifest(uri) or {"shards": []})["shards"]}
+    manifest = read_manifest(uri, plan.format) or {"shards": []}
+    recorded = {entry["name"]: entry for entry in manifest["shards"]}
     missing = []
     for index in range(plan.num_shards):
         name = f"{index:08d}.parquet"
@@ -36,7 +39,7 @@ def missing_shards(uri: str, plan: Plan) -> list[int]:
     return missing
 
 
-def read_manifest(uri: str) -> dict[str, Any] | None:
+def read_manifest(uri: str, store_format: str = FORMAT) -> dict[str, Any] | None:
     """The manifest, None where the store is not finished. StoreError for another format."""
     manifest_uri = paths.join(uri, "manifest.json")
     if not paths.exists(manifest_uri):
@@ -45,8 +48,23 @@ def read_manifest(uri: str) -> dict[str, Any] | None:
         manifest: dict[str, Any] = json.loads(paths.read_bytes(manifest_uri))
     except ValueError as error:
         raise StoreError(f"{manifest_uri} is not JSON: {error}") from None
-    if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
-        raise StoreError(f"{manifest_uri} is not of format {FORMAT}.")
+    found = manifest.get("format") if isinstance(manifest, dict) else None
+    if found != store_format:
+        raise StoreError(f"{manifest_uri} is not of format {store_format}, but {found}.")
+    return manifest
+
+
+def finished_manifest(uri: str, store_format: str = FORMAT) -> dict[str, Any]:
+    """The manifest. Raises StoreError where there is no store or it is not finished."""
+    manifest = read_manifest(uri, store_format)
+    if manifest is None:
+        planned = paths.exists(paths.join(uri, PLAN))
+        why = (
+            "its precompute has not finished; run the same command again"
+            if planned
+            else "there is no store"
+        )
+        raise StoreError(f"{uri} has no manifest.json: {why}.")
     return manifest
 
 
@@ -77,20 +95,21 @@ def commit(uri: str, plan: Plan, run: Mapping[str, Any], each: Each = map) -> di
             planned = plan.shard_rows(index)
             if entry["rows"] + entry["errors"] != planned:
                 raise StoreError(
-                    f"{uri}: shard {index} holds {entry['rows']} latents and "
+                    f"{uri}: shard {index} holds {entry['rows']} rows and "
                     f"{entry['errors']} errors "
                     f"of {planned} planned images."
                 )
         entries += described
         shapes = some_shapes
         _merge(statistics, some_statistics)
+    first = files[names[0]]
     del files, names
     recorded = sum(1 for _ in read_errors(uri, each))
     errors = sum(entry["errors"] for entry in entries)
     if recorded != errors:
         raise StoreError(f"{uri}: {errors} errors in the shards, {recorded} recorded in errors/.")
     manifest = {
-        "format": FORMAT,
+        "format": plan.format,
         "fingerprint": plan.fingerprint,
         "parts": dict(plan.parts),
         "source": plan.source,
@@ -99,12 +118,11 @@ def commit(uri: str, plan: Plan, run: Mapping[str, Any], each: Each = map) -> di
         "planned": plan.num_images,
         "stored": sum(entry["rows"] for entry in entries),
         "errors": errors,
-        "columns": list(shapes),
-        "latent_shape": list(next(iter(shapes.values()))),
-        "statistics": {
-            name: {**stats.to_dict(), "mean": stats.mean.tolist(), "std": stats.std.tolist()}
-            for name, stats in statistics.items()
-        },
+        **(
+            _text_contents(first, entries, shapes[STATES][-1])
+            if plan.format == TEXT_FORMAT
+            else _latent_contents(shapes, statistics)
+        ),
         "shards": entries,
     }
     assert manifest["planned"] == manifest["stored"] + manifest["errors"]
@@ -113,7 +131,7 @@ def commit(uri: str, plan: Plan, run: Mapping[str, Any], each: Each = map) -> di
         paths.write_once(paths.join(uri, "manifest.json"), encode_manifest(whole))
         return whole
     except FileExistsError:
-        existing = read_manifest(uri) or {}
+        existing = read_manifest(uri, plan.format) or {}
         differing = [key for key in manifest if manifest[key] != existing.get(key)]
         if differing:
             raise StoreMismatch(
@@ -121,6 +139,32 @@ def commit(uri: str, plan: Plan, run: Mapping[str, Any], each: Each = map) -> di
                 "changed after it was finished; `fae inspect --verify` finds what changed."
             ) from None
         return existing
+
+
+def _latent_contents(
+    shapes: Mapping[str, tuple[int, ...]], statistics: Mapping[str, ChannelStats]
+) -> dict[str, Any]:
+    return {
+        "columns": list(shapes),
+        "latent_shape": list(next(iter(shapes.values()))),
+        "statistics": {
+            name: {**stats.to_dict(), "mean": stats.mean.tolist(), "std": stats.std.tolist()}
+            for name, stats in statistics.items()
+        },
+    }
+
+
+def _text_contents(
+    first: paths.FileInfo, entries: Sequence[Mapping[str, Any]], width: int
+) -> dict[str, Any]:
+    """Of token states of `width`; those of the empty caption are what the `first` shard says."""
+    _, info, _ = _describe(first)
+    return {
+        "columns": [STATES],
+        "state_dim": width,
+        "tokens": sum(entry["tokens"] for entry in entries),
+        "empty": info["empty"],
+    }
 
 
 def encode_manifest(manifest: Mapping[str, Any]) -> bytes:
@@ -166,7 +210,7 @@ def _merge(totals: dict[str, ChannelStats], more: Mapping[str, ChannelStats]) ->
 def _describe(
     file: paths.FileInfo,
 ) -> tuple[dict[str, Any], dict[str, Any], dict[str, tuple[int, ...]]]:
-    """(manifest entry, footer's notes, shapes of the latent columns) of a shard file."""
+    """(manifest entry, footer's notes, shapes of the latents or states) of a shard file."""
     name = file.uri.rpartition("/")[2]
     try:
         with paths.open_input(file.uri) as handle:
@@ -179,14 +223,20 @@ def _describe(
             f"{file.uri} is not a whole shard ({error}); delete it and run again."
         ) from None
     shapes = {f.name: tuple(f.type.shape) for f in schema if f.name in LATENT_COLUMNS}
+    sizes = {name: 2 * metadata.num_rows * math.prod(shape) for name, shape in shapes.items()}
+    if "tokens" in info:
+        shapes[STATES] = (info["tokens"], state_width(schema))
+        sizes[STATES] = 2 * math.prod(shapes[STATES])
     entry = {
         "name": name,
         "rows": metadata.num_rows,
         "errors": info["errors"],
         "bytes": file.size,
         "etag": etag,
-        "offsets": latent_offsets(metadata, shapes),
+        "offsets": value_offsets(metadata, sizes),
     }
+    if "tokens" in info:
+        entry["tokens"] = info["tokens"]
     return entry, info, shapes
 
 

@@ -29,6 +29,8 @@ from ..data.records import (
 from ..storage import StoreError, differences, fingerprint_of, paths, refuse_other_work
 
 FORMAT = "fae-latents-1"
+TEXT_FORMAT = "fae-text-states-1"
+"""Of a store of token states (token_states.py); all else that lies in a store is alike."""
 PLAN = "plan.parquet"
 PLAN_GROUPS = 16384
 """Row groups of a plan at most. A million would make a footer of a gigabyte for every worker."""
@@ -48,6 +50,8 @@ class Plan:
     """What the source held besides the planned images (data/account.py); empty where unknown."""
     has_captions: bool
     """Whether some image has several captions, which the shards' column `captions` holds."""
+    format: str
+    """FORMAT of a store of latents, or TEXT_FORMAT."""
     _file: pq.ParquetFile = field(repr=False, compare=False)
     _group_size: int = field(repr=False, compare=False)
 
@@ -94,6 +98,7 @@ def ensure_plan(
     shard_size: int,
     parts: Mapping[str, str],
     account: Mapping[str, Any] | None = None,
+    store_format: str = FORMAT,
 ) -> Plan:
     """The store's plan, written now unless it is there.
 
@@ -107,9 +112,12 @@ def ensure_plan(
     if not paths.exists(plan_uri):
         # Where another driver was first, its plan is compared like any other.
         with contextlib.suppress(FileExistsError):
-            paths.write_once(plan_uri, _encode_plan(records, shard_size, parts, source, account))
+            data = _encode_plan(records, shard_size, parts, source, account, store_format)
+            paths.write_once(plan_uri, data)
     plan = open_plan(uri)
     differing = differences(plan.parts, parts, show=str)
+    if plan.format != store_format:
+        differing.append(f"format: {plan.format} there, {store_format} now")
     if plan.shard_size != shard_size:
         differing.append(f"shard size: {plan.shard_size} there, {shard_size} now")
     if plan.source != source:
@@ -143,6 +151,7 @@ def open_plan(uri: str) -> Plan:
         str(info["source"]),
         info.get("account", {}),
         "captions" in file.schema_arrow.names,
+        str(info.get("format", FORMAT)),
         file,
         group_size,
     )
@@ -154,8 +163,14 @@ def _encode_plan(
     parts: Mapping[str, str],
     source: str,
     account: Mapping[str, Any] | None,
+    store_format: str,
 ) -> bytes:
-    info = {"format": FORMAT, "shard_size": shard_size, "parts": dict(parts), "source": source}
+    info = {
+        "format": store_format,
+        "shard_size": shard_size,
+        "parts": dict(parts),
+        "source": source,
+    }
     if account is not None:
         info["account"] = dict(account)
     fields = [

@@ -13,13 +13,11 @@ import sys
 import time
 from collections.abc import Mapping, Sequence
 from functools import partial
-from itertools import islice
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 
-from fae_core.errors import UserError
 from fae_core.precision import settled_precision
 
 from ..config import Recipe, with_absolute_paths
@@ -28,22 +26,14 @@ from ..data.account import Account
 from ..data.crops import crop_version
 from ..networks import backbone_fingerprints
 from ..runtime import metrics
-from ..runtime.actor_pool import RowStages, run_rows
-from ..runtime.lanes import fan_out
+from ..runtime.actor_pool import RowStages
 from ..runtime.places import check_places
-from ..runtime.progress import Progress
 from ..storage import paths
 from .encoder import LatentEncoder
-from .manifest import commit, missing_shards
-from .plan import PLAN, Plan, ensure_plan, open_plan
-from .shards import read_errors
+from .filling import TooManyErrors, fill_store
+from .manifest import missing_shards
+from .plan import PLAN, ensure_plan, open_plan
 from .tasks import decode_shard, plan_of, read_shards, store_shard
-
-SHOWN_ERRORS = 10
-
-
-class TooManyErrors(UserError, RuntimeError):
-    """More images failed than `precompute.max_error_rate` allows; the text shows the first."""
 
 
 def precompute(recipe: Recipe, show_progress: bool = True) -> dict[str, Any]:
@@ -72,17 +62,12 @@ def precompute(recipe: Recipe, show_progress: bool = True) -> dict[str, Any]:
     streamed = shards_in_large_groups(source.table["uri"], source.large_groups, size)
     del source
     paths.write_bytes(paths.join(output, "recipe.yaml"), written.encode())
-    todo = missing_shards(output, plan)
-    units = units_of(todo, streamed)
-    rates = encode_shards(recipe, plan, units, parts, show_progress) if todo else {}
-    each = fan_out if todo else map
-    errors = read_errors(output, each)
-    first = list(islice(errors, SHOWN_ERRORS))
-    _check_error_rate(
-        recipe.precompute.max_error_rate, plan, len(first) + sum(1 for _ in errors), first
-    )
-    run = {"seconds": time.monotonic() - started, "shards_encoded": len(todo), **rates}
-    return commit(output, plan, run, each)
+    units = units_of(missing_shards(output, plan), streamed)
+    stages = shard_stages(recipe, output, parts)
+    if any(len(unit) > 1 for unit in units):
+        read = partial(read_shards, output=output, data=recipe.data)
+        stages = dataclasses.replace(stages, expand=read)
+    return fill_store(plan, units, stages, section, started, show_progress)
 
 
 def fingerprint_parts(recipe: Recipe) -> dict[str, str]:
@@ -145,36 +130,6 @@ def units_of(todo: Sequence[int], streamed: Mapping[int, tuple[str, int]]) -> li
     return units
 
 
-def encode_shards(
-    recipe: Recipe,
-    plan: Plan,
-    units: Sequence[Sequence[int]],
-    weights: dict[str, str],
-    show_progress: bool,
-) -> dict[str, float]:
-    """Run the Ray data set over the shards of `units`; stops once too many images have failed.
-
-    Returns `images_per_second` from start to end, and of eight shards or more
-    `steady_images_per_second`: between the ends of encoding of the shards at a quarter and at three
-    quarters, so neither start-up nor what was decoded ahead counts.
-    """
-    stages = shard_stages(recipe, plan.uri, weights)
-    rows: list[dict[str, Any]] = [{"shard": shard} for (shard, *_) in units]
-    if any(len(unit) > 1 for unit in units):
-        rows = [{"shards": list(unit)} for unit in units]
-        read = partial(read_shards, output=plan.uri, data=recipe.data)
-        stages = dataclasses.replace(stages, expand=read)
-    progress = Progress(sum(map(len, units)), plan.num_images, show_progress)
-    num_errors, first = 0, list[dict[str, str]]()
-    for row in run_rows(rows, stages, recipe.precompute):
-        found = json.loads(str(row["errors"]))
-        num_errors += len(found)
-        first += found[: SHOWN_ERRORS - len(first)]
-        progress.add(int(row["rows"]), len(found), float(row["encoded_at"]))
-        _check_error_rate(recipe.precompute.max_error_rate, plan, num_errors, first)
-    return progress.close()
-
-
 def _check_losses(account: Account, allowed: float) -> None:
     """Raises TooManyErrors where planning lost more members, sidecars and files than is allowed."""
     if account.num_losses <= allowed * (account.num_images + account.num_losses):
@@ -186,20 +141,6 @@ def _check_losses(account: Account, allowed: float) -> None:
         f"{account.num_losses} files, members or sidecars of data.path={account.path} cannot be "
         f"read, beside {account.num_images} planned images: more than precompute.max_error_rate="
         f"{allowed:g} allows. Nothing was written. Repair them or raise the rate. "
-        f"The first:\n{first}"
-    )
-
-
-def _check_error_rate(
-    allowed: float, plan: Plan, num_errors: int, errors: list[dict[str, str]]
-) -> None:
-    if num_errors <= allowed * plan.num_images:
-        return
-    first = "\n".join(f"  {e['key']} [{e['stage']}] {e['message']}" for e in errors)
-    raise TooManyErrors(
-        f"{num_errors} of {plan.num_images} images could not be encoded, more than "
-        f"precompute.max_error_rate={allowed:g} allows. Nothing was committed. Finished shards "
-        "remain, and the same command resumes from them. Repair the source or raise the rate. "
         f"The first:\n{first}"
     )
 

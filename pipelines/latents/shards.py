@@ -27,7 +27,8 @@ from fae_core.latent_stats import ChannelStats
 
 from ..data.records import ImageRecord, batched
 from ..storage import paths
-from .plan import FORMAT
+from .plan import FORMAT, TEXT_FORMAT
+from .token_states import STATES, TokenStates
 
 LATENT_COLUMNS = ("mean", "logvar", "mean_flip", "logvar_flip")
 THREADS = 16
@@ -62,7 +63,7 @@ def write_shard(
     index: int,
     records: Sequence[ImageRecord],
     kept: Sequence[int],
-    latents: Mapping[str, np.ndarray],
+    latents: Mapping[str, np.ndarray | TokenStates],
     errors: Sequence[Mapping[str, str]],
     fingerprint: str,
     with_captions: bool = False,
@@ -70,9 +71,9 @@ def write_shard(
     """Write shard `index` and its errors; returns the shard's ETag.
 
     `records` is the plan's shard, `kept` the places of those that have latents (float16 [n, C, H,
-    W] each), `errors` the others' key, stage and message. Writing again replaces a file by the same
-    bytes. The errors come first: a shard that is there has its errors beside it. Raises ValueError
-    where an image is in both places or in none.
+    W] each) or TokenStates, `errors` the others' key, stage and message. Writing again replaces a
+    file by the same bytes. The errors come first: a shard that is there has its errors beside it.
+    Raises ValueError where an image is in both places or in none.
     """
     accounted = sorted([records[i].key for i in kept] + [e["key"] for e in errors])
     if accounted != sorted(r.key for r in records):
@@ -95,7 +96,7 @@ def write_shard(
 def encode_shard(
     index: int,
     records: Sequence[ImageRecord],
-    latents: Mapping[str, np.ndarray],
+    latents: Mapping[str, np.ndarray | TokenStates],
     num_errors: int,
     fingerprint: str,
     with_captions: bool = False,
@@ -112,18 +113,25 @@ def encode_shard(
     }
     if with_captions:
         columns["captions"] = pa.array([r.captions for r in records], WORD_COLUMNS["captions"])
+    stored: dict[str, np.ndarray] = {}
+    notes: dict[str, Any] = {"format": FORMAT}
     for name, values in latents.items():
-        values = np.ascontiguousarray(values, np.float16)
         if len(values) != len(records):
             raise ValueError(
                 f"Shard {index}: {len(values)} rows of {name} for {len(records)} keys."
             )
+        if isinstance(values, TokenStates):
+            columns |= values.columns()
+            notes = {"format": TEXT_FORMAT, **values.notes()}
+            stored[STATES] = values.values
+            continue
+        values = stored[name] = np.ascontiguousarray(values, np.float16)
         stats = ChannelStats.empty(values.shape[1])
         stats.update(np.moveaxis(values, 1, -1))
         statistics[name] = stats.to_dict()
         columns[name] = _tensor_array(values)
     info = {
-        "format": FORMAT,
+        **notes,
         "shard": index,
         "fingerprint": fingerprint,
         "errors": num_errors,
@@ -131,7 +139,7 @@ def encode_shard(
     }
     table = pa.table(columns).replace_schema_metadata({"fae": json.dumps(info)})
     buffer = io.BytesIO()
-    compression = {name: "none" if name in latents else "zstd" for name in columns}
+    compression = {name: "none" if name in stored else "zstd" for name in columns}
     options: dict[str, Any] = {"compression": compression, **_ONE_PAGE}
     pq.write_table(
         table,
@@ -143,13 +151,11 @@ def encode_shard(
         **options,
     )
     data = buffer.getvalue()
-    offsets = latent_offsets(
-        pq.read_metadata(io.BytesIO(data)), {n: v.shape for n, v in latents.items()}
-    )
-    for name, values in latents.items():
+    metadata = pq.read_metadata(io.BytesIO(data))
+    offsets = value_offsets(metadata, {name: values.nbytes for name, values in stored.items()})
+    for name, values in stored.items():
         start = offsets[name]
-        size = values.size * 2
-        if data[start : start + size] != np.ascontiguousarray(values, np.float16).tobytes():
+        if data[start : start + values.nbytes] != values.tobytes():
             raise AssertionError(f"Parquet did not lay {name} out in one page.")
     return data
 
@@ -162,21 +168,32 @@ def _tensor_array(values: np.ndarray) -> pa.Array:
     return pa.ExtensionArray.from_storage(pa.fixed_shape_tensor(pa.float16(), shape), storage_array)
 
 
-def latent_offsets(
-    metadata: pq.FileMetaData, shapes: Mapping[str, tuple[int, ...]]
-) -> dict[str, int]:
-    """Byte offset in the file of each latent column's values: the end of its one page."""
+def value_offsets(metadata: pq.FileMetaData, sizes: Mapping[str, int]) -> dict[str, int]:
+    """Byte offset in the file of the values of each column that `sizes` [bytes] names.
+
+    They are the end of the column's one page.
+    """
     offsets = {}
     if metadata.num_row_groups == 0:
-        return dict.fromkeys(shapes, 0)
+        return dict.fromkeys(sizes, 0)
     group = metadata.row_group(0)
     for i in range(group.num_columns):
         column = group.column(i)
         name = column.path_in_schema.partition(".")[0]
-        if name in shapes:
-            end = column.data_page_offset + column.total_compressed_size
-            offsets[name] = end - metadata.num_rows * int(np.prod(shapes[name][-3:])) * 2
+        if name in sizes:
+            offsets[name] = column.data_page_offset + column.total_compressed_size - sizes[name]
     return offsets
+
+
+def captions_of(table: pa.Table) -> list[tuple[str, ...]]:
+    """All captions of each row, from the column `caption` and, where it is there, `captions`."""
+    names = [name for name in ("caption", "captions") if name in table.column_names]
+    words = {name: table[name].cast(WORD_COLUMNS[name]).to_pylist() for name in names}
+    several = words.get("captions", [None] * len(table))
+    return [
+        tuple(many) if many else (one,) if one is not None else ()
+        for one, many in zip(words["caption"], several, strict=True)
+    ]
 
 
 def read_errors(uri: str, each: Each = map) -> Iterator[dict[str, str]]:

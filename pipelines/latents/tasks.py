@@ -1,4 +1,4 @@
-"""The CPU tasks of precompute: a shard's records to crops, and an encoded shard to its files.
+"""The CPU tasks of both precomputes: a shard's records to crops, an encoded shard to its files.
 
 They import no torch: a process of such a task starts in one second instead of five, and holds some
 110 MiB instead of 600. A node that decodes has one for every core or two.
@@ -7,7 +7,7 @@ They import no torch: a process of such a task starts in one second instead of f
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import cache
 from typing import Any
 
@@ -19,6 +19,7 @@ from ..data.reading import RowStreams, read_records
 from ..runtime import metrics
 from .plan import Plan, open_plan
 from .shards import write_shard
+from .token_states import STATES, TokenStates
 
 
 @cache
@@ -88,9 +89,20 @@ def _blobs(row: dict[str, Any]) -> list[bytes | Exception]:
 
 def store_shard(row: dict[str, Any], output: str, columns: Sequence[str]) -> dict[str, Any]:
     """Write one encoded shard and its errors; {shard, rows, errors (JSON), encoded_at (s)}."""
+    return _store(row, output, {name: np.asarray(row[name]) for name in columns})
+
+
+def store_states(row: dict[str, Any], output: str) -> dict[str, Any]:
+    """Write one shard of token states and its errors; the result is as of `store_shard`."""
+    values, empty = (np.asarray(row[name], np.float16) for name in (STATES, "empty"))
+    return _store(row, output, {STATES: TokenStates(values, json.loads(row["lengths"]), empty)})
+
+
+def _store(
+    row: dict[str, Any], output: str, latents: Mapping[str, np.ndarray | TokenStates]
+) -> dict[str, Any]:
     plan, index = plan_of(output), int(row["shard"])
     errors = json.loads(str(row["errors"]))
-    latents: dict[str, np.ndarray] = {name: np.asarray(row[name]) for name in columns}
     with metrics.stage("write"):
         kept = [int(i) for i in row["ok"]]
         records = plan.shard(index)

@@ -1,4 +1,4 @@
-"""A latent store read again, every byte, against its manifest and its plan."""
+"""A store of latents or token states read again, every byte, against its manifest and plan."""
 
 from __future__ import annotations
 
@@ -16,7 +16,15 @@ from fae_core.latent_stats import ChannelStats
 from ..storage import paths
 from .manifest import missing_shards, read_manifest
 from .plan import open_plan
-from .shards import LATENT_COLUMNS, WORD_COLUMNS, read_shard_errors, shard_uri, tensor_values
+from .shards import (
+    LATENT_COLUMNS,
+    WORD_COLUMNS,
+    captions_of,
+    read_shard_errors,
+    shard_uri,
+    tensor_values,
+)
+from .token_states import STATES, TOKENS, starts_of
 
 _MD5 = re.compile(r"[0-9a-f]{32}")
 
@@ -28,8 +36,8 @@ def verify_store(uri: str, on_shard: Callable[[int, int], None] | None = None) -
     image that is in two places or in none, and statistics that are not the latents'.
     `on_shard(done, of)` is called after each shard.
     """
-    manifest = read_manifest(uri)
     plan = open_plan(uri)
+    manifest = read_manifest(uri, plan.format)
     if manifest is None:
         done = plan.num_shards - len(missing_shards(uri, plan))
         return [f"not finished: {done} of {plan.num_shards} shards, no manifest.json"]
@@ -106,4 +114,18 @@ def _verify_shard(
             values = tensor_values(table[name])
             stats = totals.setdefault(name, ChannelStats.empty(values.shape[1]))
             stats.update(np.moveaxis(values, 1, -1))
+    if STATES in table.column_names:
+        problems += _verify_states(table, entry["tokens"])
     return problems
+
+
+def _verify_states(table: pa.Table, num_tokens: int) -> list[str]:
+    captions, starts = starts_of(table[TOKENS])
+    counted = np.diff(starts[captions])
+    of_rows = table[STATES].combine_chunks().value_lengths().to_numpy()
+    said = np.array([len(several) for several in captions_of(table)])
+    if not np.array_equal(np.diff(captions), said):
+        return ["has not a number of tokens for each caption"]
+    if not np.array_equal(counted, of_rows) or starts[-1] != num_tokens:
+        return ["has not as many states as tokens"]
+    return []

@@ -6,9 +6,11 @@ in its checkpoint: the hashes of encoder and tokenizer, and how captions enter.
 
 from __future__ import annotations
 
+import itertools
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -18,6 +20,7 @@ from fae_core.text import (
     CaptionTokenizer,
     TextEncoder,
     TextSpec,
+    as_batch,
     load_text_encoder,
     text_fingerprints,
 )
@@ -25,6 +28,8 @@ from fae_core.text import (
 from ..config.sections import TextSection
 from .loading import check_fingerprints
 
+COUNTED_CAPTIONS = 100_000
+"""Captions whose tokens are counted before a job: half a minute of one core."""
 SOURCE = "text source"
 """Fingerprint of a generator that says where its encoder came from; it is not compared."""
 
@@ -58,11 +63,41 @@ class CaptionEncoder:
         states: Tensor = self.encoder(ids, mask)
         return states, mask
 
+    @torch.inference_mode()
+    def states_of(self, captions: Sequence[str], batch_size: int) -> list[np.ndarray]:
+        """The token states of each caption, float16 [L, D] without padding.
+
+        Captions of like length are encoded together, `batch_size` at once.
+        """
+        device = next(self.encoder.parameters()).device
+        ids, mask = self.tokenizer(captions)
+        lengths = mask.sum(dim=1)
+        found: dict[int, np.ndarray] = {}
+        for places in lengths.argsort(stable=True).split(batch_size):
+            some = as_batch(ids[places], mask[places])
+            states = self.encoder(*(t.to(device, non_blocking=True) for t in some))
+            rows = states.half().cpu().numpy()
+            for place, row in zip(places.tolist(), rows, strict=True):
+                found[place] = row[: int(lengths[place])]
+        return [found[place] for place in range(len(captions))]
+
 
 def text_spec(section: TextSection) -> TextSpec:
     """The encoder that the recipe's section `text` describes."""
     return TextSpec(
         section.name, section.weights, section.max_length, section.template, section.layer
+    )
+
+
+def count_captions(captions: Iterable[str], tokenizer: CaptionTokenizer) -> str:
+    """A sentence on how many captions there are, are cut, or have unknown words."""
+    some = list(itertools.islice(captions, COUNTED_CAPTIONS + 1))
+    whole = len(some) <= COUNTED_CAPTIONS
+    counts = tokenizer.count(some[:COUNTED_CAPTIONS])
+    return (
+        f"captions: {counts.total:,} {'in all' if whole else 'looked at'}, {counts.cut:,} longer "
+        f"than {tokenizer.spec.max_length} tokens (cut), {counts.unknown:,} with words that the "
+        "tokenizer does not know"
     )
 
 

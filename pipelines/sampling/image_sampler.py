@@ -17,7 +17,7 @@ from fae_core.generators.starflow import StarFlow
 from ..config import Recipe, RecipeError
 from ..data.records import class_name, class_number
 from ..networks import load_checkpoint
-from ..networks.text_encoder import encoder_of
+from ..networks.text_encoder import CaptionEncoder, encoder_of
 from .latent_decoder import LatentDecoder
 from .latent_sampler import LatentSampler, image_noise
 from .prompts import Prompts, has_prompts, read_prompts
@@ -49,13 +49,14 @@ class ImageSampler:
         self.records: list[dict[str, Any]] = []
         """What the prompts' file says of each prompt; empty for a generator of classes."""
         self.prompts: Prompts | None = None
+        self.text: CaptionEncoder | None = None
         if isinstance(self.model, MMDiT):
             if recipe.sample.classes:
                 raise RecipeError(f"{generator} draws prompts; it has no sample.classes.")
             self.records = read_prompts(recipe)
-            encoder = encoder_of(generator, loaded, recipe.text.name, recipe.text.weights)
+            self.text = encoder_of(generator, loaded, recipe.text.name, recipe.text.weights)
             texts = [record["prompt"] for record in self.records]
-            self.prompts = Prompts(texts, encoder.to(self.device))
+            self.prompts = Prompts(texts, self.text.to(self.device))
         elif has_prompts(recipe):
             raise RecipeError(
                 f"{generator} draws classes (sample.classes), no prompts: those need a generator "

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -17,19 +17,22 @@ from fae_core.flow_matching import Velocity
 from fae_core.generators.mmdit import MMDiT
 
 from ..config import Recipe, RecipeError
-from ..networks.text_encoder import CaptionEncoder
 from ..storage import paths
 
 TEXT_SUFFIXES = (".txt", ".jsonl")
 NAME_LENGTH = 48
 
 
+Encode = Callable[[Sequence[str]], tuple[Tensor, Tensor]]
+"""Texts to token states [B, L, D] and their mask bool [B, L]."""
+
+
 class Prompts:
     """Texts by number, and the encoder that makes them a condition."""
 
-    def __init__(self, texts: Sequence[str], encoder: CaptionEncoder) -> None:
+    def __init__(self, texts: Sequence[str], encode: Encode) -> None:
         self.texts = list(texts)
-        self.encoder = encoder
+        self.encode = encode
 
     def name(self, number: int) -> str:
         """The beginning of a prompt, for pictures."""
@@ -45,7 +48,7 @@ class Prompts:
         row_of = {number: row for row, number in enumerate(dict.fromkeys(wanted))}
         rows = torch.tensor([row_of[number] for number in wanted])
         texts = [self.texts[number] for number in row_of]
-        states, mask = self.encoder([*texts, ""])
+        states, mask = self.encode([*texts, ""])
 
         def velocity(x: Tensor, t: Tensor, labels: Tensor) -> Tensor:
             result: Tensor = model(x, t, states[labels], mask[labels])

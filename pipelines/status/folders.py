@@ -14,7 +14,7 @@ import pyarrow.parquet as pq
 from omegaconf import OmegaConf
 
 from ..config.sections import StageName
-from ..latents.plan import PLAN, open_plan
+from ..latents.plan import PLAN, TEXT_FORMAT, open_plan
 from ..runtime.progress import duration
 from ..storage import StoreError, paths
 from ..training import metrics_log
@@ -109,7 +109,8 @@ def _planned(uri: str, files: Files) -> Status:
     if "manifest.json" in files:
         seconds = _json(files["manifest.json"].uri)["run"]["seconds"]
         notes.append(f"its last run took {duration(seconds)}")
-    return _of_shards("latent store", uri, files, shards, plan.num_shards, errors, notes)
+    kind = "token states" if plan.format == TEXT_FORMAT else "latent store"
+    return _of_shards(kind, uri, files, shards, plan.num_shards, errors, notes)
 
 
 def _samples(uri: str, files: Files) -> Status:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -26,19 +26,28 @@ from ..config import Recipe, RecipeError
 from ..config.sections import GeneratorSection
 from ..data.records import label_problem
 from ..latents import LatentStore
+from ..latents.reader import TextStore
 from ..networks import check_fingerprints, load_checkpoint
 from ..networks.text_encoder import SOURCE, CaptionEncoder, source_of, text_spec
 from ..networks.untrained import backbone_spec, build_generator
 from ..runtime.places import check_places
+from ..sampling.prompts import Encode, has_prompts
 from ..storage import StoreError, paths
 from . import run_folder
 from .batches import Batch
-from .captions import CaptionFeed, check_captions, claim_text_encoder
+from .captions import (
+    CaptionFeed,
+    StateFeed,
+    check_captions,
+    claim_text_encoder,
+    encode_from_store,
+    stored_marks,
+)
 from .job import Job, UntrainedJob, check_batch
 from .latent_feed import blank_latents, latent_feed, needed_columns
-from .launch import enter_worker, launch
+from .launch import Worker, enter_worker, launch
 from .loop import run_job
-from .preview import Preview
+from .preview import Preview, some_captions
 from .run_log import say
 
 
@@ -51,7 +60,8 @@ def train_generator(recipe: Recipe, callbacks: Sequence[Any] = ()) -> run_folder
     run_uri = run_folder.run_folder(recipe)
     (latents,) = recipe.require("train generator", "latents=STORE")
     networks = ("autoencoder.checkpoint", "pixel_decoder.checkpoint", "generator.start_from")
-    check_places(recipe, ("storage", "latents", "text.weights", "prompts", *networks))
+    text_places = ("text.weights", "text.states", "prompts")
+    check_places(recipe, ("storage", "latents", *text_places, *networks))
     store = LatentStore.open(latents)
     needed_columns(store, recipe.generator)
     check_settings(recipe)
@@ -64,16 +74,26 @@ def train_generator(recipe: Recipe, callbacks: Sequence[Any] = ()) -> run_folder
     if captioned:
         say(check_captions(store, CaptionTokenizer(text_spec(recipe.text))))
         marks = CaptionEncoder.load(text_spec(recipe.text)).fingerprints
+        if text := stored_states(recipe):
+            text.check_encoder(marks)
+            text.check_latents(store.uri, store.manifest)
     elif problem := label_problem(store.labels(), recipe.generator.num_classes, store.class_names):
         raise StoreError(f"{store.uri} cannot train this generator: {problem}")
     recipe = run_folder.settle_precision(recipe, "generator", run_uri)
     sections = ("latents", "generator", "text") if captioned else ("latents", "generator")
     run_folder.claim_run(recipe, run_uri, sections)
     if captioned:
-        claim_text_encoder(run_uri, marks)
+        claim_text_encoder(
+            run_uri, stored_marks(text, recipe.generator.training) if text else marks
+        )
     if run_folder.result(run_uri) is None:
         launch(_worker, recipe, recipe.generator.training, callbacks, store.account)
     return run_folder.train_result(run_uri, "generator")
+
+
+def stored_states(recipe: Recipe) -> TextStore | None:
+    """The store of token states that the recipe names. Raises StoreError."""
+    return TextStore.open(recipe.text.states) if recipe.text.states else None
 
 
 def check_settings(recipe: Recipe) -> None:
@@ -96,7 +116,7 @@ def generator_loss(
 ) -> dict[str, Tensor]:
     """The loss terms of one micro-batch from `latent_feed`; `model` may be wrapped.
 
-    A model of text has the `encoder` of the batch's tokens.
+    A model of text has the `encoder` of the batch's tokens, unless the batch has their states.
     """
     inner = getattr(model, "module", model)
     assert isinstance(inner, LatentModel)
@@ -105,10 +125,10 @@ def generator_loss(
         return flow_loss(model, latents, batch["noise"], batch["labels"], section.noise_std)
     t = timesteps(batch["time"], section.timesteps, section.shift)
     noise, weight = batch["noise"], section.cosine_weight
-    if encoder is None:
+    if "mask" not in batch.tensors:
         return flow_matching_loss(model, latents, noise, t, batch["labels"], weight)
     mask = batch["mask"]
-    states = encoder(batch["tokens"], mask)
+    states = encoder(batch["tokens"], mask) if encoder else batch["states"].float()
 
     def velocity(x: Tensor, t: Tensor, states: Tensor) -> Tensor:
         result: Tensor = model(x, t, states, mask)
@@ -134,11 +154,15 @@ def untrained_job(recipe: Recipe) -> UntrainedJob:
         shape: tuple[int, ...] = LatentStore.open(recipe.latents).latent_shape
     else:
         shape = latent_shape(recipe)
-    model, encoder, length = build_generator(recipe.generator, shape, recipe.text), None, 0
+    model, encoder = build_generator(recipe.generator, shape, recipe.text), None
+    blank = functools.partial(blank_latents, shape=shape)
     if isinstance(model, MMDiT):
-        encoder, length = untrained_text_encoder(text_spec(recipe.text)), recipe.text.max_length
-    job = generator_job(recipe.generator, model, encoder)
-    return job, functools.partial(blank_latents, shape=shape, text_length=length)
+        blank = functools.partial(blank, text_length=recipe.text.max_length)
+        if recipe.text.states:
+            blank = functools.partial(blank, text_width=model.config.text_dim)
+        else:
+            encoder = untrained_text_encoder(text_spec(recipe.text))
+    return generator_job(recipe.generator, model, encoder), blank
 
 
 def starting_model(
@@ -180,21 +204,46 @@ def _worker(config: dict[str, Any]) -> None:
         "latents": store.manifest["fingerprint"],
         "autoencoder": store.manifest["parts"]["autoencoder weights"],
     }
-    text: CaptionEncoder | None = None
-    captions: CaptionFeed | None = None
+    text = _Text()
     if section.kind == "mmdit":
-        spec = text_spec(recipe.text)
-        text = CaptionEncoder.load(spec).to(worker.device)
-        claim_text_encoder(worker.run_uri, text.fingerprints)  # another file on this node
-        fingerprints |= {**text.fingerprints, SOURCE: source_of(spec)}
-        captions = CaptionFeed(text.tokenizer, recipe.text.dropout)
+        text = _text_of(worker, store)
+        fingerprints |= {**text.marks, SOURCE: source_of(text_spec(recipe.text))}
     torch.manual_seed(recipe.seed)
-    model = starting_model(recipe, store, text.fingerprints if text else {})
+    model = starting_model(recipe, store, text.marks)
     run_job(
         worker,
-        generator_job(section, model, text.encoder if text else None),
-        latent_feed(store, section, recipe.seed, captions),
-        Preview(recipe, store, worker.device, text) if worker.is_first else None,
+        generator_job(section, model, text.encoder),
+        latent_feed(store, section, recipe.seed, text.feed),
+        Preview(recipe, store, worker.device, text.encode) if worker.is_first else None,
         lambda: fingerprints,
-        [] if text else store.class_names[: section.num_classes],
+        [] if text.feed else store.class_names[: section.num_classes],
     )
+
+
+class _Text(NamedTuple):
+    """What a training on captions has besides: all empty for one on classes."""
+
+    feed: CaptionFeed | StateFeed | None = None
+    encoder: TextEncoder | None = None
+    encode: Encode | None = None
+    """The preview's, on the first worker."""
+    marks: Mapping[str, str] = {}
+
+
+def _text_of(worker: Worker, store: LatentStore) -> _Text:
+    """From the recipe's encoder, which runs in every step, or from its stored states."""
+    recipe, spec = worker.recipe, text_spec(worker.recipe.text)
+    states = stored_states(recipe)
+    if states is None:
+        whole = CaptionEncoder.load(spec).to(worker.device)
+        claim_text_encoder(worker.run_uri, whole.fingerprints)  # another file on this node
+        feed = CaptionFeed(whole.tokenizer, recipe.text.dropout)
+        return _Text(feed, whole.encoder, whole, whole.fingerprints)
+    claim_text_encoder(worker.run_uri, stored_marks(states, worker.training))
+    encode: Encode | None = None
+    if worker.is_first and has_prompts(recipe):
+        encode = CaptionEncoder.load(spec).to(worker.device)
+    elif worker.is_first:
+        encode = encode_from_store(states, store, some_captions(store), worker.device)
+    stored = StateFeed(states, spec.max_length, recipe.text.dropout)
+    return _Text(stored, None, encode, states.marks)

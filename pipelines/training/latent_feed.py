@@ -17,7 +17,7 @@ from ..latents import LatentStore
 from ..latents.reader import NO_LABEL, LatentBatch
 from ..storage import StoreError
 from .batches import Batch, blank_batch, to_device
-from .captions import CaptionFeed, blank_captions
+from .captions import CaptionFeed, StateFeed, blank_captions
 from .job import Feed, Part, parts_of
 
 
@@ -39,14 +39,17 @@ def needed_columns(store: LatentStore, generator: GeneratorSection) -> list[str]
 
 
 def latent_feed(
-    store: LatentStore, generator: GeneratorSection, seed: int, captions: CaptionFeed | None = None
+    store: LatentStore,
+    generator: GeneratorSection,
+    seed: int,
+    captions: CaptionFeed | StateFeed | None = None,
 ) -> Feed:
     """The feed of a generator's job.
 
     `batch["latents"]` are raw float32 [n, C, H, W] (mode or posterior sample, half of them
     mirrored), `labels` int64 [n] with the null class where dropped, `noise` float32 like the
-    latents and `time` [n], both standard normal. With `captions` there are `tokens` int64 [n, L]
-    and their `mask` bool [n, L] in the place of labels.
+    latents and `time` [n], both standard normal. With `captions` there are `tokens` int64 [n, L],
+    or `states` float16 [n, L, D], and their `mask` bool [n, L] in the place of labels.
     """
     training = generator.training
     columns = needed_columns(store, generator)
@@ -60,8 +63,9 @@ def latent_feed(
             start_step=start_step,
             columns=columns,
             cache=generator.cache,
-            captions=captions is not None,
+            captions=isinstance(captions, CaptionFeed),
             places=range(first, parts[-1].places.stop),
+            text=captions.store if isinstance(captions, StateFeed) else None,
         )
         for read in reader:
             for part in parts:
@@ -73,15 +77,18 @@ def latent_feed(
     return feed
 
 
-def blank_latents(num: int, shape: Sequence[int], text_length: int = 0) -> Batch:
+def blank_latents(
+    num: int, shape: Sequence[int], text_length: int = 0, text_width: int | None = None
+) -> Batch:
     """A batch such as `latent_feed` makes, of `num` latents [C, H, W] that are zero.
 
-    Above 0, `text_length` is the number of tokens of its captions.
+    Above 0, `text_length` is the number of tokens of its captions; with `text_width` it has their
+    states.
     """
     tensors = {name: torch.zeros(num, *shape) for name in ("latents", "noise")}
     tensors["time"] = torch.zeros(num)
     if text_length:
-        return blank_batch(tensors | blank_captions(num, text_length))
+        return blank_batch(tensors | blank_captions(num, text_length, text_width))
     return blank_batch(tensors | {"labels": torch.zeros(num, dtype=torch.int64)})
 
 
@@ -91,7 +98,7 @@ def _make_batch(
     wanted: Part,
     generator: GeneratorSection,
     seed: int,
-    captions: CaptionFeed | None,
+    captions: CaptionFeed | StateFeed | None,
 ) -> Batch:
     """The part `wanted` of what was read, which begins at place `first` of the global batch."""
     places = list(wanted.places)
@@ -105,6 +112,9 @@ def _make_batch(
         latents = latents + np.exp(0.5 * logvar) * noise
     if captions is None:
         condition = {"labels": _labels(read, part, generator, uniform[:, 1])}
+    elif isinstance(captions, StateFeed):
+        assert read.states is not None
+        condition = captions.tensors(read.states[part], uniform[:, 1])
     else:
         assert read.captions is not None
         condition = captions.tensors(read.captions[part], uniform[:, 1])

@@ -14,10 +14,9 @@ from fae_core.generators.starflow import StarFlow
 from ..config import Recipe
 from ..data.records import class_name
 from ..latents import LatentStore
-from ..networks.text_encoder import CaptionEncoder
 from ..sampling import LatentDecoder
 from ..sampling.latent_sampler import LatentSampler, image_noise
-from ..sampling.prompts import Prompts, has_prompts, read_prompts
+from ..sampling.prompts import Encode, Prompts, has_prompts, read_prompts
 
 GRID_ROWS = 4
 GRID_COLUMNS = 6
@@ -36,7 +35,7 @@ class Preview:
         recipe: Recipe,
         store: LatentStore,
         device: torch.device,
-        encoder: CaptionEncoder | None = None,
+        encode: Encode | None = None,
     ) -> None:
         self.recipe = recipe
         self.store = store
@@ -46,14 +45,14 @@ class Preview:
             autoencoder = store.manifest["parts"]["autoencoder weights"]
             self.decoder = LatentDecoder.of(recipe, device, autoencoder)
         self.prompts: Prompts | None = None
-        if encoder is None:
+        if encode is None:
             num_rows = min(GRID_ROWS, recipe.generator.num_classes)
             self.names = [class_name(row, store.class_names) for row in range(num_rows)]
         else:
-            texts = _some_captions(store)
+            texts = list(some_captions(store).values())
             if has_prompts(recipe):
                 texts = [record["prompt"] for record in read_prompts(recipe)[:GRID_ROWS]]
-            self.prompts = Prompts(texts, encoder)
+            self.prompts = Prompts(texts, encode)
             self.names = [self.prompts.name(row) for row in range(len(texts))]
 
     def __call__(self, model: nn.Module, step: int) -> tuple[dict[str, float], bytes | None]:
@@ -76,10 +75,10 @@ class Preview:
         return {"sample_std": float(model.normalize(latents).std())}, figure
 
 
-def _some_captions(store: LatentStore) -> list[str]:
-    """The captions of images that lie evenly in the store."""
+def some_captions(store: LatentStore) -> dict[int, str]:
+    """The first caption of images that lie evenly in the store, by row."""
     wanted = set(np.linspace(0, len(store) - 1, GRID_ROWS).astype(int).tolist())
-    return [several[0] for row, (_, several) in enumerate(store.captions()) if row in wanted]
+    return {row: several[0] for row, (_, several) in enumerate(store.captions()) if row in wanted}
 
 
 def _maps(latents: np.ndarray) -> list[np.ndarray]:

@@ -68,8 +68,8 @@ def test_neither_length_nor_company_changes_a_captions_states(spec) -> None:
     together, _ = states(spec, CAPTIONS)
     alone, _ = states(spec, CAPTIONS[1:2])
     longer, _ = states(replace(spec, max_length=9), CAPTIONS)
-    torch.testing.assert_close(alone[0], together[1], rtol=1e-4, atol=1e-5)
-    torch.testing.assert_close(longer[:, :6], together, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(alone[0], together[1], rtol=1e-3, atol=1e-5)
+    torch.testing.assert_close(longer[:, :6], together, rtol=1e-3, atol=1e-5)
     assert not longer[:, 6:].any()
 
 
@@ -86,8 +86,17 @@ def test_an_earlier_layer_gives_other_states(bert) -> None:
     ids, mask = CaptionTokenizer(bert)(CAPTIONS)
     encoder = load_text_encoder(replace(bert, layer=-2))
     hidden = encoder.model(ids, mask.long(), output_hidden_states=True).hidden_states
-    assert torch.equal(encoder(ids, mask)[mask], hidden[-2][mask])
+    assert torch.equal(encoder(ids, mask)[mask], hidden[-2][mask].half().float())
     assert not torch.allclose(encoder(ids, mask)[mask], hidden[-1][mask])
+
+
+def test_states_are_numbers_that_float16_has_and_none_is_infinite(bert) -> None:
+    encoder = load_text_encoder(bert)
+    states = encoder(*CaptionTokenizer(bert)(CAPTIONS))
+    assert torch.equal(states, states.half().float())
+    with torch.no_grad():
+        encoder.model.encoder.layer[-1].output.LayerNorm.weight.fill_(1e6)
+    assert encoder(*CaptionTokenizer(bert)(CAPTIONS)).abs().max() == 65504
 
 
 def test_captions_are_cut_padded_and_put_into_the_template(bert) -> None:
@@ -174,7 +183,7 @@ def test_minilms_states_equal_bert_written_out_on_its_own_weights() -> None:
     assert sum(p.numel() for p in encoder.parameters()) == 22_713_216 - 384 * 385  # no pooler
     weights = load_file(Path(text_source(spec)) / "model.safetensors")
     expected = written_out(weights, ids, mask)
-    torch.testing.assert_close(encoder(ids, mask)[mask], expected[mask], rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(encoder(ids, mask)[mask], expected[mask], rtol=1e-3, atol=1e-4)
 
 
 def written_out(w: dict[str, torch.Tensor], ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:

@@ -21,8 +21,9 @@ from fae.pipelines.evaluation.errors import EvaluationError, ProbeError
 from fae.pipelines.evaluation.evaluate_job import evaluate
 from fae.pipelines.evaluation.probe_job import probe
 from fae.pipelines.latents.export_layouts import ExportError, export
+from fae.pipelines.latents.filling import TooManyErrors
 from fae.pipelines.latents.inspection import inspect
-from fae.pipelines.latents.precompute_job import TooManyErrors, precompute
+from fae.pipelines.latents.precompute_job import precompute
 from fae.pipelines.latents.reader import LatentStore
 from fae.pipelines.latents.verify import verify_store
 from fae.pipelines.networks.loading import backbone_fingerprints, backbone_of

@@ -6,7 +6,7 @@ from typing import Annotated
 
 from pydantic import Field, field_validator
 
-from .base import Place, Section
+from .base import HashedPath, Place, Section
 
 
 class TextSection(Section):
@@ -27,6 +27,10 @@ class TextSection(Section):
     layer: int = Field(-1, lt=0)
     """Hidden states, counted from the end, that are the tokens' states; -1 is the encoder's own
     output. Not in the paper."""
+    states: HashedPath[str | None] = None
+    """An output of `fae precompute-text` for the same latents: training reads the tokens' states
+    there and does not run the encoder. They are refused where they are other captions' or another
+    encoder's."""
     dropout: float = Field(0.1, ge=0.0, lt=1.0)
     """Share of captions that training replaces by the empty one, for guidance. Not in the paper:
     0.1 is ml-starflow's."""

@@ -30,23 +30,24 @@ from fae.pipelines.config.sections import DataSection
 from fae.pipelines.data.records import SourceError
 from fae.pipelines.doctor.memory import PYTHON, precompute_memory, total
 from fae.pipelines.latents.encoder import LatentEncoder
+from fae.pipelines.latents.filling import TooManyErrors
 from fae.pipelines.latents.plan import ensure_plan, open_plan
-from fae.pipelines.latents.precompute_job import (
-    Progress,
-    TooManyErrors,
-    precompute,
-    shard_stages,
-)
+from fae.pipelines.latents.precompute_job import precompute, shard_stages
+from fae.pipelines.latents.precompute_text_job import precompute_text
 from fae.pipelines.latents.reader import LatentStore
 from fae.pipelines.latents.shards import read_errors
+from fae.pipelines.latents.text_store import TextStore
 from fae.pipelines.latents.verify import verify_store
+from fae.pipelines.networks.text_encoder import CaptionEncoder
 from fae.pipelines.networks.untrained import build_autoencoder
 from fae.pipelines.runtime.actor_pool import dataset_of, lanes_for
+from fae.pipelines.runtime.progress import Progress
 from fae.pipelines.storage.claims import StoreMismatch
 from fae_core import checkpoint
 from fae_core.backbone import load_backbone
 from fae_core.checkpoint import CheckpointError
-from tests.tiny import ROOT
+from fae_core.text import TextSpec
+from tests.tiny import ROOT, save_text_encoder
 
 TINY = [
     "backbone.name=vit_tiny_patch16_224",
@@ -218,6 +219,24 @@ def test_ray_data_reads_the_store(uninterrupted):
     by_key = {row["key"]: row["mean"] for row in rows}
     for key, latent in zip(expected["key"], expected["mean"], strict=True):
         assert by_key[key].dtype == np.float16 and np.array_equal(by_key[key], latent)
+
+
+@pytest.mark.integration
+def test_captions_become_stored_states_by_ray(write_store, tmp_path, ray_session):
+    captions = {row: ("a red cat" if row % 3 else "a small house", None) for row in range(20)}
+    latents = write_store(tmp_path / "latents", ("mean",), False, captions)
+    values = [f"latents={latents.uri}", f"output={tmp_path / 'states'}", "text.max_length=6"]
+    values += [f"text.weights={save_text_encoder(tmp_path / 'encoder')}"]
+    values += ["precompute.precision=fp32", "precompute.threads_per_actor=1"]
+    manifest = precompute_text(load_recipe("photos-dinov2s", values))
+    assert (manifest["stored"], manifest["tokens"]) == (20, 20 * 4)
+    text = TextStore.open(str(tmp_path / "states"))
+    assert verify_store(text.uri) == []
+    batch = next(latents.reader(20, 0, captions=True, text=text))
+    found = {caption: states for caption, states in zip(batch.captions, batch.states, strict=True)}
+    spec = TextSpec(weights=str(tmp_path / "encoder"), max_length=6)
+    expected = CaptionEncoder.load(spec).states_of(list(found), 2)
+    assert all(map(np.array_equal, found.values(), expected))
 
 
 @pytest.mark.integration

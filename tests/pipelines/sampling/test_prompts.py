@@ -162,7 +162,7 @@ def test_guidance_leads_from_the_empty_prompt_to_the_prompt(networks):
         velocity, rows, null = sampler.prompts.condition(model, torch.tensor([0, 0]))
         found = sample_ode(velocity, noise, rows, 4, 1.0, guidance, null)
         x = noise
-        states, mask = sampler.prompts.encoder(["a red cat", "a red cat", "", ""])
+        states, mask = sampler.prompts.encode(["a red cat", "a red cat", "", ""])
         for t in (1.0, 0.75, 0.5, 0.25):
             v = model(torch.cat([x, x]), torch.full((4,), t), states, mask)
             scale = 1.5 if t <= 0.9 else 1.0
@@ -176,7 +176,7 @@ def test_distinct_prompts_are_encoded_once_a_batch(networks):
 
     def encoder(texts):
         asked.append(texts)
-        return sampler.prompts.encoder(texts)
+        return sampler.prompts.encode(texts)
 
     prompts = Prompts(PROMPTS, encoder)
     _, rows, null = prompts.condition(sampler.model, torch.tensor([2, 0, 2, 2]))

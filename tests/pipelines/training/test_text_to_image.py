@@ -13,6 +13,7 @@ import torch
 from fae.pipelines.config.recipe import RecipeError, load_recipe
 from fae.pipelines.config.sections import GeneratorSection, GeneratorTraining, TextSection
 from fae.pipelines.doctor.memory import training_memory
+from fae.pipelines.latents.precompute_text_job import precompute_text
 from fae.pipelines.latents.reader import LatentStore
 from fae.pipelines.networks.untrained import build_generator
 from fae.pipelines.storage.claims import StoreError
@@ -23,7 +24,7 @@ from fae_core import checkpoint
 from fae_core.generators.mmdit import MMDiT
 from fae_core.text import CaptionTokenizer, TextSpec, load_text_encoder
 from fae_core.weights import WeightsError
-from tests.here import train_here
+from tests.here import leave_ray_out, train_here
 from tests.tiny import save_text_encoder
 
 CPU = torch.device("cpu")
@@ -117,8 +118,8 @@ def test_a_batch_is_as_long_as_its_longest_caption_which_changes_no_loss(encoder
     spec = TextSpec(weights=str(encoder), max_length=30)
     feed = CaptionFeed(CaptionTokenizer(spec), 0.0)
     short = feed.tensors(["a red cat", "", None], torch.ones(3))
-    assert short["tokens"].shape == short["mask"].shape == (3, 8)
-    assert feed.tensors(["a red cat " * 3, "a"], torch.ones(2))["mask"].shape == (2, 16)
+    assert short["tokens"].shape == short["mask"].shape == (3, 16)
+    assert feed.tensors(["a red cat " * 5, "a"], torch.ones(2))["mask"].shape == (2, 16)
     assert feed.tensors(["a red cat " * 20], torch.ones(1))["mask"].shape == (1, 30)
     section = GeneratorSection(kind="mmdit", width=32, depth=2, num_heads=2, size="S")
     text = TextSection(weights=str(encoder), max_length=30)
@@ -184,9 +185,96 @@ def test_a_run_that_was_stopped_ends_at_the_same_bits(
     for name in ("result.json", "generator.safetensors", "checkpoints/step_000000006.pt"):
         (tmp_path / "test" / name).unlink()
     train_generator(recipe)
+    assert_same_network(trained, tmp_path / "test")
+
+
+@pytest.fixture(scope="module")
+def states(store, encoder, tmp_path_factory) -> str:
+    folder = str(tmp_path_factory.mktemp("states"))
+    with pytest.MonkeyPatch.context() as patch:
+        leave_ray_out(patch)
+        values = [f"latents={store.uri}", f"output={folder}", "precompute.precision=fp32"]
+        values += [f"text.weights={encoder}", f"text.max_length={LENGTH}"]
+        precompute_text(load_recipe("photos-dinov2s", values), show_progress=False)
+    return folder
+
+
+def test_training_on_stored_states_ends_at_the_same_bits_and_loads_no_encoder(
+    states, store, encoder, tmp_path, monkeypatch
+):
+    """Also where it goes on from a run that began with the encoder itself."""
+    train_here(monkeypatch)
+    values = overrides(store, encoder, tmp_path, f"text.states={states}", "text.dropout=0.5")
+    begun = load_recipe("photos-dinov2s", overrides(store, encoder, tmp_path, "text.dropout=0.5"))
+    train_generator(begun)
+    expected = (tmp_path / "test").rename(tmp_path / "online")
+    with monkeypatch.context() as patch:
+        for_worker = "fae.pipelines.networks.text_encoder.CaptionEncoder.to"
+        patch.setattr(for_worker, lambda *_: pytest.fail("a worker loads the encoder"))
+        train_generator(load_recipe("photos-dinov2s", values))
+        assert_same_network(expected, tmp_path / "test")
+        shutil.rmtree(tmp_path / "test")
+        shutil.copytree(expected, tmp_path / "test")
+        for name in ("result.json", "generator.safetensors", "checkpoints/step_000000006.pt"):
+            (tmp_path / "test" / name).unlink()
+        train_generator(load_recipe("photos-dinov2s", values))
+    assert_same_network(expected, tmp_path / "test")
+    found, other = (
+        checkpoint.load(folder / "generator.safetensors").fingerprints
+        for folder in (expected, tmp_path / "test")
+    )
+    assert found == other
+
+
+def test_states_of_another_encoder_or_of_other_captions_are_refused_before_a_run_is_claimed(
+    states, store, encoder, write_store, tmp_path, monkeypatch
+):
+    train_here(monkeypatch)
+    other = save_text_encoder(tmp_path / "other", seed=1)
+    with pytest.raises(StoreError, match=r"another encoder's .*: text encoder: \w{64} there"):
+        values = overrides(store, other, tmp_path, f"text.states={states}")
+        train_generator(load_recipe("photos-dinov2s", values))
+    with pytest.raises(StoreError, match=r"another encoder's .*: text settings: .*6.* there"):
+        more = (f"text.states={states}", "text.max_length=5")
+        train_generator(load_recipe("photos-dinov2s", overrides(store, encoder, tmp_path, *more)))
+    captions = {row: captions_of(row) for row in range(19)} | {19: ("house", None)}
+    changed = write_store(tmp_path / "changed", ("mean",), False, captions)
+    with pytest.raises(StoreError, match="do not belong to the latents .* '019' with"):
+        values = overrides(changed, encoder, tmp_path, f"text.states={states}")
+        train_generator(load_recipe("photos-dinov2s", values))
+    with pytest.raises(StoreError, match="not of format fae-text-states-1"):
+        values = overrides(store, encoder, tmp_path, f"text.states={store.uri}")
+        train_generator(load_recipe("photos-dinov2s", values))
+    assert not (tmp_path / "test").exists()
+
+
+def test_states_in_another_precision_than_the_runs_belong_to_the_run(
+    states, store, encoder, tmp_path, monkeypatch
+):
+    train_here(monkeypatch)
+    more = (f"text.states={states}", "generator.training.precision=bf16")
+    train_generator(load_recipe("photos-dinov2s", overrides(store, encoder, tmp_path, *more)))
+    assert json.loads((tmp_path / "test/text_encoder.json").read_text())["text precision"] == "fp32"
+    with pytest.raises(RecipeError, match="text precision: fp32 there, nothing now"):
+        values = overrides(store, encoder, tmp_path, more[1])
+        train_generator(load_recipe("photos-dinov2s", values))
+
+
+def test_the_memory_of_a_step_with_stored_states_has_no_encoder_in_it(
+    states, store, encoder, tmp_path
+):
+    values = overrides(store, encoder, tmp_path, f"text.states={states}")
+    worker = {
+        p.name: p for p in training_memory(load_recipe("photos-dinov2s", values), "generator")
+    }["worker"]
+    assert "text encoder: weights (frozen)" not in worker.host
+    assert worker.host["kept for the backward pass"] > 0
+
+
+def assert_same_network(one: Path, other: Path) -> None:
     expected, actual = (
         checkpoint.load(folder / "generator.safetensors", "mmdit").module.state_dict()
-        for folder in (trained, tmp_path / "test")
+        for folder in (one, other)
     )
     for name, value in expected.items():
         assert torch.equal(value, actual[name]), name

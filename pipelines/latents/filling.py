@@ -1,0 +1,91 @@
+"""What fills a planned store: the missing shards through Ray Data, errors counted, the commit.
+
+`fae precompute` and `fae precompute-text` differ in what becomes of a shard, their `RowStages`.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Sequence
+from itertools import islice
+from typing import Any
+
+from fae_core.errors import UserError
+
+from ..config.sections import PrecomputeSection
+from ..runtime.actor_pool import RowStages, run_rows
+from ..runtime.lanes import fan_out
+from ..runtime.progress import Progress
+from .manifest import commit
+from .plan import Plan
+from .shards import read_errors
+
+SHOWN_ERRORS = 10
+
+
+class TooManyErrors(UserError, RuntimeError):
+    """More images failed than `precompute.max_error_rate` allows; the text shows the first."""
+
+
+def fill_store(
+    plan: Plan,
+    units: Sequence[Sequence[int]],
+    stages: RowStages,
+    section: PrecomputeSection,
+    started: float,
+    show_progress: bool,
+) -> dict[str, Any]:
+    """Run the missing shards, which lie in `units` of work, and commit; returns the manifest.
+
+    `started` is when the job began, by time.monotonic. Raises TooManyErrors.
+    """
+    rates = run_shards(plan, units, stages, section, show_progress) if units else {}
+    each = fan_out if units else map
+    errors = read_errors(plan.uri, each)
+    first = list(islice(errors, SHOWN_ERRORS))
+    _check_error_rate(section.max_error_rate, plan, len(first) + sum(1 for _ in errors), first)
+    num_shards = sum(map(len, units))
+    run = {"seconds": time.monotonic() - started, "shards_encoded": num_shards, **rates}
+    return commit(plan.uri, plan, run, each)
+
+
+def run_shards(
+    plan: Plan,
+    units: Sequence[Sequence[int]],
+    stages: RowStages,
+    section: PrecomputeSection,
+    show_progress: bool,
+) -> dict[str, float]:
+    """Run the Ray data set over the shards of `units`; stops once too many images have failed.
+
+    Returns `images_per_second` from start to end, and of eight shards or more
+    `steady_images_per_second`: between the ends of encoding of the shards at a quarter and at three
+    quarters, so neither start-up nor what was decoded ahead counts.
+    """
+    rows: list[dict[str, Any]] = [{"shard": shard} for (shard, *_) in units]
+    if any(len(unit) > 1 for unit in units):
+        rows = [{"shards": list(unit)} for unit in units]
+    progress = Progress(sum(map(len, units)), plan.num_images, show_progress)
+    num_errors, first = 0, list[dict[str, str]]()
+    for row in run_rows(rows, stages, section):
+        found = json.loads(str(row["errors"]))
+        num_errors += len(found)
+        first += found[: SHOWN_ERRORS - len(first)]
+        progress.add(int(row["rows"]), len(found), float(row["encoded_at"]))
+        _check_error_rate(section.max_error_rate, plan, num_errors, first)
+    return progress.close()
+
+
+def _check_error_rate(
+    allowed: float, plan: Plan, num_errors: int, errors: list[dict[str, str]]
+) -> None:
+    if num_errors <= allowed * plan.num_images:
+        return
+    first = "\n".join(f"  {e['key']} [{e['stage']}] {e['message']}" for e in errors)
+    raise TooManyErrors(
+        f"{num_errors} of {plan.num_images} images could not be encoded, more than "
+        f"precompute.max_error_rate={allowed:g} allows. Nothing was committed. Finished shards "
+        "remain, and the same command resumes from them. Repair the source or raise the rate. "
+        f"The first:\n{first}"
+    )
