@@ -391,9 +391,9 @@ def evaluate(recipe: "Recipe") -> None:
 
 @recipe_command(app, "probe")
 def probe(recipe: "Recipe") -> None:
-    """Measure what latents and rebuilt features keep of the features.
+    """Measure what latents keep of the features.
 
-    The probes are k-NN and linear classification, similarity of patches, and matching of patches
+    Rebuilt features are measured too. The probes are k-NN and linear classification, similarity of patches, and matching of patches
     between images. They need labelled images:
 
     \b
