@@ -393,8 +393,8 @@ def evaluate(recipe: "Recipe") -> None:
 def probe(recipe: "Recipe") -> None:
     """Measure what latents keep of the features.
 
-    Rebuilt features are measured too. The probes are k-NN and linear classification, similarity of patches, and matching of patches
-    between images. They need labelled images:
+    It measures rebuilt features too. The probes are k-NN and linear classification, similarity of
+    patches, and matching of patches between images. They need labelled images:
 
     \b
       fae probe photos-dinov2s data.path=photos probe.output=probe \\
