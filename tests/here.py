@@ -61,7 +61,7 @@ def leave_ray_out(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(f"fae.pipelines.training.{feed}.decoded", decoded)
 
 
-def train_here(monkeypatch: pytest.MonkeyPatch) -> None:
+def train_here(monkeypatch: pytest.MonkeyPatch, on_cluster: bool = False) -> None:
     """The worker of a trainer runs in this process, alone, without Ray Train."""
     alone = SimpleNamespace(
         get_world_rank=lambda: 0, get_world_size=lambda: 1, get_local_world_size=lambda: 1
@@ -72,7 +72,8 @@ def train_here(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("ray.train.torch.prepare_model", lambda model: model)
 
     def launch(worker: Callable, recipe: Recipe, *_: object) -> None:
-        worker({"recipe": recipe.model_dump(mode="json"), "tracking_uri": "", "account": None})
+        config = {"tracking_uri": "", "account": None, "on_cluster": on_cluster}
+        worker({"recipe": recipe.model_dump(mode="json"), **config})
 
     monkeypatch.setattr("ray.train.collective.barrier", lambda: None)
     for trainer in ("autoencoder", "pixel_decoder", "generator"):

@@ -26,6 +26,8 @@ HOME, SCRATCH = "/tmp/home", "/tmp/scratch"
 """Folders of a host's own disk."""
 TOKEN = "0123456789abcdef0123456789abcdef"
 GCS_PORT, DASHBOARD_PORT = 6379, 8265
+STARTED = "Ray runtime started"
+"""What `ray start` says."""
 CLONE_NEWNET = 0x40000000
 SETUP = """
 set -e
@@ -117,7 +119,10 @@ class Host:
         return subprocess.CompletedProcess(command, process.returncode, printed)
 
     def start_ray(self, head: Host, *options: str, num_cpus: int = 2) -> None:
-        """`ray start`, which becomes the head where `head` is this host itself."""
+        """`ray start`, which becomes the head where `head` is this host itself.
+
+        On a busy machine it gives up after half a minute; it is repeated until it has started once.
+        """
         log = self.path("/tmp/ray.log").open("w")
         where = [f"--address={head.address}:{GCS_PORT}"]
         if head is self:
@@ -127,14 +132,15 @@ class Host:
             f"--node-ip-address={self.address}", "--object-store-memory=200000000",
             *where, *options,
         ]  # fmt: skip
+        script = f'until "$@" || grep -q "{STARTED}" /tmp/ray.log; do sleep 1; done'
+        command = ["bash", "-c", script, "ray", *command]
         with log:
-            process = subprocess.Popen(
+            subprocess.Popen(
                 self.command(command), env=self.environment, stdin=subprocess.DEVNULL,
                 stdout=log, stderr=subprocess.STDOUT,
             )  # fmt: skip
         if head is self:
-            _wait(lambda: self.answers(GCS_PORT) or process.poll() is not None)
-            assert process.poll() is None, self.path("/tmp/ray.log").read_text()
+            _wait(lambda: STARTED in self.path("/tmp/ray.log").read_text(), 300)
 
     def answers(self, port: int) -> bool:
         """Whether something listens at the host's own address."""

@@ -13,7 +13,7 @@ from safetensors.numpy import load
 from fae.pipelines.config.recipe import load_recipe
 from fae.pipelines.training.autoencoder import train_autoencoder
 from tests.here import leave_ray_out, train_here
-from tests.hosts import GCS_PORT, why_not
+from tests.hosts import GCS_PORT, ROOT, why_not
 from tests.s3_host import Cluster, cluster_on_hosts
 from tests.tiny import noisy_jpegs, wait_for
 
@@ -47,7 +47,7 @@ def values(images: str, storage: str) -> list[str]:
         "checkpoint_every=10", "validate_every=100000",
     ]  # fmt: skip
     return [
-        "tests/tiny_chain.yaml", f"data.path={images}", f"storage={storage}", "run=test",
+        f"{ROOT}/tests/tiny_chain.yaml", f"data.path={images}", f"storage={storage}", "run=test",
         "tracking.enabled=false", *(f"autoencoder.training.{setting}" for setting in training),
     ]  # fmt: skip
 

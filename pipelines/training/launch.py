@@ -28,6 +28,7 @@ from ..runtime.session import plain_error, quiet_logs, start_ray
 from ..storage import paths
 from .entry import run_worker
 from .job import TrainingError
+from .preemption import NodeLeaving
 from .run_folder import run_folder
 from .run_log import say
 from .tracking import Tracker, account_note, shared_tracking
@@ -55,6 +56,7 @@ def launch(
         "recipe": recipe.model_dump(mode="json"),
         "tracking_uri": recipe.tracking.uri,
         "account": account.to_dict() if account else None,
+        "on_cluster": bool(os.environ.get("RAY_ADDRESS")),
     }
     called = functools.partial(run_worker, worker.__module__, worker.__name__)
     fit(called, config, training, run_folder(recipe), callbacks)
@@ -72,6 +74,8 @@ class Worker:
     device: torch.device
     is_first: bool
     account: Account | None = None
+    on_cluster: bool = False
+    """Whether its node may be taken away; on one machine nobody would hear of it."""
 
     def tracker(self) -> Tracker | None:
         """The run's tracker, opened; the first worker alone has one."""
@@ -109,8 +113,10 @@ def enter_worker(config: dict[str, Any], network: str) -> Worker:
     is_first = context.get_world_rank() == 0
     run_uri = run_folder(recipe)
     account = Account.from_dict(config["account"]) if config.get("account") else None
-    tracking_uri = config["tracking_uri"]
-    return Worker(network, recipe, training, run_uri, tracking_uri, device, is_first, account)
+    tracking_uri, on_cluster = config["tracking_uri"], config["on_cluster"]
+    return Worker(
+        network, recipe, training, run_uri, tracking_uri, device, is_first, account, on_cluster
+    )
 
 
 def fit(
@@ -123,9 +129,9 @@ def fit(
     """Run `worker(config)` on the workers that `training` asks for under Ray Train.
 
     Where a worker is lost, all resume from the newest checkpoint, up to `training.max_failures`
-    times; with `min_workers`, on as many as there is room for. They also resume when there is room
-    for more, which is not counted. `callbacks` are Ray Train's, which hear of every validation and
-    checkpoint. Raises what `worker` itself raises, at once.
+    times; with `min_workers`, on as many as there is room for. Resuming because there is room for
+    more, or because a node will be taken away, is not counted. `callbacks` are Ray Train's, which
+    hear of every validation and checkpoint. Raises what `worker` itself raises, at once.
     """
     import ray
     from ray.train import FailureConfig, RunConfig, ScalingConfig, TrainingFailedError
@@ -141,7 +147,8 @@ def fit(
         )
     storage, _, name = run_uri.rpartition("/")
     filesystem, path = paths.filesystem(storage)
-    for failures in range(training.max_failures + 1):
+    failures = 0
+    while True:
         trainer = TorchTrainer(
             worker,
             train_loop_config=config,
@@ -169,16 +176,20 @@ def fit(
             return
         except TrainingFailedError as error:
             own = raised_by_worker(error)
+            if isinstance(own, NodeLeaving):
+                say(f"{own}; the workers resume on the others")
+                continue
             if isinstance(own, UserError):
                 raise own from None
             if own is not None:
                 raise own from error
             if failures == training.max_failures:
                 raise
+            failures += 1
             reason = str(error).strip().splitlines()[-1]
             say(
                 f"workers were lost ({reason}); all resume from the newest checkpoint "
-                f"({failures + 1} of {training.max_failures} times)"
+                f"({failures} of {training.max_failures} times)"
             )
 
 

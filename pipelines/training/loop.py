@@ -23,6 +23,7 @@ from .launch import Worker
 from .memory_plan import memory_plan_of
 from .meters import BadImages, Meter
 from .metrics_log import MetricsLog
+from .preemption import NodeLeaving, node_leaves
 from .run_log import RunLog, say
 from .state import TrainState
 from .step import learning_rate, train_step
@@ -42,7 +43,7 @@ def run_job(
     The network has the final weights, or their average where the training keeps one. Rank 0 alone
     validates, where there is something to validate on, and writes, with `fingerprints` of what the
     network was trained with and `class_names` where its classes have names. An error marks the run
-    FAILED in MLflow.
+    FAILED in MLflow; it is RUNNING again when it resumes.
     """
     tracker = worker.tracker()
     try:
@@ -50,9 +51,9 @@ def run_job(
         if tracker:
             marks, network = fingerprints(), worker.network
             run_folder.finish(worker.run_uri, network, trained, marks, metrics, class_names)
-    except Exception:
+    except Exception as error:
         if tracker:
-            tracker.finish("FAILED")
+            tracker.finish("KILLED" if isinstance(error, NodeLeaving) else "FAILED")
         raise
     if tracker:
         tracker.finish()
@@ -125,15 +126,19 @@ def _train(
                 _gather(model, whole)
                 if log and validate:
                     validation = _validate(validate, whole, device, step, log)
-        saves = step % training.checkpoint_every == 0 or last
+        leaves = worker.on_cluster and not last and node_leaves()
+        saves = step % training.checkpoint_every == 0 or last or leaves
         if saves:
             bad_images.save()
             save_checkpoint(state, run_uri, training.keep_checkpoints, write=rank == 0)
             if log:
                 log.metrics_log.save()
         if validates or saves:
+            # No worker goes on before rank 0 has written.
             ray.train.report({"step": step, **(validation if validates else {})})
             meter.restart()
+        if leaves:
+            raise NodeLeaving(f"a node will be taken away: saved at step {step}")
     state.swap_ema()
     _gather(model, whole)
     if log and validate:

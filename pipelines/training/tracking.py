@@ -172,7 +172,7 @@ class Tracker:
         self._attempt(lambda: self._client.update_run(self._run_id, name=name))
 
     def finish(self, status: str = "FINISHED") -> None:
-        """Send what was kept and end the run as FINISHED or FAILED; warns of what never arrived."""
+        """Send what was kept and end the run as MLflow's `status`; warns of what never arrived."""
         self._next_attempt = 0.0
         self._attempt(lambda: self._client.set_terminated(self._run_id, status))
         if lost := self._lost + len(self._kept):
