@@ -4,6 +4,7 @@ joins: it ends with the parameters of a run on one worker."""
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 import time
@@ -156,7 +157,7 @@ def test_a_node_that_gets_sigterm_loses_and_repeats_no_step(
         f"SIGTERM: step {step} saved after {saved:.0f} s, the node ended after {ended:.0f} s, "
         f"on one worker after {moved:.0f} s"
     )
-    printed = training.log.read_text()
-    counts = [printed.count(f"step {number}/{STEPS}") for number in range(2, STEPS + 1, 2)]
-    assert counts == [1] * len(counts)
+    # Two raylets on one machine both bring a line.
+    said = set(re.findall(rf"pid=(\d+).* step (\d+)/{STEPS}", training.log.read_text()))
+    assert sorted(int(number) for _, number in said) == list(range(2, STEPS + 1, 2))
     assert_as_alone(folder, monkeypatch)
