@@ -147,6 +147,11 @@ def fit(
         )
     storage, _, name = run_uri.rpartition("/")
     filesystem, path = paths.filesystem(storage)
+    # Ray Train knows more of them than its annotations do.
+    elastic: dict[str, Any] = {"num_workers": training.num_workers}
+    if training.min_workers:
+        elastic["num_workers"] = (training.fewest_workers, training.num_workers)
+        elastic["elastic_resize_monitor_interval_s"] = RESIZE_SECONDS
     failures = 0
     while True:
         trainer = TorchTrainer(
@@ -154,13 +159,10 @@ def fit(
             train_loop_config=config,
             torch_config=NodeTorchConfig(),
             scaling_config=ScalingConfig(
-                num_workers=(training.fewest_workers, training.num_workers)
-                if training.min_workers
-                else training.num_workers,
-                elastic_resize_monitor_interval_s=RESIZE_SECONDS,
                 use_gpu=training.use_gpu,
                 resources_per_worker={"CPU": training.cpus_per_worker}
                 | ({"GPU": 1} if training.use_gpu else {}),
+                **elastic,
             ),
             # Ray's own restarts would repeat what `worker` raises too, a NaN for example.
             run_config=RunConfig(
