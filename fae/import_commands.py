@@ -4,6 +4,8 @@ from typing import Annotated
 
 import typer
 
+from .last_line import close
+
 import_app = typer.Typer(
     no_args_is_help=True, help="Take over networks that others trained, as checkpoints."
 )
@@ -78,7 +80,9 @@ def import_rae_command(
     """
     from fae.pipelines.publishing import import_rae
 
-    typer.echo(import_rae(source, output, backbone, backbone_weights, num_heads))
+    made = import_rae(source, output, backbone, backbone_weights, num_heads)
+    stage = f"pixel_decoder.stage=finetune pixel_decoder.start_from={output}"
+    close(made, f"fae train pixel-decoder RECIPE {stage} autoencoder.checkpoint=…")
 
 
 @import_app.command("lightningdit")
@@ -109,11 +113,10 @@ def import_lightningdit_command(
     """
     from fae.pipelines.publishing import import_generator
 
-    typer.echo(
-        import_generator(
-            source, output, "lightningdit", stats, multiplier, autoencoder, num_heads, num_classes
-        )
+    made = import_generator(
+        source, output, "lightningdit", stats, multiplier, autoencoder, num_heads, num_classes
     )
+    close(made, f"fae sample RECIPE generator.checkpoint={output} --grid grid.png")
 
 
 @import_app.command("sit")
@@ -140,8 +143,7 @@ def import_sit_command(
     """
     from fae.pipelines.publishing import import_generator
 
-    typer.echo(
-        import_generator(
-            source, output, "sit", None, multiplier, autoencoder, num_heads, num_classes
-        )
+    made = import_generator(
+        source, output, "sit", None, multiplier, autoencoder, num_heads, num_classes
     )
+    close(made, f"fae sample RECIPE generator.checkpoint={output} --grid grid.png")

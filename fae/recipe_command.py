@@ -46,6 +46,14 @@ DryRun = Annotated[
     bool,
     typer.Option("--dry-run", help="Print how much memory each process will need, and stop."),
 ]
+Probe = Annotated[
+    bool,
+    typer.Option(
+        "--probe",
+        help="Also measure this machine for some seconds, print how long the job will take, and "
+        "stop.",
+    ),
+]
 
 
 def merged(recipe: str, overrides: list[str] | None, print_config: bool) -> "Recipe":
@@ -66,7 +74,7 @@ def recipe_command(
 
     The command takes RECIPE [KEY=VALUE]..., --print-config, the options of the function, and if
     `memory` is the name of a job also --dry-run, which prints the memory that the job will need,
-    and of a training the room for its checkpoints.
+    and of a training the room for its checkpoints, and --probe, which adds the time.
     """
 
     def register(job: Callable[..., None]) -> Callable[..., None]:
@@ -75,19 +83,28 @@ def recipe_command(
             overrides: Overrides = None,
             print_config: PrintConfig = False,
             dry_run: DryRun = False,
+            probe: Probe = False,
             **options: Any,
         ) -> None:
             loaded = merged(recipe, overrides, print_config)
-            if dry_run and memory:
-                from fae.pipelines.doctor import checkpoint_text, memory_of, text
+            if (dry_run or probe) and memory:
+                from fae.pipelines.doctor import (
+                    checkpoint_text,
+                    memory_of,
+                    speed_of,
+                    speed_text,
+                    text,
+                )
 
                 typer.echo(text(memory_of(loaded, memory)))
                 if memory in TRAININGS:
                     typer.echo(checkpoint_text(loaded, memory))
+                if probe:
+                    typer.echo(speed_text(speed_of(loaded, memory)))
                 return
             job(loaded, **options)
 
-        shared = list(inspect.signature(command).parameters.values())[: 4 if memory else 3]
+        shared = list(inspect.signature(command).parameters.values())[: 5 if memory else 3]
         parameters = [*shared, *list(inspect.signature(job).parameters.values())[1:]]
         command.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
         command.__annotations__ = {p.name: p.annotation for p in parameters}

@@ -8,11 +8,15 @@ functions.
 from __future__ import annotations
 
 import io
+import textwrap
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 from PIL import Image
+
+NAME_WIDTH = 24
+"""Characters of a line beside a row of pictures."""
 
 
 @dataclass(frozen=True)
@@ -109,7 +113,9 @@ def picture_grid(
     from matplotlib.figure import Figure
 
     aside = 0.1 * max((len(line) for line in note.splitlines()), default=-4) + 0.4
-    before = 0.08 * max((len(name) for name in names_of_rows), default=0)
+    names_of_rows = [textwrap.fill(name, NAME_WIDTH) for name in names_of_rows]
+    longest = max((len(line) for name in names_of_rows for line in name.splitlines()), default=0)
+    before = 0.085 * longest + 0.1 * bool(longest)
     figure = Figure(
         figsize=(before + 2.0 * len(titles) + aside, 2.0 * len(rows) + 0.3), layout="constrained"
     )

@@ -1,4 +1,4 @@
-"""The whole chain as one resumable command: stages, their results, the report, the demo."""
+"""The whole chain as one resumable command: stages, their results, the report."""
 
 import lazy_loader
 

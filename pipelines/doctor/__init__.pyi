@@ -4,5 +4,7 @@ from .checkpoint_room import checkpoint_text as checkpoint_text
 from .diagnosis import doctor as doctor
 from .memory import memory_of as memory_of
 from .memory import text as text
+from .speed import speed_of as speed_of
+from .speed import speed_text as speed_text
 
-__all__ = ["checkpoint_text", "doctor", "memory_of", "text"]
+__all__ = ["checkpoint_text", "doctor", "memory_of", "speed_of", "speed_text", "text"]

@@ -28,6 +28,8 @@ CONNECT_SECONDS = 10.0
 HTTP2_GREETING = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + bytes([0, 0, 0, 4, 0, 0, 0, 0, 0])
 """RFC 9113: the client's preface and an empty SETTINGS frame (type 4), which a server answers."""
 GCS_PORT = "RAY_GCS_SERVER_PORT"
+STATE_API = "RAY_API_SERVER_ADDRESS"
+"""Where tasks find the dashboard's state API: by the address of the head, HOST:PORT."""
 
 
 def start_ray(**local: Any) -> None:
@@ -50,6 +52,8 @@ def start_ray(**local: Any) -> None:
     if address := os.environ.get("RAY_ADDRESS"):
         _refuse_silence(address)
         local = {}
+        if os.environ.get(STATE_API) == address:  # the demo names the Ray that it has started
+            for_tasks[STATE_API] = address
     else:
         # Without an address Ray would join any cluster that runs on this machine. Ray Train asks
         # the dashboard's state API about its controller, and complains every second without it.
@@ -57,7 +61,7 @@ def start_ray(**local: Any) -> None:
         # Ray Train's own actors look for that API on this machine. They give up where they find a
         # second cluster, or what a killed one left behind, unless they are told where theirs is.
         port = os.environ[GCS_PORT] = str(free_port())
-        for_tasks["RAY_API_SERVER_ADDRESS"] = f"127.0.0.1:{port}"
+        for_tasks[STATE_API] = f"127.0.0.1:{port}"
     try:
         ray.init(
             ignore_reinit_error=True,

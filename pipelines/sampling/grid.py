@@ -19,23 +19,28 @@ def draw_grid(recipe: Recipe, path: str, columns: int = 8, scales: tuple[float, 
     """
     sampler = ImageSampler(recipe)
     classes = sampler.classes or list(range(min(sampler.num_classes, 10)))
-    settings: list[tuple[str, Recipe]] = [("", recipe)] * columns
+    rows: list[list[np.ndarray | None]]
     if scales:
-        settings = [(f"scale {scale:g}", _with_scale(recipe, scale)) for scale in scales]
-    rows: list[list[np.ndarray | None]] = []
-    for row, label in enumerate(classes):
-        tiles: list[np.ndarray | None] = []
-        if scales:
-            for _, changed in settings:
-                sampler.recipe = changed
-                tiles.append(sampler([row], [label])[0])
-        else:
-            first = row * columns
-            tiles += list(sampler(list(range(first, first + columns)), [label] * columns))
-        rows.append(tiles)
+        columns_drawn = [at_scale(sampler, classes, scale) for scale in scales]
+        rows = [list(row) for row in zip(*columns_drawn, strict=True)]
+        titles = [f"scale {scale:g}" for scale in scales]
+    else:
+        indices = list(range(columns * len(classes)))
+        drawn = sampler(indices, [label for label in classes for _ in range(columns)])
+        rows = [list(drawn[i : i + columns]) for i in range(0, len(indices), columns)]
+        titles = [""] * columns
     names = [sampler.name(label) for label in classes]
-    figure = picture_grid(rows, [title for title, _ in settings], names_of_rows=names)
-    paths.write_bytes(path, figure)
+    paths.write_bytes(path, picture_grid(rows, titles, names_of_rows=names))
+
+
+def at_scale(sampler: ImageSampler, labels: list[int], scale: float) -> np.ndarray:
+    """Pictures uint8 [n, S, S, 3] of `labels` at a guidance scale; each row has its own noise."""
+    recipe = sampler.recipe
+    sampler.recipe = _with_scale(recipe, scale)
+    try:
+        return sampler(list(range(len(labels))), labels)
+    finally:
+        sampler.recipe = recipe
 
 
 def _with_scale(recipe: Recipe, scale: float) -> Recipe:

