@@ -15,7 +15,7 @@ from fae_core.weights import WeightsError
 from ..data.account import Account
 from ..latents import LatentStore
 from ..storage import paths
-from .findings import Findings
+from .findings import Findings, Network
 from .recipes import last_part
 
 PAPER = "2512.07829"
@@ -74,13 +74,14 @@ def model_card(
 def _front_matter(
     found: Findings, backbone: Mapping[str, str] | None, license_name: str, diffusers: bool
 ) -> str:
-    generates = "generator" in found.networks
+    generator = found.networks.get("generator")
+    task = "image-feature-extraction"
+    if generator is not None:
+        task = "text-to-image" if _of_text(generator) else "unconditional-image-generation"
     values: dict[str, Any] = {
         "license": license_name,
         "library_name": "fae-ray",
-        "pipeline_tag": "unconditional-image-generation"
-        if generates
-        else "image-feature-extraction",
+        "pipeline_tag": task,
         "tags": ["fae", "feature-autoencoder", f"arxiv:{PAPER}"] + ["diffusers"] * diffusers,
     }
     if backbone and backbone["repository"]:
@@ -140,12 +141,17 @@ def _loading(found: Findings, title: str) -> str:
         ]
         if "pixel_decoder" in found.networks:
             lines.append("pictures = model.decode_images(latents)")
-            if "generator" in found.networks:
-                lines.append(f'samples = fae.sample("{title}", model, labels=[0, 1, 2])')
+            if (generator := found.networks.get("generator")) is not None:
+                wanted = 'prompts=["a red cat"]' if _of_text(generator) else "labels=[0, 1, 2]"
+                lines.append(f'samples = fae.sample("{title}", model, {wanted})')
     else:
         lines.append(f'network = fae.load("{title}").module')
     lines += ["```", ""]
     return "\n".join(lines)
+
+
+def _of_text(generator: Network) -> bool:
+    return generator.loaded.kind == "mmdit"
 
 
 def _loading_with_diffusers(found: Findings, title: str) -> str:

@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from PIL import Image
+from torch.nn import functional as F
 
 import fae
 from fae.pipelines.config.facts import with_absolute_paths
@@ -49,6 +50,28 @@ def test_everything_shipped_is_listed_and_small() -> None:
     images = sum(f.stat().st_size for f in (SHIPPED / "emoji-images").rglob("*") if f.is_file())
     assert images < 4e6
     assert sum(f.stat().st_size for f in SHIPPED.rglob("*") if f.is_file()) < 34e6
+
+
+def test_a_caption_that_no_training_saw_is_drawn_and_found_among_others() -> None:
+    """DINOv2's class token of each sample is nearest to its own true picture's, of four."""
+    files = {json.loads(line)["text"]: json.loads(line)["file_name"] for line in
+             (SHIPPED / "emoji-images/heldout/metadata.jsonl").read_text().splitlines()}  # fmt: skip
+    captions = ["man pilot dark skin tone", "woman mage medium-dark skin tone",
+                "thumbs up medium-light skin tone", "woman cook medium skin tone"]  # fmt: skip
+    model = fae.FeatureAutoencoder.from_pretrained("shipped:emoji")
+    drawn = fae.sample("shipped:emoji", model, prompts=captions, num_steps=12, guidance=2.0)
+    true = [Image.open(SHIPPED / "emoji-images/heldout" / files[text]) for text in captions]
+    pictures = [torch.from_numpy(drawn),
+                torch.from_numpy(np.stack([np.asarray(i.convert("RGB")) for i in true]))]  # fmt: skip
+    assert pictures[0].shape == (4, 128, 128, 3) == pictures[1].shape
+    with torch.no_grad():
+        tokens = [F.normalize(model.backbone.tokens(some)[1], dim=-1) for some in pictures]
+    assert (tokens[0] @ tokens[1].T).argmax(1).tolist() == [0, 1, 2, 3]
+
+
+def test_the_card_says_how_to_draw_a_text() -> None:
+    card = (SHIPPED / "emoji/README.md").read_text()
+    assert "pipeline_tag: text-to-image" in card and "prompts=[" in card
 
 
 def test_the_shipped_networks_rebuild_held_out_emoji() -> None:
