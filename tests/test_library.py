@@ -129,6 +129,7 @@ def test_the_version_is_the_packages():
     assert fae.__version__ == stated
 
 
+@pytest.mark.integration
 def test_local_networks_are_used_without_ray_boto3_or_mlflow(runs, write_store, tmp_path):
     write_store(tmp_path / "store")
     code = f"""

@@ -2,5 +2,6 @@
 
 from .demo_job import run_demo as run_demo
 from .full import run_full_demo as run_full_demo
+from .full import write_photographs as write_photographs
 
-__all__ = ["run_demo", "run_full_demo"]
+__all__ = ["run_demo", "run_full_demo", "write_photographs"]

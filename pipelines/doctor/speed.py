@@ -28,8 +28,6 @@ from ..networks.untrained import build_autoencoder, build_backbone
 from ..runtime.progress import duration
 from ..sampling.image_sampler import ImageSampler
 from ..training import requirements
-from ..training.state import TrainState
-from ..training.step import train_step
 
 PROBE_SECONDS = 4.0
 """Of one measurement, at least one call after one that warms up."""
@@ -75,20 +73,12 @@ def speed_text(speed: Speed) -> str:
 
 
 def _training(recipe: Recipe, network: str) -> Speed:
-    training = requirements.training_of(recipe, network).model_copy()
+    training = requirements.training_of(recipe, network)
     requirements.check_settings(recipe, network)
     device = _device(training.use_gpu)
-    training.precision = settled_precision(training.precision, training.use_gpu)
-    size = max(1, training.batch_size // (training.num_workers * training.accumulation))
     torch.set_num_threads(training.threads_per_worker or _share(training.num_workers))
-    with torch.device(device):
-        job, blank_batch = requirements.UNTRAINED_JOBS[network](recipe)
-        state = TrainState(job.model, training, job.adversary)
-        batch = blank_batch(size)
-        adversary = (job.adversary.module, job.adversary.loss) if job.adversary else ()
-        rate = size / _seconds(
-            lambda: train_step(state, job.model, job.loss, [batch], training, *adversary), device
-        )
+    step, size = requirements.blank_step(recipe, network, device)
+    rate = size / _seconds(step, device)
     rates = {"training": (rate, training.num_workers)}
     if network in requirements.HELD_OUT_IMAGES:
         table = plan_source(recipe.data).table

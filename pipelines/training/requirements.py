@@ -2,14 +2,15 @@
 
 `fae run` and `fae tune` ask whether trainings fit side by side; `fae train … --dry-run` prints
 the memory (doctor/memory.py). The networks are built with shapes alone, so asking needs neither
-their weights nor their memory.
+their weights nor their memory. `--probe` times real steps.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 
@@ -24,6 +25,8 @@ from . import autoencoder, generator, pixel_decoder, pixel_objective
 from .batches import PREFETCH_BATCHES
 from .launch import cluster_resources
 from .memory_plan import checkpoint_bytes, memory_plan_of
+from .state import TrainState
+from .step import train_step
 
 UNTRAINED_JOBS = {
     "autoencoder": autoencoder.untrained_job,
@@ -90,7 +93,7 @@ def memory_of(recipe: Recipe, network: str) -> TrainingMemory:
     """
     training = training_of(recipe, network).model_copy()
     training.precision = settled_precision(training.precision, training.use_gpu)
-    size = max(1, training.batch_size // (training.num_workers * training.accumulation))
+    size = _micro_batch(training)
     with torch.device("meta"):
         job, blank_batch = UNTRAINED_JOBS[network](recipe)
     as_on_a_gpu = fused_attention() if training.use_gpu else nullcontext()
@@ -107,6 +110,29 @@ def memory_of(recipe: Recipe, network: str) -> TrainingMemory:
     host["held-out images"] = HELD_OUT_IMAGES[network] * 3 * recipe.image_size**2
     waiting = WINDOW_BATCHES * training.num_workers * batch_bytes
     return TrainingMemory(step, host, batch_bytes, waiting)
+
+
+def blank_step(
+    recipe: Recipe, network: str, device: torch.device
+) -> tuple[Callable[[], object], int]:
+    """One optimizer step of the training of `network` on `device`, to be called and timed.
+
+    It has initial weights, blank images, and one micro-batch, whose size is the second result.
+    Raises as `memory_of` does.
+    """
+    training = training_of(recipe, network).model_copy()
+    training.precision = settled_precision(training.precision, training.use_gpu)
+    size = _micro_batch(training)
+    with torch.device(device):
+        job, blank_batch = UNTRAINED_JOBS[network](recipe)
+        state, batch = TrainState(job.model, training, job.adversary), blank_batch(size)
+    adversary = (job.adversary.module, job.adversary.loss) if job.adversary else ()
+    step = partial(train_step, state, job.model, job.loss, [batch], training, *adversary)
+    return step, size
+
+
+def _micro_batch(training: TrainingSection) -> int:
+    return max(1, training.batch_size // (training.num_workers * training.accumulation))
 
 
 def checkpoint_size(recipe: Recipe, network: str) -> int:

@@ -126,6 +126,7 @@ def test_the_patch_discriminator_has_the_reference_size() -> None:
     assert num_parameters(PatchDiscriminator()) == pytest.approx(1.91e6, rel=0.01)
 
 
+@pytest.mark.integration
 @pytest.mark.parametrize("kind", ["patch", "backbone"])
 def test_a_discriminator_learns_to_tell_two_kinds_of_image(kind: str, backbone: Backbone) -> None:
     torch.manual_seed(0)

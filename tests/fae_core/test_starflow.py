@@ -139,6 +139,7 @@ def test_guidance_extrapolates_the_score() -> None:
     assert guide(mean, null, std, null_std, 0.0) == (mean, std)
 
 
+@pytest.mark.integration
 def test_the_likelihood_of_a_known_gaussian_reaches_its_entropy() -> None:
     # Correlated Gaussian noise with a class-dependent mean: affine flows can represent it exactly.
     torch.manual_seed(0)

@@ -34,6 +34,7 @@ def captioned(tmp_path) -> Path:
     return folder
 
 
+@pytest.mark.integration
 def test_captioned_images_become_scored_samples_of_their_captions(captioned, tmp_path, monkeypatch):
     leave_ray_out(monkeypatch)
     train_here(monkeypatch)

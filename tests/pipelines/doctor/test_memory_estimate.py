@@ -40,6 +40,7 @@ def test_the_peak_is_what_was_alive_at_once():
     assert results.now == 4000 + 40
 
 
+@pytest.mark.integration
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_the_peak_of_fake_networks_is_that_of_real_ones(precision):
     recipe = load_recipe("photos-dinov2s", TINY)
@@ -88,6 +89,7 @@ def test_precompute_holds_shards_in_tasks_networks_in_actors_and_the_plan_in_the
     assert f"together on one host: {total(processes.values()) / MEBI:,.0f}" in words
 
 
+@pytest.mark.integration
 def test_a_worker_holds_the_plan_of_its_micro_batch_and_the_checkpoint_that_it_writes():
     options = [
         *TINY, "autoencoder.training.batch_size=8", "autoencoder.training.num_workers=2",

@@ -43,8 +43,11 @@ def test_a_training_is_measured_by_its_own_steps():
     assert found.seconds == 400 / (2 * rate)
 
 
-def test_the_command_prints_it_and_runs_nothing():
-    words = ["precompute", "emoji-dinov2s", *SMALL[:2], "output=never-written", "--probe"]
+def test_the_command_prints_it_and_runs_nothing(monkeypatch):
+    # The estimate of memory has tests of its own, and takes longer.
+    monkeypatch.setattr("fae.pipelines.doctor.memory.precompute_memory", lambda recipe: [])
+    batch = "precompute.batch_size=2"
+    words = ["precompute", "emoji-dinov2s", *SMALL[:2], batch, "output=never-written", "--probe"]
     result = CliRunner().invoke(app, words)
     assert result.exit_code == 0, result.output
     assert "nothing was run" in result.output and "images/s, encoding" in result.output

@@ -281,6 +281,7 @@ def test_saved_settings_that_decide_nothing_are_no_difference(tmp_path: Path) ->
         _scores_before(str(tmp_path), {**inputs, "images": "def"})
 
 
+@pytest.mark.integration
 def test_inceptions_scores_are_torch_fidelitys_own(
     without_ray: None, originals: Path, damaged: Path, inception_weights: Path, tmp_path: Path
 ) -> None:

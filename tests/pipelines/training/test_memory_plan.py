@@ -70,6 +70,7 @@ def test_a_plan_counts_weights_gradients_moments_average_and_images():
     assert f"{plan.total / MEBI:,.0f}" in plan.text(torch.device("cpu"))
 
 
+@pytest.mark.integration
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 @pytest.mark.parametrize(
     ("network", "settings"),
