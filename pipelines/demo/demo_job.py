@@ -15,7 +15,7 @@ from typing import Any
 from fae_core.errors import UserError
 
 from ..config import Recipe, load_recipe
-from ..latents import LatentStore, verify_store
+from ..latents import LatentStore
 from ..runtime.session import start_ray
 from ..storage import paths
 from ..training.metrics_log import read_metrics_log
@@ -74,10 +74,9 @@ def run_demo(output: str, images: str | None = None, prompts: Sequence[str] = ()
         address = _start_ray()
         store, store_words = str(folder / "latents"), _precompute_words(folder)
         killed_at = _kill_and_resume(store, store_words, log, address, advance)
-        problems = verify_store(store)
-        if problems:
-            raise UserError(f"The store {store} is not sound:\n  " + "\n  ".join(problems))
         latents = LatentStore.open(store)
+        if problems := latents.verify():
+            raise UserError(f"The store {store} is not sound:\n  " + "\n  ".join(problems))
     screen.say(_said_of_store(killed_at, latents))
     with screen.stage(TRAINING) as advance:
         train_words = _train_words(folder)
