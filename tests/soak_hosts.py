@@ -10,18 +10,23 @@ import random
 import tempfile
 import time
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from tests.s3_host import Cluster, cluster_on_hosts
 from tests.tiny import noisy_jpegs, save_autoencoder
 
-PAUSE = (5.0, 15.0)
+PAUSE = (10.0, 25.0)
 """Seconds between faults."""
 
 
 def soak(num_hosts: int, num_images: int, minutes: float) -> None:
     """Print each fault, the account of each store, and the counts at the end."""
-    with tempfile.TemporaryDirectory() as work, cluster_on_hosts(num_workers=num_hosts) as cluster:
+    with (
+        tempfile.TemporaryDirectory() as work,
+        ThreadPoolExecutor(1) as reading,
+        cluster_on_hosts(num_workers=num_hosts) as cluster,
+    ):
         autoencoder = save_autoencoder(Path(work) / "autoencoder.safetensors")
         cluster.put_images(noisy_jpegs(num_images), autoencoder.read_bytes())
         faults: Counter[str] = Counter()
@@ -29,19 +34,21 @@ def soak(num_hosts: int, num_images: int, minutes: float) -> None:
         first: dict[str, str] = {}
         started = time.monotonic()
         while time.monotonic() - started < 60 * minutes or not stores:
-            output, printed = f"store-{stores}", ""
+            output = f"store-{stores}"
             while not cluster.has(f"{output}/manifest.json"):
                 job = cluster.precompute(output, num_hosts)
                 starts += 1
+                assert job.stdout is not None
+                printed = reading.submit(job.stdout.read)  # a full pipe would stop the job
                 while job.poll() is None:
                     time.sleep(random.uniform(*PAUSE))
                     if job.poll() is None and time.monotonic() - started < 60 * minutes:
                         faults[disturb(cluster)] += 1
                         print(f"{time.monotonic() - started:6.0f} s  {dict(faults)}", flush=True)
-                printed, _ = job.communicate()
                 if job.returncode:
                     faults["driver ended by itself"] += 1
-                    print(f"the driver ended with {job.returncode}:\n{printed[-2000:]}", flush=True)
+                    said = printed.result()[-2000:]
+                    print(f"the driver ended with {job.returncode}:\n{said}", flush=True)
             shards = cluster.shards(output, num_images)
             first = first or shards
             assert shards == first, "the store differs from the first"
