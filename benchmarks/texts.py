@@ -55,7 +55,7 @@ def main() -> None:
             print(f"| {name} | {scale} | {' | '.join(f'{s:.2f}' for s in shares)} |", flush=True)
         if name == "held_out" and arguments.figure:
             train = crops(arguments.training, model.image_size)
-            near = train[similarities(model.backbone, drawn[SCALES[1]], train).argmax(1)]
+            near = train[nearest(model.backbone, drawn[SCALES[1]], train)]
             columns = [*drawn.values(), images, near]
             rows = [[c[i].numpy() for c in columns] for i in range(min(ROWS, len(images)))]
             titles = [*(f"guidance {s:g}" for s in SCALES), "true", "nearest in training"]
@@ -81,16 +81,25 @@ def draw(networks: str, captions: list[str], scale: float) -> Tensor:
     return torch.from_numpy(at_scale(sampler, list(range(len(captions))), scale))
 
 
-def similarities(backbone: torch.nn.Module, a: Tensor, b: Tensor) -> Tensor:
-    """Cosines [len(a), len(b)] of the class tokens of uint8 pictures."""
-    tokens = [F.normalize(batched(lambda x: backbone.tokens(x)[1], i), dim=-1) for i in (a, b)]  # type: ignore[operator]
-    return tokens[0] @ tokens[1].T
+def class_tokens(backbone: torch.nn.Module, pictures: Tensor) -> Tensor:
+    """[n, D] of uint8 pictures."""
+    return batched(lambda part: backbone.tokens(part)[1], pictures)  # type: ignore[operator]
+
+
+def nearest(backbone: torch.nn.Module, pictures: Tensor, train: Tensor) -> Tensor:
+    """Which of `train` is nearest to each of the drawn `pictures`.
+
+    The mean of either set is subtracted: drawn pictures are blurred, true ones are not.
+    """
+    tokens = [class_tokens(backbone, some) for some in (pictures, train)]
+    centred = [F.normalize(some - some.mean(0), dim=-1) for some in tokens]
+    return (centred[0] @ centred[1].T).argmax(1)
 
 
 def found(backbone: torch.nn.Module, pictures: Tensor, true: Tensor) -> tuple[float, float]:
     """Shares of pictures whose own true one is the nearest, and among the five nearest."""
-    nearest = similarities(backbone, pictures, true).topk(5).indices
-    own = nearest == torch.arange(len(pictures))[:, None]
+    tokens = [F.normalize(class_tokens(backbone, some), dim=-1) for some in (pictures, true)]
+    own = (tokens[0] @ tokens[1].T).topk(5).indices == torch.arange(len(pictures))[:, None]
     return float(own[:, 0].float().mean()), float(own.any(1).float().mean())
 
 
