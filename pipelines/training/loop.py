@@ -23,7 +23,7 @@ from .launch import Worker
 from .memory_plan import memory_plan_of
 from .meters import BadImages, Meter
 from .metrics_log import MetricsLog
-from .preemption import NodeLeaving, node_leaves
+from .preemption import NodeLeaving, Notice
 from .run_log import RunLog, say
 from .state import TrainState
 from .step import learning_rate, train_step
@@ -93,6 +93,7 @@ def _train(
     bad_images = BadImages(run_uri, rank)
     meter = Meter(training.batch_size, world_size)
     validation: dict[str, float] = {}
+    notice = Notice()
     num_batches = len(parts_of(training, rank, world_size))
     batches_to_come = feed(state.step, rank, world_size, device)
     if log and not sharded and state.step < last_step:
@@ -126,7 +127,7 @@ def _train(
                 _gather(model, whole)
                 if log and validate:
                     validation = _validate(validate, whole, device, step, log)
-        leaves = worker.on_cluster and not last and node_leaves()
+        leaves = worker.on_cluster and notice.after_step() and not last
         saves = step % training.checkpoint_every == 0 or last or leaves
         if saves:
             bad_images.save()

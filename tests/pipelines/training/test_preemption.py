@@ -14,7 +14,7 @@ from fae.pipelines.config.recipe import load_recipe
 from fae.pipelines.config.sections import TrainingSection
 from fae.pipelines.training.autoencoder import train_autoencoder
 from fae.pipelines.training.launch import fit
-from fae.pipelines.training.preemption import NodeLeaving
+from fae.pipelines.training.preemption import NodeLeaving, Notice
 from tests.here import leave_ray_out, train_here
 from tests.tiny import ROOT, noisy_jpegs
 
@@ -29,8 +29,9 @@ def test_the_step_is_saved_and_the_run_ends_at_the_same_bits(
     train_here(monkeypatch, on_cluster=True)
     leaves: list[bool] = []
     monkeypatch.setattr(
-        "fae.pipelines.training.loop.node_leaves", lambda: leaves.pop() if leaves else False
+        "fae.pipelines.training.preemption.node_leaves", lambda: leaves.pop() if leaves else False
     )
+    monkeypatch.setattr("fae.pipelines.training.preemption.same_for_all", lambda _: 1)
 
     def train(run: str) -> None:
         values = [f"data.path={tmp_path}/images", f"storage={tmp_path}/runs", f"run={run}"]
@@ -52,6 +53,22 @@ def test_the_step_is_saved_and_the_run_ends_at_the_same_bits(
     lines = (tmp_path / "runs" / "moved" / "history.jsonl").read_text().splitlines()
     steps = [row["step"] for row in map(json.loads, lines) if "train/loss" in row]
     assert steps == [2, 4, 6, 8]
+
+
+def test_workers_ask_about_once_a_second_at_any_pace(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    clock = 0.0
+    monkeypatch.setattr("time.monotonic", lambda: clock)
+    monkeypatch.setattr("fae.pipelines.training.preemption.same_for_all", lambda value: value)
+    monkeypatch.setattr("fae.pipelines.training.preemption.node_leaves", lambda: True)
+    notice = Notice()
+    asked = []
+    for step in range(1, 42):
+        clock += 0.1 if step < 20 else 0.5
+        if notice.after_step():
+            asked.append(step)
+    assert asked == [1, 11, 21, 26, *range(28, 42, 2)]
 
 
 def test_workers_that_move_are_no_failures(
