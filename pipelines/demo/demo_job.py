@@ -60,9 +60,8 @@ def run_demo(output: str, images: str | None = None, prompts: Sequence[str] = ()
     recipe = _recipe(folder, list(prompts) or list(PROMPTS))
     screen = Screen(EXPECTED)
     with screen.stage(PICTURES) as advance:
-        shown = images
+        shown = images or str(folder / "photographs")
         if images is None:
-            shown = str(folder / "photographs")
             write_photographs(Path(shown))
         kept = kept_by_stages(recipe, {"photographs": shown, "held-out emoji": HELD_OUT})
         (folder / "pictures.png").write_bytes(kept.figure)

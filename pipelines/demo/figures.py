@@ -76,7 +76,7 @@ def kept_by_stages(recipe: Recipe, groups: dict[str, str]) -> Kept:
     rebuilt = encoder.autoencoder.decode(latents)
     grid = encoder.backbone.grid
     decoded = decoder(latents.transpose(1, 2).unflatten(2, grid)).numpy()
-    columns = reconstruction_rows(images, *(t.numpy() for t in (features, latents, rebuilt)), grid)
+    columns = reconstruction_rows(images, features.numpy(), latents.numpy(), rebuilt.numpy(), grid)
     cosine = torch.cosine_similarity(features, rebuilt, dim=-1).mean(1).tolist()
     rows = [[*column, picture] for column, picture in zip(columns, decoded, strict=True)]
     titles = ("picture", "DINOv2", "latent", "rebuilt", "pixels of the latent")
