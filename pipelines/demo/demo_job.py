@@ -10,7 +10,6 @@ import re
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
 
 from fae_core.errors import UserError
 
@@ -21,7 +20,7 @@ from ..storage import paths
 from ..training.metrics_log import read_metrics_log
 from .command import command_line, run_command
 from .demo_page import Found, demo_page
-from .figures import captioned_pictures, kept_by_stages, prompt_rows, write_photographs
+from .figures import Kept, captioned_pictures, kept_by_stages, prompt_rows, write_photographs
 from .screen import Screen
 
 RECIPE = "emoji-dinov2s"
@@ -41,7 +40,7 @@ PICTURES = "Pictures through every stage of FAE"
 STORE = "Ray Data writes a latent store; its driver is killed, and the command resumes"
 TRAINING = "Ray Train goes on with the shipped generator"
 TEXTS = "Text to image: captions that no training saw"
-EXPECTED = {PICTURES: 15.0, STORE: 50.0, TRAINING: 75.0, TEXTS: 30.0}
+EXPECTED = {PICTURES: 5.0, STORE: 50.0, TRAINING: 77.0, TEXTS: 16.0}
 """Seconds of the stages on two idle cores of an AMD EPYC without AVX-512."""
 SHARD_SIZE = 4
 KILL_AT = 0.4
@@ -57,52 +56,47 @@ def run_demo(output: str, images: str | None = None, prompts: Sequence[str] = ()
     """
     folder, started = Path(output), time.monotonic()
     folder.mkdir(parents=True, exist_ok=True)
-    recipe = _recipe(folder, list(prompts) or list(PROMPTS))
-    screen = Screen(EXPECTED)
-    with screen.stage(PICTURES) as advance:
-        shown = images or str(folder / "photographs")
-        if images is None:
-            write_photographs(Path(shown))
-        kept = kept_by_stages(recipe, {"photographs": shown, "held-out emoji": HELD_OUT})
-        (folder / "pictures.png").write_bytes(kept.figure)
-        advance(1.0)
-    for group, cosine in kept.cosines.items():
-        screen.say(f"{group}: rebuilt features are like DINOv2's, cosine {cosine:.3f}")
-    log = folder / "demo.log"
+    texts = list(prompts) or list(PROMPTS)
+    recipe = _recipe(folder, texts)
+    screen, log = Screen(EXPECTED), folder / "demo.log"
+    kept = _show_pictures(screen, recipe, folder, images)
     with screen.stage(STORE) as advance:
         address = _start_ray()
-        store, store_words = str(folder / "latents"), _precompute_words(folder)
-        killed_at = _kill_and_resume(store, store_words, log, address, advance)
-        latents = LatentStore.open(store)
+        killed_at = _kill_and_resume(folder, log, address, advance)
+        latents = LatentStore.open(str(folder / "latents"))
         if problems := latents.verify():
-            raise UserError(f"The store {store} is not sound:\n  " + "\n  ".join(problems))
+            raise UserError(f"{latents.uri} is not sound:\n  " + "\n  ".join(problems))
     screen.say(_said_of_store(killed_at, latents))
     with screen.stage(TRAINING) as advance:
-        train_words = _train_words(folder)
-        run_command(train_words, log, address, lambda: _share_of_steps(log), advance)
+        run_command(_train_words(folder), log, address, lambda: _share_of_steps(log), advance)
         history = read_metrics_log(str(folder / "runs/continued"))
         losses = history["train/loss"]
     screen.say(f"loss {losses[0][1]:.3f} at step {losses[0][0]}, {losses[-1][1]:.3f} at {STEPS}")
     with screen.stage(TEXTS) as advance:
-        texts = list(prompts) or list(PROMPTS)
-        true = captioned_pictures(recipe, HELD_OUT, texts)
-        drawn = prompt_rows(recipe, true, advance)
+        drawn = prompt_rows(recipe, captioned_pictures(recipe, HELD_OUT, texts), advance)
         (folder / "texts.png").write_bytes(drawn)
     screen.say(f"{len(texts)} prompts at three guidance scales: {folder / 'texts.png'}")
-    commands = [command_line(words) for words in (store_words, train_words, _sample_words(folder))]
     found = Found(
-        kept=kept,
-        store=latents,
-        killed_at=killed_at,
-        history=history,
-        texts=texts,
-        drawn=drawn,
-        seconds={**screen.seconds},
-        commands=commands,
-        following=_following(folder),
-    )
-    (folder / "demo.html").write_bytes(demo_page(found, time.monotonic() - started))
-    print(_closing(folder, time.monotonic() - started), flush=True)
+        kept, latents, killed_at, history, drawn, screen.seconds, _commands(folder),
+        _following(folder),
+    )  # fmt: skip
+    seconds = time.monotonic() - started
+    (folder / "demo.html").write_bytes(demo_page(found, seconds))
+    print(_closing(folder, seconds), flush=True)
+
+
+def _show_pictures(screen: Screen, recipe: Recipe, folder: Path, images: str | None) -> Kept:
+    """Pictures of `images`, else photographs, and held-out emoji, as FOLDER/pictures.png."""
+    with screen.stage(PICTURES):
+        shown = images or str(folder / "photographs")
+        if images is None:
+            write_photographs(Path(shown))
+        name = "photographs" if images is None else "your pictures"
+        kept = kept_by_stages(recipe, {name: shown, "held-out emoji": HELD_OUT})
+        (folder / "pictures.png").write_bytes(kept.figure)
+    for group, cosine in kept.cosines.items():
+        screen.say(f"{group}: rebuilt features are like DINOv2's, cosine {cosine:.3f}")
+    return kept
 
 
 def _recipe(folder: Path, prompts: Sequence[str]) -> Recipe:
@@ -147,6 +141,11 @@ def _sample_words(folder: Path) -> list[str]:
     ]  # fmt: skip
 
 
+def _commands(folder: Path) -> list[str]:
+    words = (_precompute_words(folder), _train_words(folder), _sample_words(folder))
+    return [command_line(some) for some in words]
+
+
 def _start_ray() -> str:
     """Start a local Ray, which ends with this process; HOST:PORT of its head."""
     start_ray()
@@ -156,12 +155,13 @@ def _start_ray() -> str:
 
 
 def _kill_and_resume(
-    store: str, words: Sequence[str], log: Path, address: str, advance: Callable[[float], None]
+    folder: Path, log: Path, address: str, advance: Callable[[float], None]
 ) -> int | None:
     """Fill the store, killing the first driver; the shards that there were then.
 
     None where an earlier demo has filled it.
     """
+    store, words = str(folder / "latents"), _precompute_words(folder)
     if paths.exists(paths.join(store, "manifest.json")):
         return None
     share = _share_of_shards(store)
@@ -209,7 +209,7 @@ def _following(folder: Path) -> list[str]:
 
 
 def _closing(folder: Path, seconds: float) -> str:
-    following: Any = "\n".join(f"  {line}" for line in _following(folder))
+    following = "\n".join(f"  {line}" for line in _following(folder))
     return f"""
 Finished in {seconds:.0f} s. Open {folder / "demo.html"} in a browser.
 

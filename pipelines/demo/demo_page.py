@@ -26,7 +26,6 @@ class Found:
     killed_at: int | None
     """Shards that there were when the driver was killed; None where none was killed."""
     history: Series
-    texts: Sequence[str]
     drawn: bytes
     seconds: Mapping[str, float]
     """By the stage's title."""
@@ -77,7 +76,7 @@ def _pictures(kept: Kept) -> list[Picture | Table | Words]:
     caption = (
         "Columns: the picture; the principal components, as colours, of DINOv2's features, of the "
         "latent, and of the features that are rebuilt from the latent; the pixels that are decoded "
-        "from the latent. Photographs stand above, emoji that no training saw below."
+        "from the latent. Emoji that no training saw stand below."
     )
     rows = [[group, f"{cosine:.3f}"] for group, cosine in kept.cosines.items()]
     meaning = (
