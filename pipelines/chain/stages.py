@@ -17,7 +17,7 @@ from fae_core.checkpoint import GENERATORS
 from fae_core.errors import UserError
 
 from ..config import Recipe, RecipeError, with_absolute_paths
-from ..config.facts import deciding_values
+from ..config.facts import deciding_values, path_values
 from ..config.sections import ChainSection, StageName, TrainingSection
 from ..data import plan_source
 from ..data.records import (
@@ -31,6 +31,7 @@ from ..data.records import (
 )
 from ..evaluation import probe_problem
 from ..networks import load_checkpoint
+from ..networks.text_encoder import identity_of, text_spec
 from ..sampling.prompts import has_prompts, read_prompts
 from ..storage import fingerprint_of, paths
 from ..training import requirements
@@ -86,8 +87,8 @@ def plan_stages(recipe: Recipe, images: Sequence[ImageRecord] | None = None) -> 
 
     `images` are those of data.path; without them, data.path is listed. A network that the recipe
     names (`autoencoder.checkpoint`, …) replaces the stage that would train it, and
-    `pixel_decoder.start_from` the first stage of the pixel decoder. Raises RecipeError and
-    SourceError.
+    `pixel_decoder.start_from` the first stage of the pixel decoder. Raises RecipeError,
+    SourceError, and CheckpointError or WeightsError for a network that it names.
     """
     base = with_absolute_paths(recipe)
     base.tracking.uri = resolve_uri(recipe.tracking)
@@ -142,7 +143,7 @@ def plan_stages(recipe: Recipe, images: Sequence[ImageRecord] | None = None) -> 
             generating,
             ("latents",),
             ("seed", "generator", *(["text"] if captioned else [])),
-            {"text.weights": base.text.weights} if captioned else {},
+            {"text.weights": text_weights(base)} if captioned else {},
             num_encoded,
             _condition_problem(base, records[:num_encoded], class_names),
         )
@@ -193,6 +194,15 @@ def plan_stages(recipe: Recipe, images: Sequence[ImageRecord] | None = None) -> 
         planner.add("probe", probing, ("autoencoder",), sections, source, len(records), problem)
     planner.add("report", base, tuple(planner.stages), (), {}, 0)
     return list(planner.stages.values())
+
+
+def text_weights(recipe: Recipe) -> str | dict[str, str]:
+    """What stands for the text encoder in a stage's key: the hashes of a folder's content.
+
+    A word of `text.weights` stands for itself, so planning downloads nothing. Raises WeightsError.
+    """
+    named = path_values(recipe).get("text.weights")
+    return identity_of(text_spec(recipe.text)) if named else recipe.text.weights
 
 
 def select(stages: Sequence[Stage], section: ChainSection) -> list[Stage]:

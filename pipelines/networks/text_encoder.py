@@ -6,6 +6,7 @@ in its checkpoint: the hashes of encoder and tokenizer, and how captions enter.
 
 from __future__ import annotations
 
+import functools
 import itertools
 import json
 from collections.abc import Iterable, Mapping, Sequence
@@ -99,6 +100,13 @@ def count_captions(captions: Iterable[str], tokenizer: CaptionTokenizer) -> str:
         f"than {tokenizer.spec.max_length} tokens (cut), {counts.unknown:,} with words that the "
         "tokenizer does not know"
     )
+
+
+@functools.cache
+def identity_of(spec: TextSpec) -> dict[str, str]:
+    """The hashes of encoder and tokenizer, computed once a process. Raises WeightsError."""
+    marks = CaptionEncoder.load(spec).fingerprints
+    return {name: marks[name] for name in ("text encoder", "text tokenizer")}
 
 
 def source_of(spec: TextSpec) -> str:

@@ -1,6 +1,7 @@
 """The chain's plan: what shares a stage, what leads to another one, and what is asked for."""
 
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -128,6 +129,19 @@ def test_captions_decide_the_generator_and_prompts_the_samples(
 ):
     before, after = keys(captioned, *of_text), keys(captioned, *of_text, override)
     assert {name for name in before if before[name] != after[name]} == changed
+
+
+def test_the_content_of_a_text_encoders_folder_decides_and_not_its_place(
+    captioned, of_text, tmp_path
+):
+    before = keys(captioned, *of_text)
+    moved = tmp_path / "moved"
+    shutil.copytree(of_text[1].partition("=")[2], moved)
+    assert keys(captioned, *of_text, f"text.weights={moved}") == before
+    other = save_text_encoder(tmp_path / "other", seed=1)
+    after = keys(captioned, *of_text, f"text.weights={other}")
+    changed = {name for name in before if before[name] != after[name]}
+    assert changed == {"generator", "samples", "evaluation", "report"}
 
 
 def test_the_text_encoder_of_others_decides_nothing_for_a_generator_of_classes(images, of_text):
