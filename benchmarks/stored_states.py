@@ -1,7 +1,7 @@
 """Training on captions with the text encoder in every step, and on its stored states.
 
-    python -m benchmarks.text emoji-dinov2s latents=STORE text.states=STATES [--steps 8]
-                              [--rounds 3] [KEY=VALUE ...]
+    python -m benchmarks.stored_states emoji-dinov2s latents=STORE text.states=STATES
+                              [--steps 8] [--rounds 3] [KEY=VALUE ...]
 
 STATES is what `fae precompute-text` made of STORE. The trainer's own feed and step run in turns,
 some steps with the encoder and some with the states, in one process on one thread; seconds are

@@ -1,6 +1,6 @@
 """What a text-to-image generator learned: is the right picture nearest to what it draws?
 
-    python -m benchmarks.texts NETWORKS HELD_OUT TRAINING [--figure FILE.png] [--images 100]
+    python -m benchmarks.retrieval NETWORKS HELD_OUT TRAINING [--figure FILE.png] [--images 100]
 
 NETWORKS is a published folder with a generator of text, like shipped:emoji. For some captions of
 HELD_OUT and of TRAINING it draws one picture at each guidance scale. `found` is the share whose own
