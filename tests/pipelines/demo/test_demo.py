@@ -11,10 +11,13 @@ import pytest
 from fae.pipelines.config.recipe import load_recipe
 from fae.pipelines.demo import demo_job
 from fae.pipelines.demo.command import CommandFailed, run_command
-from fae.pipelines.demo.figures import captioned_pictures, kept_by_stages
+from fae.pipelines.demo.demo_page import Found, demo_page
+from fae.pipelines.demo.figures import Kept, captioned_pictures, kept_by_stages
 from fae.pipelines.demo.screen import Screen
 from fae.pipelines.runtime.session import start_ray
 from fae_core.errors import UserError
+from fae_core.figures import picture_grid
+from tests.browser import needs_chromium, opened
 
 NETWORKS = ["autoencoder.checkpoint=shipped:emoji", "pixel_decoder.checkpoint=shipped:emoji"]
 
@@ -67,6 +70,25 @@ def test_an_empty_prompt_and_a_folder_without_pictures_are_told(tmp_path):
     (tmp_path / "empty").mkdir()
     with pytest.raises(UserError, match="empty"):
         demo_job.run_demo(str(tmp_path / "demo"), images=str(tmp_path / "empty"))
+
+
+@needs_chromium
+def test_the_page_opens_alone_with_its_pictures_and_its_curve(write_store, tmp_path):
+    png = picture_grid([[np.full((8, 8, 3), 200, np.uint8)]], ["<b>one</b>"])
+    found = Found(
+        Kept(png, {"photographs": 0.9}), write_store(tmp_path / "store"), 3,
+        {"train/loss": [(6, 0.4), (12, 0.3)]}, png, {"one": 12.0}, ["fae precompute R"], ["fae x"],
+    )  # fmt: skip
+    path = tmp_path / "demo.html"
+    path.write_bytes(demo_page(found, 34.0))
+    with opened(path, tmp_path / "browser") as page:
+        widths = page.value("[...document.images].map(i => i.naturalWidth)")
+        assert len(widths) == 2 and min(widths) > 0
+        assert page.value("document.querySelectorAll('svg circle, svg path').length") > 0
+        text = page.value("document.body.innerText")
+        assert "when 3 of 3 shards were there" in text and "in 34 s" in text
+        outside = [url for url in page.requested if not url.startswith("data:")]
+        assert not page.errors and outside == [path.as_uri()]
 
 
 @pytest.mark.integration
