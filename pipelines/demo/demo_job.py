@@ -92,7 +92,10 @@ def _show_pictures(screen: Screen, recipe: Recipe, folder: Path, images: str | N
         if images is None:
             write_photographs(Path(shown))
         name = "photographs" if images is None else "your pictures"
-        kept = kept_by_stages(recipe, {name: shown, "held-out emoji": HELD_OUT})
+        try:
+            kept = kept_by_stages(recipe, {name: shown, "held-out emoji": HELD_OUT})
+        except UserError as error:
+            raise UserError(f"--images {images}: {error}" if images else str(error)) from None
         (folder / "pictures.png").write_bytes(kept.figure)
     for group, cosine in kept.cosines.items():
         screen.say(f"{group}: rebuilt features are like DINOv2's, cosine {cosine:.3f}")

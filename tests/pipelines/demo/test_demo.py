@@ -68,7 +68,7 @@ def test_an_empty_prompt_and_a_folder_without_pictures_are_told(tmp_path):
     with pytest.raises(UserError, match="--prompt ' ' is empty"):
         demo_job.run_demo(str(tmp_path / "demo"), prompts=[" "])
     (tmp_path / "empty").mkdir()
-    with pytest.raises(UserError, match="empty"):
+    with pytest.raises(UserError, match="--images .*empty: .*holds no files"):
         demo_job.run_demo(str(tmp_path / "demo"), images=str(tmp_path / "empty"))
 
 
