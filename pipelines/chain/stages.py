@@ -364,4 +364,4 @@ class _Planner:
 
 
 def _absolute(path: str) -> str:
-    return path if paths.is_remote(path) else paths.filesystem(path)[1]
+    return path if paths.is_portable(path) else paths.filesystem(path)[1]

@@ -33,7 +33,7 @@ def list_addresses(data: DataSection, account: Account) -> pa.ChunkedArray:
     """
     path = str(data.path)
     found = (
-        _on_remote(path) if paths.is_remote(path) else _on_disk(path, data.follow_links, account)
+        _as_listed(path) if paths.is_portable(path) else _on_disk(path, data.follow_links, account)
     )
     chunks = []
     for some in batched(_visible(found, path, account), ROWS_AT_ONCE):
@@ -52,9 +52,14 @@ def in_order(table: pa.Table, *columns: str) -> pa.Table:
 
 def relative_path(uri: str, path: str) -> str:
     """`uri` below `path` with forward slashes; its file name where `path` is that file."""
-    root = paths.source_root(path) if paths.is_remote(uri) else paths.filesystem(path)[1]
-    root = root.rstrip("/")
+    root = source_root(path)
     return posixpath.basename(uri) if uri == root else uri[len(root) + 1 :]
+
+
+def source_root(path: str) -> str:
+    """How the addresses of the files of the source `path` begin: they are absolute or portable."""
+    found = paths.source_root(path) if paths.is_portable(path) else paths.filesystem(path)[1]
+    return found.rstrip("/")
 
 
 def ends_with(uris: pa.ChunkedArray, suffixes: Sequence[str]) -> pa.ChunkedArray:
@@ -74,7 +79,7 @@ def _visible(uris: Iterator[str], path: str, account: Account) -> Iterator[str]:
             yield uri
 
 
-def _on_remote(path: str) -> Iterator[str]:
+def _as_listed(path: str) -> Iterator[str]:
     return (file.uri for file in paths.list_files(path))
 
 

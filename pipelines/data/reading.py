@@ -15,6 +15,7 @@ import pyarrow.parquet as pq
 from ..config.sections import DataSection
 from ..storage import paths, s3
 from .crops import ImageError, decode_records
+from .listing import source_root
 from .records import ImageRecord
 from .row_groups import LARGE_BYTES, RowStreams, column_bytes
 from .tables import LISTS, beside, parent, refuse_extensions
@@ -80,8 +81,7 @@ def _source_filter(data: DataSection) -> Callable[[str], bool]:
     """Whether an address of a plan belongs to the source."""
     if data.path is None or data.format == "list":
         return lambda uri: True
-    remote = paths.is_remote(data.path)
-    root = paths.source_root(data.path) if remote else paths.filesystem(data.path)[1].rstrip("/")
+    root = source_root(data.path)
     may_be_list = data.format == "auto" and root.lower().endswith(LISTS)
 
     def inside(uri: str) -> bool:

@@ -19,7 +19,7 @@ import re
 import tempfile
 import uuid
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -76,6 +76,15 @@ def is_hub(uri: str) -> bool:
 def is_remote(uri: str) -> bool:
     """Whether `uri` is an s3:// or hf:// address. Raises StorageError for another scheme."""
     return is_s3(uri) or is_hub(uri)
+
+
+def is_portable(uri: str) -> bool:
+    """Whether `uri` names the same files on every host: s3://, hf:// or a folder of the package.
+
+    Such addresses are kept in plans and records as they are, others as absolute local paths. Raises
+    StorageError for another scheme.
+    """
+    return uri.startswith(SHIPPED) or is_remote(uri)
 
 
 def filesystem(uri: str) -> tuple[fs.FileSystem, str]:
@@ -320,9 +329,16 @@ def list_files(uri: str, recursive: bool = True) -> Iterator[FileInfo]:
         return
     root = _local(uri)
     if os.path.isfile(root):
-        yield _local_info(root, os.stat(root))
+        found = iter([_local_info(root, os.stat(root))])
     elif os.path.isdir(root):
-        yield from _list_local(root, os.path.realpath(root), recursive)
+        found = _list_local(root, os.path.realpath(root), recursive)
+    else:
+        return
+    if not uri.startswith(SHIPPED):
+        yield from found
+        return
+    for info in found:
+        yield replace(info, uri=uri.rstrip("/") + info.uri[len(root) :])
 
 
 def list_folders(uri: str) -> list[str]:

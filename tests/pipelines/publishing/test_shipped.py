@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +14,8 @@ from torch.nn import functional as F
 import fae
 from fae.pipelines.config.facts import with_absolute_paths
 from fae.pipelines.config.recipe import load_recipe
+from fae.pipelines.data.reading import load_crops
+from fae.pipelines.data.records import ImageRecord
 from fae.pipelines.data.sources import list_images
 from fae.pipelines.publishing.shipped import describe_shipped
 from fae.pipelines.storage import paths
@@ -88,3 +91,20 @@ def test_the_shipped_networks_rebuild_held_out_emoji() -> None:
     assert similar.mean() > PSNR
     # Another emoji's reconstruction is less like it than its own.
     assert (similar > psnr(rebuilt.roll(1, 0), target) + 3).all()
+
+
+def test_a_plan_of_shipped_images_is_the_same_in_every_install(tmp_path, monkeypatch) -> None:
+    path = "shipped:emoji-images/heldout"
+    data = load_recipe("emoji-dinov2s", [f"data.path={path}"]).data
+    records = list_images(data)[:2]
+    assert records[0].uri == f"{path}/{records[0].key}"
+    crops, kept, errors = load_crops(records, 128, data)
+    assert kept == [0, 1] and not errors
+    # Another install: the package lies in another folder, and the plan is read there.
+    elsewhere = tmp_path / "site-packages/fae"
+    shutil.copytree(SHIPPED / "emoji-images/heldout", elsewhere / "shipped/emoji-images/heldout")
+    monkeypatch.setattr(paths, "__file__", str(elsewhere / "pipelines/storage/paths.py"))
+    assert list_images(data)[:2] == records
+    np.testing.assert_array_equal(load_crops(records, 128, data)[0], crops)
+    _, kept, _ = load_crops([ImageRecord("x", "shipped:emoji/README.md")], 128, data)
+    assert not kept  # outside data.path
