@@ -110,7 +110,8 @@ def test_the_chain_from_crop_to_sample(
 
     store_uri = str(tmp_path / "latents")
     networks = f"autoencoder.checkpoint={tmp_path / 'fae'}"
-    precompute(recipe_with(networks, f"output={store_uri}"), show_progress=False)
+    to_store = recipe_with(networks, f"output={store_uri}", "precompute.precision=fp32")
+    precompute(to_store, show_progress=False)
     store = LatentStore.open(store_uri)
     assert store.latent_shape == (8, side, side) and len(store) == NUM_IMAGES
     model = fae.FeatureAutoencoder.from_pretrained(
