@@ -8,6 +8,7 @@ The Hub is read here and written by `fae publish --push` alone, which calls `upl
 
 from __future__ import annotations
 
+import contextlib
 import fnmatch
 import functools
 import os
@@ -19,6 +20,8 @@ import pyarrow as pa
 from huggingface_hub import HfApi, HfFileSystem, hf_hub_download
 from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 from pyarrow import fs
+
+from .backend import FileInfo
 
 # The HTTP library differs between versions of huggingface_hub.
 _HTTP_ERROR = next(kind for kind in HfHubHTTPError.__mro__ if kind.__name__ == "HTTPError")
@@ -46,9 +49,9 @@ def _filesystem(server: str | None, secret: str | None) -> HfFileSystem:
     return HfFileSystem(endpoint=server, token=secret, skip_instance_cache=True)
 
 
-def arrow_filesystem() -> fs.FileSystem:
-    """The Hub as Arrow's file system: a read of a file is a ranged GET."""
-    return fs.PyFileSystem(_Ranges(filesystem()))
+def arrow(uri: str) -> tuple[fs.FileSystem, str]:
+    """The Hub as Arrow's file system, in which a read of a file is a ranged GET."""
+    return fs.PyFileSystem(_Ranges(filesystem())), path_of(uri)
 
 
 class _Ranges(fs.FSSpecHandler):
@@ -85,10 +88,10 @@ def split_pattern(uri: str) -> tuple[str, str]:
     return (folder, last) if any(sign in last for sign in "*?[") else (uri.rstrip("/"), "")
 
 
-def list_files(uri: str, recursive: bool) -> Iterator[tuple[str, int, str]]:
-    """(address, bytes, content hash) of every file at or below `uri`; nothing if there is none.
+def list_files(uri: str, recursive: bool) -> Iterator[FileInfo]:
+    """Addresses begin as `uri` does. Where it ends in a pattern, they are of the files that match.
 
-    Addresses begin as `uri` does. Where it ends in a pattern, they are of the files that match it.
+    What S3 calls an ETag is the content's hash here.
     """
     hub, (folder, pattern) = filesystem(), split_pattern(uri)
     hub.invalidate_cache()
@@ -100,11 +103,18 @@ def list_files(uri: str, recursive: bool) -> Iterator[tuple[str, int, str]]:
     for name, info in found.items():
         below = name.removeprefix(root)
         if not pattern or fnmatch.fnmatchcase(below.removeprefix("/"), pattern):
-            yield folder + below, int(info["size"]), str(info.get("blob_id") or "")
+            yield FileInfo(folder + below, int(info["size"]), info.get("blob_id") or None)
 
 
-def download(uri: str) -> Path:
-    """A local copy of the file `uri`, kept in the cache of huggingface_hub."""
+def list_folders(uri: str) -> list[str]:
+    below = f"{uri.rstrip('/')}/"
+    inner = (file.uri[len(below) :].split("/") for file in list_files(uri, recursive=True))
+    return sorted({parts[0] for parts in inner if len(parts) > 1})
+
+
+@contextlib.contextmanager
+def local_copy(uri: str) -> Iterator[Path]:
+    """A copy that stays in the cache of huggingface_hub."""
     place: Any = filesystem().resolve_path(path_of(uri))
     copy = hf_hub_download(
         place.repo_id,
@@ -114,7 +124,7 @@ def download(uri: str) -> Path:
         endpoint=endpoint(),
         token=token(),
     )
-    return Path(copy)
+    yield Path(copy)
 
 
 def upload(folder: Path, repository: str, private: bool, message: str) -> str:
@@ -131,8 +141,11 @@ def upload(folder: Path, repository: str, private: bool, message: str) -> str:
     return str(commit.commit_url)
 
 
-def advice(error: Exception) -> str:
-    """What to check after `error`, in a sentence without addresses that hold a token."""
+def explain(uri: str, error: Exception) -> str:
+    return f"{uri}: {_advice(error)}"
+
+
+def _advice(error: Exception) -> str:
     status = getattr(getattr(error, "response", None), "status_code", None)
     if status in (401, 403):
         return (

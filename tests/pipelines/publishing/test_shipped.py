@@ -18,7 +18,7 @@ from fae.pipelines.data.reading import load_crops
 from fae.pipelines.data.records import ImageRecord
 from fae.pipelines.data.sources import list_images
 from fae.pipelines.publishing.shipped import describe_shipped
-from fae.pipelines.storage import paths
+from fae.pipelines.storage import local, paths
 from fae_core.metrics.reconstruction import psnr
 from fae_core.pixel_decoder import from_uint8
 
@@ -103,7 +103,7 @@ def test_a_plan_of_shipped_images_is_the_same_in_every_install(tmp_path, monkeyp
     # Another install: the package lies in another folder, and the plan is read there.
     elsewhere = tmp_path / "site-packages/fae"
     shutil.copytree(SHIPPED / "emoji-images/heldout", elsewhere / "shipped/emoji-images/heldout")
-    monkeypatch.setattr(paths, "__file__", str(elsewhere / "pipelines/storage/paths.py"))
+    monkeypatch.setattr(local, "__file__", str(elsewhere / "pipelines/storage/local.py"))
     assert list_images(data)[:2] == records
     np.testing.assert_array_equal(load_crops(records, 128, data)[0], crops)
     _, kept, _ = load_crops([ImageRecord("x", "shipped:emoji/README.md")], 128, data)

@@ -113,3 +113,10 @@ def test_links_that_leave_the_folder_are_not_listed(tmp_path: Path) -> None:
     (inside / "loop").symlink_to(inside)
     (inside / "folder").symlink_to(outside)
     assert [f.uri for f in paths.list_files(str(inside))] == [str(inside / "own.jpg")]
+
+
+def test_advice_on_a_local_file_does_not_depend_on_words_in_its_path(tmp_path):
+    missing = tmp_path / "credentials/403 forbidden.json"
+    with pytest.raises(paths.StorageError, match="it is not there") as error:
+        paths.read_bytes(str(missing))
+    assert "AWS" not in str(error.value)
