@@ -26,12 +26,12 @@ from ..runtime.session import start_ray
 from ..sampling import sample
 from ..storage import paths
 from ..training import (
-    TrainResult,
     requirements,
     train_autoencoder,
     train_generator,
     train_pixel_decoder,
 )
+from ..training.run_folder import TrainResult
 from ..training.tracking import shared_tracking
 from .report import write_report
 from .sizes import expected_bytes, latent_bytes

@@ -29,7 +29,8 @@ from ..data.records import ImageRecord, split_records
 from ..latents import LatentEncoder, LatentStore, precompute
 from ..runtime.session import start_ray
 from ..sampling.image_sampler import ImageSampler
-from ..training import TrainResult, train_autoencoder, train_generator, train_pixel_decoder
+from ..training import train_autoencoder, train_generator, train_pixel_decoder
+from ..training.run_folder import TrainResult
 
 RECIPE = "photos-dinov2s"
 PHOTOGRAPHS = (

@@ -16,12 +16,15 @@ from typing import Any
 from botocore.exceptions import BotoCoreError, ClientError
 
 from ..storage import paths, s3
+from ..training import checkpoint_files
 from .finding import Finding
 
 RULE_ID = "fae-abort-incomplete-uploads"
 RULE_DAYS = 7
 SKEW_WARNING, SKEW_PROBLEM = 60.0, 300.0
 """Seconds between this clock and the server's. S3 refuses requests that are 15 minutes off."""
+MOST_RUNS = 200
+"""Folders below the prefix that are looked at as if they were trainings' runs."""
 CONTENT = b"fae doctor wrote this to see whether it can; it may be deleted.\n"
 
 
@@ -55,6 +58,7 @@ def check_bucket(uri: str, fix: bool = False, abort_uploads: bool = False) -> It
         yield _conditional(client, bucket, probe)
         yield _multipart(client, bucket, f"{probe}.parts")
         yield from _unfinished_uploads(client, bucket, folder, abort_uploads)
+        yield from _parts_without_index(f"s3://{bucket}/{prefix}".rstrip("/"))
         yield _lifecycle(client, bucket, folder, fix)
     finally:
         yield from _clean(client, bucket, [probe, f"{probe}.parts"])
@@ -224,6 +228,22 @@ def _unfinished_uploads(client: Any, bucket: str, folder: str, abort: bool) -> I
         "paid for. While no job writes there, "
         f"`fae doctor s3://{bucket}/{folder} --abort-uploads` removes them.",
     )
+
+
+def _parts_without_index(uri: str) -> Iterator[Finding]:
+    """A finding for each run at or directly below `uri` with parts of a checkpoint that is none."""
+    for name in ["", *paths.list_folders(uri)[:MOST_RUNS]]:
+        run = paths.join(uri, name) if name else uri
+        parts = checkpoint_files.parts_without_index(run)
+        if parts:
+            yield Finding(
+                "warning",
+                "checkpoints",
+                f"{len(parts)} part{'s' if len(parts) > 1 else ''} without an index in {run}/"
+                f"{checkpoint_files.CHECKPOINTS}, {sum(p.size for p in parts) / (1 << 20):,.0f} "
+                "MiB: of a save in work, or of a killed one. The run's next save removes them; if "
+                f"it will not go on, delete {parts[0].uri} and the like.",
+            )
 
 
 def _lifecycle(client: Any, bucket: str, folder: str, fix: bool) -> Finding:

@@ -1,7 +1,7 @@
 """Whether the store and the disks have room for a training's checkpoints: `fae train … --dry-run`.
 
-A checkpoint for S3 passes through the temporary directory of the host that writes it, and of each
-host that reads it.
+A checkpoint for S3, or each worker's part of it, passes through the temporary directory of the host
+that writes it, and of each host that reads it.
 """
 
 from __future__ import annotations
@@ -23,9 +23,12 @@ def checkpoint_text(recipe: Recipe, network: str) -> str:
     The disks are those of this machine. Raises as `memory_of` does.
     """
     size = requirements.checkpoint_size(recipe, network)
+    parts = requirements.checkpoint_parts(recipe, network, size)
     lines = ["checkpoint, estimated [MiB]", _row(size, "one checkpoint")]
+    if parts > 1:
+        lines.append(_row(size // parts, f"each of its {parts} parts, one from each worker"))
     if paths.is_s3(recipe.storage):
-        lines += _object(size)
+        lines += _object(size // parts)
         disk, needed = tempfile.gettempdir(), size
         where = f"free in {disk} here, through which it passes"
         advice = "Set TMPDIR to a folder on a larger disk."

@@ -17,7 +17,7 @@ from ..config.sections import StageName
 from ..latents.plan import PLAN, TEXT_FORMAT, open_plan
 from ..runtime.progress import duration
 from ..storage import StoreError, paths
-from ..training import metrics_log
+from ..training import checkpoint_files, metrics_log
 from .account import (
     BEGUN,
     FINISHED,
@@ -167,8 +167,8 @@ def _run(uri: str, files: Files) -> Status:
         training = OmegaConf.select(recipe, f"{network}.training") or {}
     total, batch, log_every = (training.get(n) for n in ("steps", "batch_size", "log_every"))
     series = metrics_log.read_metrics_log(uri) if "history.jsonl" in files else {}
-    checkpoints = list(paths.list_files(paths.join(uri, "checkpoints")))
-    saved = [step for file in checkpoints if (step := _step(file.uri)) is not None]
+    checkpoints = list(paths.list_files(paths.join(uri, checkpoint_files.CHECKPOINTS)))
+    saved = [s for file in checkpoints if (s := checkpoint_files.step_of(file.uri)) is not None]
     logged = [steps[-1][0] for steps in series.values() if steps]
     finished = "result.json" in files
     done = max([*saved, *logged, 0])
@@ -213,12 +213,6 @@ def _network(files: Files) -> str | None:
     if "feature_stats.json" in files:
         return "pixel_decoder"
     return None if PLAN in files else "generator"
-
-
-def _step(uri: str) -> int | None:
-    name = uri.rpartition("/")[2]
-    number = name.removeprefix("step_").removesuffix(".pt")
-    return int(number) if name == f"step_{number}.pt" and number.isdecimal() else None
 
 
 def _is_loss(name: str) -> bool:

@@ -1,73 +1,157 @@
 """Checkpoints of a run: files written whole, of which the newest undamaged one is resumed from.
 
-The loop calls them; state.py says what a checkpoint holds.
+The loop saves and resumes by `Checkpoints`; state.py says what a checkpoint holds, and
+checkpoint_files.py which files it is. In parts, each worker writes the rows that it has under FSDP,
+and the same rows under DDP, and the first worker completes the checkpoint with an index. torch's
+own distributed checkpoint is not used: its index is a pickle, or in safetensors there is none, so
+that a missing part is not noticed, and it knows neither our storage's retries nor checksums.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+from datetime import timedelta
+from functools import partial
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch.distributed as dist
+
+from ..config.sections import TrainingSection
 from ..storage import paths
+from . import checkpoint_files
+from .checkpoint_files import Part, list_checkpoints
 from .distributed import is_sharded
 from .job import TrainingError
+from .memory_plan import checkpoint_bytes
 from .state import CheckpointDamaged, TrainState, write_content
 
-CHECKPOINTS = "checkpoints"
+LONGEST_WAIT = timedelta(days=1)
+"""For the slowest worker's part; Ray Train notices lost workers long before."""
+T = TypeVar("T")
 
 
-def checkpoint_uri(run_uri: str, step: int) -> str:
-    """Address of the checkpoint at `step`."""
-    return paths.join(run_uri, CHECKPOINTS, f"step_{step:09d}.pt")
+class Checkpoints:
+    """The checkpoints of one run; all of its workers make it, save and resume together."""
 
-
-def list_checkpoints(run_uri: str) -> list[str]:
-    """Addresses of the run's checkpoints, lowest step first."""
-    folder = paths.join(run_uri, CHECKPOINTS)
-    names = (file.uri for file in paths.list_files(folder))
-    return sorted(
-        uri for uri in names if uri.rpartition("/")[2].startswith("step_") and uri.endswith(".pt")
-    )
-
-
-def save_checkpoint(state: TrainState, run_uri: str, keep: int, write: bool = True) -> None:
-    """Write the state, then delete all but the `keep` newest checkpoints.
-
-    All workers of a sharded model must call it together, one of them with `write`.
-    """
-    if not (write or is_sharded(state.model)):
-        return
-    content = state.content()
-    if not write:
-        return
-    with paths.writing(checkpoint_uri(run_uri, state.step)) as path:
-        write_content(content, path)
-    for uri in [*list_checkpoints(run_uri)[:-keep], *_unfinished(run_uri)]:
-        paths.delete(uri)
-
-
-def resume(state: TrainState, run_uri: str) -> str:
-    """Load the newest undamaged checkpoint into `state`; a line that says so.
-
-    The line is empty where the run has no checkpoint. Raises TrainingError where all are damaged.
-    """
-    found = list_checkpoints(run_uri)
-    said = ""
-    for uri in reversed(found):
-        try:
-            with paths.local_copy(uri) as path:
-                state.load(path)
-        except CheckpointDamaged as error:
-            said += f"{uri} is damaged ({error}); trying the one before. "
-            continue
-        return f"{said}resumed at step {state.step} from {uri}"
-    if found:
-        raise TrainingError(
-            f"{said}\nThere is none before. "
-            f"Delete {paths.join(run_uri, CHECKPOINTS)} to begin at step 0."
+    def __init__(self, run_uri: str, training: TrainingSection) -> None:
+        self._run_uri, self._training = run_uri, training
+        together = dist.is_available() and dist.is_initialized()
+        self._rank, self._num_workers = (
+            (dist.get_rank(), dist.get_world_size()) if together else (0, 1)
         )
-    return ""
+        self._group: Any = None
+        if self._num_workers > 1:
+            self._group = dist.new_group(backend="gloo", timeout=LONGEST_WAIT)
+
+    def save(self, state: TrainState) -> None:
+        """Write the state, then delete all but the newest checkpoints.
+
+        Raises StorageError where this worker cannot write, TrainingError where another cannot.
+        """
+        parts = checkpoint_files.num_parts(self._training, self._num_workers, _size(state))
+        if parts > 1:
+            self._write_part(state.content(self._rank, parts, copy=True))
+        elif self._rank == 0:
+            self._write_file(state.content())
+        elif is_sharded(state.model):
+            state.content()  # the first worker gathers
+
+    def resume(self, state: TrainState) -> str:
+        """Load the newest undamaged checkpoint into `state`; a line that says so.
+
+        The line is empty where the run has no checkpoint. Raises TrainingError where all are
+        damaged.
+        """
+        found = self._all(lambda: list_checkpoints(self._run_uri))[0]
+        said = ""
+        for uri in reversed(found):
+            damage = next(filter(None, self._all(partial(self._load, state, uri))), "")
+            if not damage:
+                return f"{said}resumed at step {state.step} from {uri}"
+            said += f"{uri} is damaged ({damage}); trying the one before. "
+        if found:
+            folder = paths.join(self._run_uri, checkpoint_files.CHECKPOINTS)
+            raise TrainingError(
+                f"{said}\nThere is none before. Delete {folder} to begin at step 0."
+            )
+        return ""
+
+    def _write_file(self, content: dict[str, Any]) -> None:
+        with paths.writing(checkpoint_files.checkpoint_uri(self._run_uri, content["step"])) as path:
+            write_content(content, path)
+        self._remove_old(content["step"], [])
+
+    def _write_part(self, content: dict[str, Any]) -> None:
+        step = content["step"]
+
+        def write() -> Part:
+            name = checkpoint_files.new_part(step, content["part"], content["parts"])
+            folder = paths.join(self._run_uri, checkpoint_files.CHECKPOINTS)
+            with paths.writing(paths.join(folder, name)) as path:
+                write_content(content, path)
+                return Part(name, path.stat().st_size)
+
+        def complete() -> None:
+            if self._rank == 0:
+                checkpoint_files.write_index(self._run_uri, step, written)
+                self._remove_old(step, written)
+
+        written = self._all(write)
+        self._all(complete)  # no worker writes its next part while the first one removes files
+
+    def _remove_old(self, step: int, parts: list[Part]) -> None:
+        checkpoint_files.remove_old(self._run_uri, self._training.keep_checkpoints, step, parts)
+
+    def _load(self, state: TrainState, uri: str) -> str:
+        """What is damaged in the checkpoint; empty where it was loaded."""
+        try:
+            state.load(self._files(state, uri))
+        except CheckpointDamaged as error:
+            return str(error)
+        return ""
+
+    def _files(self, state: TrainState, uri: str) -> Iterator[Path]:
+        """Local copies of what this worker must read of the checkpoint, one at a time."""
+        if uri.endswith(".pt"):
+            with paths.local_copy(uri) as path:
+                yield path
+            return
+        try:
+            parts = checkpoint_files.read_index(uri)
+        except ValueError as error:
+            raise CheckpointDamaged(str(error)) from None
+        own = self._rank % len(parts)  # last, because it has this worker's RNG
+        others = [n for n in range(len(parts)) if n != own and state.needs(n, len(parts))]
+        for part in (parts[number] for number in [*others, own]):
+            file = paths.join(uri.rpartition("/")[0], part.file)
+            there = next(paths.list_files(file), None)
+            if there is None or there.size != part.bytes:
+                size = f"{there.size:,} of {part.bytes:,} bytes" if there else "missing"
+                raise CheckpointDamaged(f"{part.file}: {size}")
+            with paths.local_copy(file) as path:
+                yield path
+
+    def _all(self, action: Callable[[], T]) -> list[T]:
+        """What `action` returns on each worker. All raise where it fails on one of them."""
+        if self._group is None:
+            return [action()]
+        result: T | None = None
+        failure: Exception | None = None
+        try:
+            result = action()
+        except Exception as error:
+            failure = error
+        told: list[Any] = [None] * self._num_workers
+        dist.all_gather_object(told, (result, failure and f"{failure}"), self._group)
+        if failure:
+            raise failure
+        for rank, (_, reason) in enumerate(told):
+            if reason is not None:
+                raise TrainingError(f"worker {rank} of {self._num_workers}: {reason}")
+        return [result for result, _ in told]
 
 
-def _unfinished(run_uri: str) -> list[str]:
-    """Local files of a checkpoint whose writer was killed; a run has one writer at a time."""
-    folder = paths.join(run_uri, CHECKPOINTS)
-    uris = (file.uri for file in paths.list_files(folder))
-    return [uri for uri in uris if uri.endswith(paths.TEMPORARY_SUFFIX)]
+def _size(state: TrainState) -> int:
+    modules = [network.module for network in state.networks.values()]
+    return checkpoint_bytes(modules, bool(state.ema))

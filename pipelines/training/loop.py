@@ -1,9 +1,8 @@
 """The training loop that every trainer shares, run by each worker under Ray Train.
 
 A trainer supplies a `Job`, a feed and a validation; launch.py starts the workers. Randomness and
-the order of the data depend on the step alone (batches.py), and a checkpoint is one file that is
-written whole. The same command after a SIGKILL therefore ends with the same parameters: bit for
-bit on a CPU.
+the order of the data depend on the step alone (batches.py), and a checkpoint is complete or absent.
+The same command after a SIGKILL therefore ends with the same parameters: bit for bit on a CPU.
 """
 
 from __future__ import annotations
@@ -16,7 +15,7 @@ import torch
 from torch import nn
 
 from . import run_folder
-from .checkpoints import resume, save_checkpoint
+from .checkpoints import Checkpoints
 from .distributed import gathered, is_sharded, shard
 from .job import Feed, Job, Validation, parts_of
 from .launch import Worker
@@ -78,7 +77,8 @@ def _train(
     if job.adversary:
         job.adversary.module.to(device)
     state = TrainState(model, training, job.adversary)
-    resumed = resume(state, run_uri)
+    checkpoints = Checkpoints(run_uri, training)
+    resumed = checkpoints.resume(state)
     log = RunLog(tracker, MetricsLog(run_uri, state.step)) if tracker else None
     if log and resumed:
         say(resumed)
@@ -131,7 +131,7 @@ def _train(
         saves = step % training.checkpoint_every == 0 or last or leaves
         if saves:
             bad_images.save()
-            save_checkpoint(state, run_uri, training.keep_checkpoints, write=rank == 0)
+            checkpoints.save(state)
             if log:
                 log.metrics_log.save()
         if validates or saves:

@@ -21,7 +21,7 @@ from ..config import Recipe
 from ..config.sections import TrainingSection
 from ..data.decoding import DECODE_CPUS, WINDOW_BATCHES
 from ..networks.untrained import fake_networks, network_bytes
-from . import autoencoder, generator, pixel_decoder, pixel_objective
+from . import autoencoder, checkpoint_files, generator, pixel_decoder, pixel_objective
 from .batches import PREFETCH_BATCHES
 from .launch import cluster_resources
 from .memory_plan import checkpoint_bytes, memory_plan_of
@@ -104,6 +104,10 @@ def memory_of(recipe: Recipe, network: str) -> TrainingMemory:
     host = {"batches made ahead": (PREFETCH_BATCHES + 2) * batch_bytes}
     if training.use_gpu:
         host["network, while its file is written"] = network_bytes(job.model)
+    saved = checkpoint_size(recipe, network)
+    parts = checkpoint_parts(recipe, network, saved)
+    if parts > 1:
+        host["checkpoint, a copy of its part until it is written"] = saved // parts
     step = {**plan.parts, "kept for the backward pass": plan.kept}
     if network not in HELD_OUT_IMAGES:
         return TrainingMemory(step, host, 0, 0)
@@ -141,3 +145,9 @@ def checkpoint_size(recipe: Recipe, network: str) -> int:
         job, _ = UNTRAINED_JOBS[network](recipe)
     trained = [job.model, *([job.adversary.module] if job.adversary else [])]
     return checkpoint_bytes(trained, training_of(recipe, network).ema_decay is not None)
+
+
+def checkpoint_parts(recipe: Recipe, network: str, size: int) -> int:
+    """Files in which all workers together write a checkpoint of `size` bytes."""
+    training = training_of(recipe, network)
+    return checkpoint_files.num_parts(training, training.num_workers, size)

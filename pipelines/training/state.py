@@ -1,6 +1,7 @@
 """What a checkpoint holds: networks with their optimizers, moving average, step and RNG.
 
-The loop trains a `TrainState`; checkpoints.py writes it to a file and reads it back.
+The loop trains a `TrainState`; checkpoints.py writes it to one file, or to a part for each worker,
+and reads it back. One file is the only part of one, so that there is one way to read both.
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ import contextlib
 import math
 import pickle
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,12 +19,16 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from ..config.sections import TrainingSection
-from .distributed import distributed_like, gathered
+from .distributed import fill, gathered, mapped, needs, part_of
 from .job import Adversary, TrainingError
 
 
 class CheckpointDamaged(TrainingError):
     """Bytes that are not those of a checkpoint as it was written."""
+
+
+Moments = dict[int, dict[str, Tensor]]
+"""AdamW's tensors by the parameter's number in its groups, and by name."""
 
 
 class TrainState:
@@ -71,31 +76,58 @@ class TrainState:
             parameter.copy_(average)
             average.copy_(kept)
 
-    def content(self) -> dict[str, Any]:
-        """What a checkpoint holds, with gathered tensors: those of the state itself, no copies.
+    def content(self, part: int = 0, parts: int = 1, copy: bool = False) -> dict[str, Any]:
+        """What part number `part` of `parts` of a checkpoint holds.
 
-        All workers of a sharded model must call it together.
+        The tensors are those of the state itself, or with `copy` copies on the host. All workers of
+        a sharded model must call it together, each for its own part or all for the only one.
         """
+
+        def held(tensor: Tensor) -> Tensor:
+            rows = part_of(tensor.detach(), part, parts)
+            return rows.to("cpu", copy=True) if copy else rows
+
+        networks = {name: network.state_dict() for name, network in self.networks.items()}
         return {
             "step": self.step,
-            "networks": {name: network.state_dict() for name, network in self.networks.items()},
-            "ema": gathered(self.ema),
+            "part": part,
+            "parts": parts,
+            "networks": mapped(held, networks),
+            "ema": mapped(held, self.ema),
             "rng": torch.get_rng_state(),
         }
 
-    def load(self, path: Path) -> None:
-        """Take over what `write_content` wrote, without unpickling code.
+    def needs(self, part: int, parts: int) -> bool:
+        """Whether this worker must read that part, besides any one: it has all small tensors."""
+        modules = [network.module for network in self.networks.values()]
+        tensors = (t for m in modules for t in (*m.parameters(), *m.buffers()))
+        return any(needs(tensor, part, parts) for tensor in tensors)
 
-        The file is mapped into memory, not read as a whole. Raises CheckpointDamaged, and the state
-        is then as it was.
+    @torch.no_grad()
+    def load(self, files: Iterable[Path]) -> None:
+        """Take over the parts of a checkpoint, all that this worker `needs`, without unpickling
+        code. Of the RNG's states the last one counts.
+
+        A file is mapped into memory, not read as a whole. Raises CheckpointDamaged, after which the
+        state is unusable until another checkpoint was loaded.
         """
-        state = _verified(path)
+        moments: dict[str, Moments] = {name: {} for name in self.networks}
+        try:
+            for file in files:
+                self._fill(_verified(file), moments)
+        except (KeyError, ValueError) as error:
+            raise CheckpointDamaged(f"it is of another network: {error}") from None
         for name, network in self.networks.items():
-            network.load_state_dict(state["networks"][name])
-        for average, saved in zip(self.ema, state["ema"], strict=True):
-            average.copy_(distributed_like(saved, average))
-        torch.set_rng_state(state["rng"])
-        self.step = state["step"]
+            network.take_moments(moments[name])
+
+    def _fill(self, saved: dict[str, Any], moments: dict[str, Moments]) -> None:
+        part, parts = saved.get("part", 0), saved.get("parts", 1)
+        for name, network in self.networks.items():
+            network.fill(saved["networks"][name], moments[name], part, parts)
+        for average, rows in zip(self.ema, saved["ema"], strict=True):
+            fill(average, rows, part, parts)
+        torch.set_rng_state(saved["rng"])
+        self.step = saved["step"]
 
 
 class TrainedNetwork:
@@ -135,24 +167,33 @@ class TrainedNetwork:
         return norm
 
     def state_dict(self) -> dict[str, Any]:
-        """Weights and optimizer as gathered tensors; all workers of a sharded module call it."""
-        return {
-            "weights": gathered(self.module.state_dict()),
-            "optimizer": gathered(self.optimizer.state_dict()),
-        }
+        """Weights and optimizer, distributed as the module is."""
+        return {"weights": self.module.state_dict(), "optimizer": self.optimizer.state_dict()}
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take over what `state_dict` gave, distributed as the module is."""
+    def fill(self, saved: dict[str, Any], moments: Moments, part: int, parts: int) -> None:
+        """Take over a part's weights, and collect AdamW's tensors in `moments`.
+
+        Raises KeyError or ValueError where the part is of another network.
+        """
+        if moments and moments.keys() != saved["optimizer"]["state"].keys():
+            raise ValueError("its parts differ in what the optimizer has")
         own = self.module.state_dict()
-        weights = {
-            name: distributed_like(value, own[name]) for name, value in state["weights"].items()
-        }
-        self.module.load_state_dict(weights)
+        for name in own.keys() | saved["weights"].keys():
+            fill(own[name], saved["weights"][name], part, parts)
         ordered = [p for group in self.optimizer.param_groups for p in group["params"]]
-        moments = {
-            index: {name: _copy_like(value, ordered[index]) for name, value in values.items()}
-            for index, values in state["optimizer"]["state"].items()
-        }
+        for index, values in saved["optimizer"]["state"].items():
+            kept = moments.setdefault(index, {})
+            for name, value in values.items():
+                if value.ndim == 0:
+                    # AdamW keeps what it is given, which would be the file, mapped into memory.
+                    kept[name] = value.clone()
+                    continue
+                if name not in kept:
+                    kept[name] = torch.empty_like(ordered[index])
+                fill(kept[name], value, part, parts)
+
+    def take_moments(self, moments: Moments) -> None:
+        """Give AdamW the tensors of all parts."""
         # Learning rates and decays are the recipe's: a resumed run may have others than before.
         groups = self.optimizer.state_dict()["param_groups"]
         self.optimizer.load_state_dict({"param_groups": groups, "state": moments})
@@ -167,15 +208,6 @@ def ema_decay(step: int, decay: float) -> float:
     return min(decay, (1 + step) / (10 + step))
 
 
-def _copy_like(value: Tensor, parameter: Tensor) -> Tensor:
-    """A copy of one of AdamW's tensors where `parameter` is; of its step count, where it was."""
-    # AdamW keeps what it is given, which would be the checkpoint's file, mapped into memory.
-    if value.shape != parameter.shape:
-        return value.clone()
-    distributed = distributed_like(value, parameter)
-    return distributed if distributed is not value else value.to(parameter.device, copy=True)
-
-
 def write_content(content: dict[str, Any], path: Path) -> None:
     """Write what `TrainState.content` gave, tensor by tensor. Raises OSError where it cannot."""
     with open(path, "wb") as file:
@@ -188,17 +220,18 @@ def write_content(content: dict[str, Any], path: Path) -> None:
 
 def _verified(path: Path) -> dict[str, Any]:
     # torch.save writes a CRC-32 of each tensor, and torch.load does not check it.
+    named = f"{path.name}: " if path.suffix == ".part" else ""
     try:
         with zipfile.ZipFile(path) as archive:
             damaged = archive.testzip()
         if damaged:
-            raise CheckpointDamaged(f"the checksum of {damaged} is wrong")
+            raise CheckpointDamaged(f"{named}the checksum of {damaged} is wrong")
         state: Any = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except (zipfile.BadZipFile, pickle.UnpicklingError, RuntimeError, EOFError, OSError) as error:
         if isinstance(error, CheckpointDamaged):
             raise
         reason = str(error).partition("\n")[0]
-        raise CheckpointDamaged(f"it is no checkpoint: {reason}") from None
+        raise CheckpointDamaged(f"{named}it is no checkpoint: {reason}") from None
     if not isinstance(state, dict) or not {"step", "networks", "ema", "rng"} <= state.keys():
-        raise CheckpointDamaged("it is a file of another kind")
+        raise CheckpointDamaged(f"{named}it is a file of another kind")
     return state

@@ -70,6 +70,9 @@ class TrainingSection(Section):
     """Steps between two checkpoints; a lost worker repeats at most so many."""
     keep_checkpoints: Execution[int] = Field(2, gt=0)
     """Newest checkpoints that are kept; older ones are deleted."""
+    checkpoint_parts: Execution[Literal["auto"] | bool] = "auto"
+    """Whether each worker writes its part of a checkpoint, all at once, and no worker gathers the
+    whole state. auto does so from 1 GiB on; one worker writes one file."""
     max_failures: Execution[int] = Field(3, ge=0)
     """How often training resumes by itself from the newest checkpoint after workers or nodes were
     lost. An error of the training itself ends it at once."""

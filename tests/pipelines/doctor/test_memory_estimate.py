@@ -116,6 +116,10 @@ def test_a_worker_holds_the_plan_of_its_micro_batch_and_the_checkpoint_that_it_w
     # It is written tensor by tensor; a network on a GPU is copied to the host for its own file.
     copies = [sum(size for name, size in w.host.items() if "written" in name) for w in workers]
     assert copies == [0, weights]
+    made = load_recipe("photos-dinov2s", [*options, "autoencoder.training.checkpoint_parts=true"])
+    memory = {p.name: p for p in training_memory(made, "autoencoder")}["worker"].host
+    assert memory["checkpoint, a copy of its part until it is written"] == size // 2
+    assert f"{size / 2 / MEBI:,.0f}  each of its 2 parts" in checkpoint_text(made, "autoencoder")
 
 
 @pytest.mark.parametrize("place", ["local", "s3"])

@@ -74,7 +74,8 @@ def test_a_run_says_steps_rate_time_left_and_losses_from_its_folder_alone(root):
     uri = paths.join(root, "first")
     begin_run(uri, "autoencoder.training.batch_size=16")
     log_steps(uri, range(10, 101, 10), images_per_second=32.0)
-    paths.write_bytes(paths.join(uri, "checkpoints", "step_000000080.pt"), b"")
+    for name in ("step_000000040.pt", "step_000000080.json", "step_000000090-1-of-2-ab12.part"):
+        paths.write_bytes(paths.join(uri, "checkpoints", name), b"")
     paths.write_bytes(paths.join(uri, "bad_images-00000.jsonl"), b"{}\n{}\n")
     found = status(uri)
     assert found["kind"] == "training of the autoencoder" and found["state"] == "running"

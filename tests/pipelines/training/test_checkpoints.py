@@ -18,12 +18,8 @@ from torch import nn
 
 from fae.pipelines.config.sections import TrainingSection
 from fae.pipelines.storage import paths
-from fae.pipelines.training.checkpoints import (
-    checkpoint_uri,
-    list_checkpoints,
-    resume,
-    save_checkpoint,
-)
+from fae.pipelines.training.checkpoint_files import checkpoint_uri, list_checkpoints
+from fae.pipelines.training.checkpoints import Checkpoints
 from fae.pipelines.training.job import TrainingError
 from fae.pipelines.training.state import TrainState
 from tests.fault_proxy import FaultProxy
@@ -44,6 +40,14 @@ class Bomb:
 def new_state(width: int = 200) -> TrainState:
     torch.manual_seed(0)
     return TrainState(nn.Linear(width, width), TrainingSection(ema_decay=0.5))
+
+
+def save_checkpoint(state: TrainState, run: str, keep: int) -> None:
+    Checkpoints(run, TrainingSection(keep_checkpoints=keep)).save(state)
+
+
+def resume(state: TrainState, run: str) -> str:
+    return Checkpoints(run, TrainingSection()).resume(state)
 
 
 def take_step(state: TrainState, step: int) -> None:

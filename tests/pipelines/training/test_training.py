@@ -11,7 +11,8 @@ from fae.pipelines.config.sections import TrainingSection
 from fae.pipelines.data.order import EpochOrder
 from fae.pipelines.runtime import ray_private
 from fae.pipelines.training.batches import Batch, random_flips, sample_noise
-from fae.pipelines.training.checkpoints import list_checkpoints, save_checkpoint
+from fae.pipelines.training.checkpoint_files import list_checkpoints
+from fae.pipelines.training.checkpoints import Checkpoints
 from fae.pipelines.training.image_feed import step_parts
 from fae.pipelines.training.job import TrainingError, check_batch, parts_of
 from fae.pipelines.training.launch import fit, raised_by_worker
@@ -119,11 +120,11 @@ def test_a_resumed_run_ends_at_the_same_bits(tmp_path, killed_at, ema):
     first = new_state(training)
     for step in range(killed_at):
         train_step(first, first.model, loss, batches_of(step, 2), training)
-        save_checkpoint(first, str(tmp_path), keep=2)
+        Checkpoints(str(tmp_path), training).save(first)
     assert len(list_checkpoints(str(tmp_path))) == min(2, killed_at)
     torch.manual_seed(99)
     second = TrainState(nn.Sequential(nn.Linear(12, 16), nn.GELU(), nn.Linear(16, 12)), training)
-    second.load(Path(list_checkpoints(str(tmp_path))[-1]))
+    second.load([Path(list_checkpoints(str(tmp_path))[-1])])
     assert second.step == killed_at
     for step in range(killed_at, 6):
         train_step(second, second.model, loss, batches_of(step, 2), training)
@@ -136,7 +137,7 @@ def test_a_part_of_a_training_goes_on_with_its_own_rates_and_the_weights_before(
     first, second = new_state(before), new_state(now)
     train_step(first, first.model, loss, batches_of(0, 1), before)
     write_content(first.content(), tmp_path / "state.pt")
-    second.load(tmp_path / "state.pt")
+    second.load([tmp_path / "state.pt"])
     assert torch.equal(parameters(first), parameters(second)) and second.step == 1
     old, new = (s.networks["model"].optimizer.state_dict() for s in (first, second))
     assert torch.equal(old["state"][0]["exp_avg"], new["state"][0]["exp_avg"])
