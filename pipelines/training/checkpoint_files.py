@@ -38,6 +38,12 @@ def num_parts(training: TrainingSection, num_workers: int, size: int) -> int:
     return num_workers if wanted is True or (wanted == "auto" and size >= PARTS_FROM) else 1
 
 
+def in_background(training: TrainingSection) -> bool:
+    """Whether training goes on while a checkpoint is written."""
+    wanted = training.checkpoint_background
+    return training.use_gpu if wanted == "auto" else wanted
+
+
 def checkpoint_uri(run_uri: str, step: int, parts: int = 1) -> str:
     """Address of the checkpoint at `step`: its file, or the index of its parts."""
     return paths.join(

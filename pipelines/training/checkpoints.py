@@ -5,11 +5,16 @@ checkpoint_files.py which files it is. In parts, each worker writes the rows tha
 and the same rows under DDP, and the first worker completes the checkpoint with an index. torch's
 own distributed checkpoint is not used: its index is a pickle, or in safetensors there is none, so
 that a missing part is not noticed, and it knows neither our storage's retries nor checksums.
+
+In the background a thread writes a copy on the host, one at a time. Ray Train's
+`checkpoint_upload_mode=ASYNC` is not used for it: it sends a folder that each worker has written to
+its disk before, and which checkpoints are complete only Ray Train's own state then says.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
@@ -43,19 +48,48 @@ class Checkpoints:
         self._group: Any = None
         if self._num_workers > 1:
             self._group = dist.new_group(backend="gloo", timeout=LONGEST_WAIT)
+        self._thread = ThreadPoolExecutor(1, "checkpoint")
+        self._written: Future[None] | None = None
 
     def save(self, state: TrainState) -> None:
-        """Write the state, then delete all but the newest checkpoints.
+        """Write the state, then delete all but the newest checkpoints; the one before is complete.
+
+        In the background it only copies the state. Raises as `wait` does.
+        """
+        self.wait()
+        parts = checkpoint_files.num_parts(self._training, self._num_workers, state_bytes(state))
+        background = checkpoint_files.in_background(self._training)
+        if parts > 1:
+            content = state.content(self._rank, parts, copy=True)
+        elif self._rank == 0:
+            content = state.content(copy=background)
+        else:
+            if is_sharded(state.model):
+                state.content()  # the first worker gathers
+            return
+        write = self._write_part if parts > 1 else self._write_file
+        self._written = self._thread.submit(write, content)
+        if not background:
+            self.wait()
+
+    @property
+    def writing(self) -> bool:
+        """Whether this worker writes in the background."""
+        return self._written is not None and not self._written.done()
+
+    def check(self) -> None:
+        """Raises as `wait` does where writing in the background has failed; waits for nothing."""
+        if not self.writing:
+            self.wait()
+
+    def wait(self) -> None:
+        """Wait until the checkpoint that is being written is complete.
 
         Raises StorageError where this worker cannot write, TrainingError where another cannot.
         """
-        parts = checkpoint_files.num_parts(self._training, self._num_workers, _size(state))
-        if parts > 1:
-            self._write_part(state.content(self._rank, parts, copy=True))
-        elif self._rank == 0:
-            self._write_file(state.content())
-        elif is_sharded(state.model):
-            state.content()  # the first worker gathers
+        written, self._written = self._written, None
+        if written:
+            written.result()
 
     def resume(self, state: TrainState) -> str:
         """Load the newest undamaged checkpoint into `state`; a line that says so.
@@ -152,6 +186,7 @@ class Checkpoints:
         return [result for result, _ in told]
 
 
-def _size(state: TrainState) -> int:
+def state_bytes(state: TrainState) -> int:
+    """Bytes of a checkpoint of `state`, all workers' together."""
     modules = [network.module for network in state.networks.values()]
     return checkpoint_bytes(modules, bool(state.ema))

@@ -7,6 +7,7 @@ The same command after a SIGKILL therefore ends with the same parameters: bit fo
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import itertools
 from collections.abc import Callable, Mapping, Sequence
@@ -45,12 +46,15 @@ def run_job(
     FAILED in MLflow; it is RUNNING again when it resumes.
     """
     tracker = worker.tracker()
+    checkpoints = Checkpoints(worker.run_uri, worker.training)
     try:
-        trained, metrics = _train(worker, job, feed, validate, tracker)
+        trained, metrics = _train(worker, job, feed, validate, tracker, checkpoints)
         if tracker:
             marks, network = fingerprints(), worker.network
             run_folder.finish(worker.run_uri, network, trained, marks, metrics, class_names)
     except Exception as error:
+        with contextlib.suppress(Exception):  # the first error is the run's
+            checkpoints.wait()
         if tracker:
             tracker.finish("KILLED" if isinstance(error, NodeLeaving) else "FAILED")
         raise
@@ -59,7 +63,12 @@ def run_job(
 
 
 def _train(
-    worker: Worker, job: Job, feed: Feed, validate: Validation | None, tracker: Tracker | None
+    worker: Worker,
+    job: Job,
+    feed: Feed,
+    validate: Validation | None,
+    tracker: Tracker | None,
+    checkpoints: Checkpoints,
 ) -> tuple[nn.Module, dict[str, float]]:
     """The trained model, and on rank 0 the metrics of its validation."""
     import ray.train
@@ -77,7 +86,6 @@ def _train(
     if job.adversary:
         job.adversary.module.to(device)
     state = TrainState(model, training, job.adversary)
-    checkpoints = Checkpoints(run_uri, training)
     resumed = checkpoints.resume(state)
     log = RunLog(tracker, MetricsLog(run_uri, state.step)) if tracker else None
     if log and resumed:
@@ -127,15 +135,18 @@ def _train(
                 _gather(model, whole)
                 if log and validate:
                     validation = _validate(validate, whole, device, step, log)
+        checkpoints.check()
         leaves = worker.on_cluster and notice.after_step() and not last
         saves = step % training.checkpoint_every == 0 or last or leaves
         if saves:
             bad_images.save()
             checkpoints.save(state)
+            if last or leaves:
+                checkpoints.wait()
             if log:
                 log.metrics_log.save()
         if validates or saves:
-            # No worker goes on before rank 0 has written.
+            # No worker goes on before rank 0 has written, or ends before all have.
             ray.train.report({"step": step, **(validation if validates else {})})
             meter.restart()
         if leaves:

@@ -106,8 +106,8 @@ def memory_of(recipe: Recipe, network: str) -> TrainingMemory:
         host["network, while its file is written"] = network_bytes(job.model)
     saved = checkpoint_size(recipe, network)
     parts = checkpoint_parts(recipe, network, saved)
-    if parts > 1:
-        host["checkpoint, a copy of its part until it is written"] = saved // parts
+    if parts > 1 or checkpoint_files.in_background(training):
+        host["checkpoint, a copy until it is written"] = saved // parts
     step = {**plan.parts, "kept for the backward pass": plan.kept}
     if network not in HELD_OUT_IMAGES:
         return TrainingMemory(step, host, 0, 0)

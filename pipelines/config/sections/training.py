@@ -67,12 +67,16 @@ class TrainingSection(Section):
     validate_every: Execution[int] = Field(1000, gt=0)
     """Steps between two validations on the images that are held out."""
     checkpoint_every: Execution[int] = Field(1000, gt=0)
-    """Steps between two checkpoints; a lost worker repeats at most so many."""
+    """Steps between two checkpoints; a lost worker repeats at most so many, and those that were
+    taken while the newest checkpoint was written in the background."""
     keep_checkpoints: Execution[int] = Field(2, gt=0)
     """Newest checkpoints that are kept; older ones are deleted."""
     checkpoint_parts: Execution[Literal["auto"] | bool] = "auto"
     """Whether each worker writes its part of a checkpoint, all at once, and no worker gathers the
     whole state. auto does so from 1 GiB on; one worker writes one file."""
+    checkpoint_background: Execution[Literal["auto"] | bool] = "auto"
+    """Whether training goes on while a checkpoint is written from a copy on the host. auto does so
+    on GPUs: on a CPU the writing takes the training's own cores, and the copy its memory."""
     max_failures: Execution[int] = Field(3, ge=0)
     """How often training resumes by itself from the newest checkpoint after workers or nodes were
     lost. An error of the training itself ends it at once."""
