@@ -190,7 +190,11 @@ def _listing_sha256(uri: str, wanted: set[str] | None) -> str:
     files = sorted(paths.list_files(uri), key=lambda file: file.uri)
     return _sha256(
         [
-            [posixpath.basename(f.uri), f.size, f.etag or os.stat(f.uri).st_mtime_ns]
+            [
+                posixpath.basename(f.uri),
+                f.size,
+                f.etag or os.stat(paths.filesystem(f.uri)[1]).st_mtime_ns,
+            ]
             for f in files
             if wanted is None or f.uri in wanted
         ]

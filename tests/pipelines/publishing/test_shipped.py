@@ -17,6 +17,7 @@ from fae.pipelines.config.recipe import load_recipe
 from fae.pipelines.data.reading import load_crops
 from fae.pipelines.data.records import ImageRecord
 from fae.pipelines.data.sources import list_images
+from fae.pipelines.evaluation.image_sets import open_set
 from fae.pipelines.publishing.shipped import describe_shipped
 from fae.pipelines.storage import local, paths
 from fae_core.metrics.reconstruction import psnr
@@ -108,3 +109,4 @@ def test_a_plan_of_shipped_images_is_the_same_in_every_install(tmp_path, monkeyp
     np.testing.assert_array_equal(load_crops(records, 128, data)[0], crops)
     _, kept, _ = load_crops([ImageRecord("x", "shipped:emoji/README.md")], 128, data)
     assert not kept  # outside data.path
+    assert open_set("images", path, None, 128, data).records == list_images(data)
