@@ -316,7 +316,7 @@ def precompute(recipe: "Recipe") -> None:
     )
 
 
-@recipe_command(app, "precompute-text")
+@recipe_command(app, "precompute-text", memory="precompute_text")
 def precompute_text(recipe: "Recipe") -> None:
     """Encode the captions of a latent store.
 

@@ -73,8 +73,9 @@ def recipe_command(
     """Decorator that makes a function of the merged recipe the command `name`.
 
     The command takes RECIPE [KEY=VALUE]..., --print-config, the options of the function, and if
-    `memory` is the name of a job also --dry-run, which prints the memory that the job will need,
-    and of a training the room for its checkpoints, and --probe, which adds the time.
+    `memory` is the name of a job also --dry-run, which prints the memory that the job will need, of
+    a training the room for its checkpoints and of precompute-text the size of its store, and
+    --probe, which adds the time.
     """
 
     def register(job: Callable[..., None]) -> Callable[..., None]:
@@ -90,12 +91,15 @@ def recipe_command(
             if (dry_run or probe) and memory:
                 from fae.pipelines.doctor import (
                     checkpoint_text,
+                    expected_text,
                     memory_of,
                     speed_of,
                     speed_text,
                     text,
                 )
 
+                if memory == "precompute_text":
+                    typer.echo(expected_text(loaded).text())
                 typer.echo(text(memory_of(loaded, memory)))
                 if memory in TRAININGS:
                     typer.echo(checkpoint_text(loaded, memory))

@@ -6,5 +6,14 @@ from .memory import memory_of as memory_of
 from .memory import text as text
 from .speed import speed_of as speed_of
 from .speed import speed_text as speed_text
+from .text_size import expected_text as expected_text
 
-__all__ = ["checkpoint_text", "doctor", "memory_of", "speed_of", "speed_text", "text"]
+__all__ = [
+    "checkpoint_text",
+    "doctor",
+    "expected_text",
+    "memory_of",
+    "speed_of",
+    "speed_text",
+    "text",
+]

@@ -19,17 +19,19 @@ from torch import Tensor
 
 from fae_core.generators.starflow import FlowBlock, StarFlow
 from fae_core.precision import autocast, settled_precision
+from fae_core.text import CaptionTokenizer, untrained_text_encoder
 
 from ..config import Recipe
 from ..config.sections import DataSection, PrecomputeSection, SampleSection
 from ..data import plan_source
 from ..latents import LatentEncoder
-from ..networks.text_encoder import CaptionEncoder
+from ..networks.text_encoder import CaptionEncoder, text_spec
 from ..networks.untrained import build_autoencoder, build_backbone, fake_networks, network_bytes
 from ..sampling.image_sampler import ImageSampler
 from ..storage import paths, s3
 from ..training import requirements
 from .peak import peak_of
+from .text_size import expected_text
 
 MEBI = 1 << 20
 PYTHON = 600 * MEBI
@@ -59,8 +61,14 @@ class Process:
 
 
 def memory_of(recipe: Recipe, job: str) -> list[Process]:
-    """Of `precompute`, `sample`, or training: `autoencoder`, `pixel_decoder` or `generator`."""
-    others = {"precompute": precompute_memory, "sample": sample_memory}
+    """Of `precompute`, `precompute_text`, `sample`, or training: `autoencoder`, `pixel_decoder` or
+    `generator`.
+    """
+    others = {
+        "precompute": precompute_memory,
+        "precompute_text": precompute_text_memory,
+        "sample": sample_memory,
+    }
     return others[job](recipe) if job in others else training_memory(recipe, job)
 
 
@@ -105,6 +113,35 @@ def precompute_memory(recipe: Recipe) -> list[Process]:
         Process("writing task", 1, {"Python": TASK}),
         _idle_workers(),
         _object_store("crops", num_images * crop),
+        Process("Ray", 1, {"its processes": RAY}),
+    ]
+
+
+def precompute_text_memory(recipe: Recipe) -> list[Process]:
+    """Of `fae precompute-text`. Raises RecipeError, StoreError without latents, WeightsError."""
+    section, spec = recipe.precompute, text_spec(recipe.text)
+    size = expected_text(recipe)
+    with torch.device("meta"):
+        encoder = untrained_text_encoder(spec)
+    captions = CaptionEncoder(CaptionTokenizer(spec), encoder)
+    with fake_networks(encoder):
+        results = peak_of(partial(_states, captions), section.batch_size)
+    of_shard = -(-size.num_bytes * min(size.shard_size, size.rows) // max(1, size.rows))
+    states = {"states of a shard, twice": 2 * of_shard}
+    networks = network_bytes(encoder)
+    actor = _actor(section, networks, results)
+    actor.host.update(states)
+    driver = {
+        "Python": PYTHON,
+        "plan": PLAN_RECORD * size.rows,
+        "networks, twice while they are loaded": 2 * networks,
+    }
+    return [
+        Process("driver", 1, driver),
+        actor,
+        Process("writing task", 1, {"Python": TASK, **states}),
+        _idle_workers(),
+        _object_store("states", size.num_bytes),
         Process("Ray", 1, {"its processes": RAY}),
     ]
 

@@ -17,17 +17,20 @@ import pyarrow as pa
 import torch
 
 from fae_core.errors import UserError
-from fae_core.precision import settled_precision
+from fae_core.precision import autocast, settled_precision
+from fae_core.text import batch_length, untrained_text_encoder
 
 from ..config import Recipe
 from ..data import plan_source
 from ..data.reading import load_crops
 from ..data.records import records_of
 from ..latents import LatentEncoder
+from ..networks.text_encoder import text_spec
 from ..networks.untrained import build_autoencoder, build_backbone
 from ..runtime.progress import duration
 from ..sampling.image_sampler import ImageSampler
 from ..training import requirements
+from .text_size import expected_text
 
 PROBE_SECONDS = 4.0
 """Of one measurement, at least one call after one that warms up."""
@@ -53,13 +56,16 @@ class Speed:
 
 
 def speed_of(recipe: Recipe, job: str) -> Speed:
-    """Of `precompute`, `sample`, or training: `autoencoder`, `pixel_decoder` or `generator`.
+    """Of `precompute`, `precompute_text`, `sample`, or training: `autoencoder`, `pixel_decoder` or
+    `generator`.
 
     Raises UserError where the job wants a GPU and this machine has none, and what the job's
     networks and source raise.
     """
     if job == "precompute":
         return _precompute(recipe)
+    if job == "precompute_text":
+        return _precompute_text(recipe)
     return _sample(recipe) if job == "sample" else _training(recipe, job)
 
 
@@ -110,6 +116,21 @@ def _precompute(recipe: Recipe) -> Speed:
         "decoding": (_decode_rate(recipe, table), tasks),
     }
     return Speed(f"{len(table):,} images", len(table), rates)
+
+
+def _precompute_text(recipe: Recipe) -> Speed:
+    """The encoder on a batch of captions of mean length."""
+    section, spec, expected = recipe.precompute, text_spec(recipe.text), expected_text(recipe)
+    device = _device(section.gpus_per_actor > 0)
+    torch.set_num_threads(section.threads_per_actor or _share(section.num_actors))
+    encoder = untrained_text_encoder(spec).to(device)
+    longest = batch_length(-(-expected.tokens // max(1, expected.captions)), spec.max_length)
+    ids = torch.zeros(section.batch_size, longest, dtype=torch.int64, device=device)
+    with autocast(settled_precision(section.precision, section.gpus_per_actor > 0), device):
+        rate = section.batch_size / _seconds(lambda: encoder(ids, ids == 0), device)
+    rate *= expected.rows / max(1, expected.captions)
+    rates = {"encoding": (rate, section.num_actors)}
+    return Speed(f"captions of {expected.rows:,} images", expected.rows, rates)
 
 
 def _sample(recipe: Recipe) -> Speed:

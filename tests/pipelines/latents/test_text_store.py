@@ -12,9 +12,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from typer.testing import CliRunner
 
+from fae.cli import app
 from fae.pipelines.config.recipe import load_recipe
 from fae.pipelines.data.records import ImageRecord
+from fae.pipelines.doctor import expected_text, speed
 from fae.pipelines.latents import precompute_text_job
 from fae.pipelines.latents.filling import TooManyErrors
 from fae.pipelines.latents.inspection import inspect
@@ -225,3 +228,22 @@ def test_states_are_encoded_in_the_dtype_that_the_recipe_says(
     with torch.autocast("cpu", dtype=torch.bfloat16):
         expected = load_text_encoder(spec)(ids, mask)[mask].half().numpy()
     assert low.precision == "bf16" and np.array_equal(low.empty, expected)
+
+
+def test_a_dry_run_counts_what_the_store_will_hold(made, latents, encoder, tmp_path, monkeypatch):
+    monkeypatch.setattr(speed, "PROBE_SECONDS", 0.01)
+    words = [
+        "photos-dinov2s", f"latents={latents.uri}", f"output={tmp_path / 'states'}",
+        f"text.weights={encoder}", f"text.max_length={LENGTH}", "precompute.threads_per_actor=1",
+        "precompute.precision=fp32",
+    ]  # fmt: skip
+    result = CliRunner().invoke(app, ["precompute-text", *words, "--probe"])
+    assert result.exit_code == 0, result.output
+    lines, tokens = result.output.splitlines(), made.manifest["tokens"]
+    captions = sum(len(several or (one,)) for one, several in CAPTIONS.values())
+    expected = f"store: 20 rows, {captions} captions of {tokens / captions:.1f} tokens on average"
+    assert lines[0].startswith(expected)
+    assert expected_text(load_recipe(words[0], words[1:])).num_bytes == tokens * 2 * made.state_dim
+    assert "nothing was run" in lines[1] and any("actor, host" in line for line in lines)
+    assert lines[-1].startswith("captions of 20 images: about ")
+    assert not (tmp_path / "states").exists()
