@@ -168,8 +168,8 @@ def measure(name: str, case: Case, steps: int, rate: float, device: torch.device
     wrapped = case.model
     judge = case.adversary.module if case.adversary else None
     judge_loss: AdversaryLoss | None = case.adversary.loss if case.adversary else None
-    if case.training.compile:
-        wrapped.compile()
+    if case.training.compile is True:
+        wrapped.compile(dynamic=False)
 
     def step(batch: Batch) -> None:
         train_step(state, wrapped, case.loss, [batch], case.training, judge, judge_loss)

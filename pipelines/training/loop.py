@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import itertools
+import time
 from collections.abc import Callable, Mapping, Sequence
 
 import torch
@@ -17,6 +18,7 @@ from torch import nn
 
 from . import run_folder
 from .checkpoints import Checkpoints
+from .compilation import Compilation, uncompiled
 from .distributed import gathered, is_sharded, shard
 from .job import Feed, Job, Validation, parts_of
 from .launch import Worker
@@ -108,20 +110,22 @@ def _train(
         first = next(batches_to_come)
         say(memory_plan_of(job, training, first).text(device))
         batches_to_come = itertools.chain([first], batches_to_come)
-    if training.compile:  # after the plan, which would be measured on what is compiled
-        for module in (wrapped, *job.frozen.values()):
-            module.compile()
+    # After the plan, which would be measured on what is compiled.
+    modules = (wrapped, *job.frozen.values())
+    compilation = Compilation(training, run_uri, modules, device, rank == 0, world_size)
     meter.restart()
     while state.step < last_step:
+        compilation.before(state.step)
         with meter.waiting():
             batches = [next(batches_to_come) for _ in range(num_batches)]
         for batch in batches:
             bad_images.add(batch.errors)
-        meter.add(
-            train_step(
-                state, wrapped, job.loss, batches, training, wrapped_adversary, adversary_loss
-            )
+        started = time.perf_counter()
+        terms = train_step(
+            state, wrapped, job.loss, batches, training, wrapped_adversary, adversary_loss
         )
+        compilation.timed(time.perf_counter() - started)
+        meter.add(terms)
         step, last = state.step, state.step == last_step
         if step % training.log_every == 0 or last:
             metrics = meter.flush() | {"bad_images": float(len(bad_images))}
@@ -172,7 +176,7 @@ def _validate(
 ) -> dict[str, float]:
     home = next(model.parameters()).device
     model.to(device).eval()
-    with torch.no_grad():
+    with torch.no_grad(), uncompiled():
         metrics, figure = validate(model, step)
     model.to(home).train()
     log.add("validation", f"validation at step {step}", metrics, step)

@@ -45,9 +45,10 @@ class TrainingSection(Section):
     """Autocast dtype of forward passes; weights and optimizer are float32. auto is bf16 on a GPU
     and on a CPU with instructions for it, else fp32; a resumed run keeps what it began with. Not in
     the paper."""
-    compile: Execution[bool] = False
-    """torch.compile the network and the frozen ones beside it: minutes at the start, faster steps
-    after."""
+    compile: Execution[bool | Literal["auto"]] = False
+    """torch.compile the network and the frozen ones beside it: minutes for each shape of a batch,
+    faster steps after. auto decides after the first steps whether those to come are worth it; a
+    resumed run keeps what it decided."""
     num_workers: Execution[int] = Field(1, gt=0)
     """Processes that train together, one to a GPU where `use_gpu` is set."""
     min_workers: Execution[int | None] = Field(None, gt=0)

@@ -1,0 +1,135 @@
+"""`compile: auto`: when it compiles, that a resumed run keeps to it, and that the bits are kept."""
+
+from __future__ import annotations
+
+import functools
+import json
+import math
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from torch._dynamo.testing import CompileCounter
+
+from fae.pipelines.config.recipe import load_recipe
+from fae.pipelines.latents.reader import LatentStore
+from fae.pipelines.training import compilation
+from fae.pipelines.training.generator import train_generator
+from fae_core import checkpoint
+from tests.here import train_here
+from tests.tiny import save_text_encoder
+
+LONG = "a red cat a blue dog a green house a small red cat and a big house"
+
+
+@pytest.fixture(scope="module")
+def store(write_store, tmp_path_factory) -> LatentStore:
+    """Half of the captions have more than 16 tokens, so batches have two lengths."""
+    captions = {row: (LONG if row % 8 == 0 else "a red cat", None) for row in range(20)}
+    return write_store(tmp_path_factory.mktemp("store"), ("mean",), False, captions)
+
+
+@pytest.fixture(scope="module")
+def encoder(tmp_path_factory) -> Path:
+    return save_text_encoder(tmp_path_factory.mktemp("text") / "encoder")
+
+
+@pytest.fixture
+def graphs(monkeypatch: pytest.MonkeyPatch) -> CompileCounter:
+    """Counts the graphs that are made; they run as they are, which takes no time to compile."""
+    torch.compiler.reset()
+    counter = CompileCounter()
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend=counter))
+    return counter
+
+
+def train(store: LatentStore, encoder: Path, storage: Path, compile: str) -> Path:
+    values = [
+        "run=test", f"storage={storage}", f"latents={store.uri}", "generator.kind=mmdit",
+        "generator.width=32", "generator.depth=2", "generator.num_heads=2", "generator.size=S",
+        "generator.training.steps=10", "generator.training.batch_size=2",
+        "generator.training.precision=fp32", "generator.training.warmup_steps=2",
+        "generator.training.checkpoint_every=3", "generator.training.validate_every=6",
+        "generator.training.keep_checkpoints=4", "generator.training.threads_per_worker=1",
+        f"generator.training.compile={compile}", "sample.num_steps=2", "tracking.enabled=false",
+        f"text.weights={encoder}", "text.max_length=30",
+    ]  # fmt: skip
+    train_generator(load_recipe("photos-dinov2s", values))
+    return storage / "test"
+
+
+def stopped_at(step: int, run: Path, storage: Path) -> None:
+    """A copy of the run as a kill soon after the checkpoint at `step` would have left it."""
+    shutil.copytree(run, storage / "test")
+    (storage / "test/result.json").unlink()
+    (storage / "test/generator.safetensors").unlink()
+    for file in (storage / "test/checkpoints").iterdir():
+        if int(file.stem.removeprefix("step_")) > step:
+            file.unlink()
+
+
+def weights(run: Path) -> dict[str, torch.Tensor]:
+    return checkpoint.load(run / "generator.safetensors").module.state_dict()
+
+
+def assert_same(one: Path, other: Path) -> None:
+    for (name, expected), actual in zip(weights(one).items(), weights(other).values(), strict=True):
+        assert torch.equal(expected, actual), name
+
+
+def test_a_long_run_is_compiled_after_its_first_steps_and_resumes_compiled(
+    store, encoder, graphs, tmp_path, monkeypatch, capsys
+):
+    train_here(monkeypatch)
+    monkeypatch.setattr(compilation, "WORTH_SECONDS", 0.0)
+    run = train(store, encoder, tmp_path / "whole", "auto")
+    assert graphs.frame_count > 0
+    assert json.loads((run / "compile.json").read_text())["first_compiled_step"] == 5
+    assert "compile=auto: compiled from step 5 on" in capsys.readouterr().out
+
+    monkeypatch.setattr(compilation, "WORTH_SECONDS", math.inf)
+    for step in (3, 6):  # before and after the decision
+        before = graphs.frame_count
+        torch.compiler.reset()
+        stopped_at(step, run, tmp_path / f"from-{step}")
+        assert_same(run, train(store, encoder, tmp_path / f"from-{step}", "auto"))
+        assert graphs.frame_count > before
+
+
+def test_a_short_run_is_not_compiled_and_resumes_as_it_is(
+    store, encoder, graphs, tmp_path, monkeypatch, capsys
+):
+    train_here(monkeypatch)
+    run = train(store, encoder, tmp_path / "whole", "auto")
+    assert "compile=auto: not compiled; the steps to come take about" in capsys.readouterr().out
+    monkeypatch.setattr(compilation, "WORTH_SECONDS", 0.0)
+    stopped_at(6, run, tmp_path / "resumed")
+    assert_same(run, train(store, encoder, tmp_path / "resumed", "auto"))
+    assert graphs.frame_count == 0
+
+
+def test_without_a_compiler_a_long_run_goes_on_uncompiled(
+    store, encoder, graphs, tmp_path, monkeypatch, capsys
+):
+    train_here(monkeypatch)
+    monkeypatch.setattr(compilation, "WORTH_SECONDS", 0.0)
+    monkeypatch.setattr("shutil.which", lambda name: None)
+    train(store, encoder, tmp_path, "auto")
+    assert "no C++ compiler" in capsys.readouterr().out and graphs.frame_count == 0
+
+
+@pytest.mark.faults
+def test_a_compiled_run_that_was_stopped_ends_at_the_same_bits(
+    store, encoder, tmp_path, monkeypatch
+):
+    """By torch's own compiler, with two lengths of captions that come in another order."""
+    train_here(monkeypatch)
+    plain = train(store, encoder, tmp_path / "plain", "false")
+    run = train(store, encoder, tmp_path / "whole", "true")
+    for step in (3, 6):
+        torch.compiler.reset()
+        stopped_at(step, run, tmp_path / f"from-{step}")
+        assert_same(run, train(store, encoder, tmp_path / f"from-{step}", "true"))
+    for name, expected in weights(plain).items():
+        torch.testing.assert_close(weights(run)[name], expected, rtol=1e-3, atol=1e-5)
