@@ -1,8 +1,9 @@
 """`fae run`: the whole chain as one resumable command, from images to scored samples and a report.
 
-autoencoder ‖ pixel decoder → latents → generator → finetuning → samples → evaluation (→ probe) →
-report. `stages.py` plans what each stage reads and where its result lies. A stage that has finished
-is skipped; one that was interrupted resumes. Trials of `fae tune` call `run_stage` too.
+autoencoder ‖ pixel decoder → latents (→ text states) → generator → finetuning → samples →
+evaluation (→ probe) → report. `stages.py` plans what each stage reads and where its result lies. A
+stage that has finished is skipped; one that was interrupted resumes. Trials of `fae tune` call
+`run_stage` too.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from rich.table import Table
 
 from ..config import Recipe
 from ..evaluation import evaluate, probe
-from ..latents import precompute
+from ..latents import precompute, precompute_text
 from ..networks import load_checkpoint
 from ..runtime.places import check_places
 from ..runtime.session import start_ray
@@ -182,6 +183,10 @@ def _run_job(stage: Stage, callbacks: Sequence[Any]) -> tuple[dict[str, float], 
         counts = {name: float(manifest[name]) for name in ("stored", "errors")}
         size = float(latent_bytes(recipe))
         return {**counts, "bytes_per_image": size}, manifest["fingerprint"]
+    if stage.name == "text-states":
+        manifest = precompute_text(recipe)
+        counts = {name: float(manifest[name]) for name in ("stored", "errors", "tokens")}
+        return counts, manifest["fingerprint"]
     if stage.name == "samples":
         return {"stored": float(sample(recipe)["stored"])}, stage.key
     if stage.name == "evaluation":

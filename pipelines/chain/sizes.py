@@ -5,7 +5,10 @@ from __future__ import annotations
 import torch
 from torch import nn
 
+from fae_core.text import text_width
+
 from ..config import Recipe
+from ..networks.text_encoder import text_spec
 from ..networks.untrained import (
     backbone_spec,
     build_autoencoder,
@@ -28,6 +31,10 @@ def expected_bytes(stage: Stage) -> int:
         return weights * (1 + copies * training.keep_checkpoints)
     if stage.name == "latents":
         return stage.num_images * len(recipe.precompute.columns) * latent_bytes(recipe)
+    if stage.name == "text-states":
+        # As if every caption filled the length; `fae precompute-text --dry-run` counts tokens.
+        spec = text_spec(recipe.text)
+        return stage.num_images * spec.max_length * 2 * text_width(spec)
     if stage.name == "samples":
         # A PNG takes about two thirds of its pixels. Parquet holds one PNG, and each format adds a
         # copy: png another PNG, npz the pixels.

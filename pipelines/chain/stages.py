@@ -18,7 +18,7 @@ from fae_core.errors import UserError
 
 from ..config import Recipe, RecipeError, with_absolute_paths
 from ..config.facts import deciding_values, path_values
-from ..config.sections import ChainSection, StageName, TrainingSection
+from ..config.sections import STORED, ChainSection, StageName, TrainingSection
 from ..data import plan_source
 from ..data.records import (
     ImageRecord,
@@ -49,6 +49,12 @@ NETWORKS = {
     "generator": "generator",
 }
 """The network that a stage trains, by stage."""
+STATE_KEYS = (
+    *("text.name", "text.max_length", "text.template", "text.layer"),
+    *("precompute.precision", "precompute.shard_size"),
+)
+"""What decides stored token states besides the captions and the encoder's weights. They are the
+same for the latents of every autoencoder."""
 FILLED_IN = {"finetune": "pixel_decoder.start_from", "evaluation": "evaluate.images"}
 """The input of a stage that another stage makes: that one's key decides, not the address."""
 
@@ -138,14 +144,31 @@ def plan_stages(recipe: Recipe, images: Sequence[ImageRecord] | None = None) -> 
     planner.generator_kind = base.generator.kind
     generator = planner.network("generator", base.generator.checkpoint)
     if not generator:
+        training_generator = generating.model_copy(deep=True)
+        text: dict[str, Any] = {"text.weights": text_weights(base)} if captioned else {}
+        if captioned and base.text.states == STORED:
+            training_generator.text.states = planner.add(
+                "text-states",
+                generating,
+                (),
+                STATE_KEYS,
+                {**text, "source": source_digest(records[:num_encoded])},
+                num_encoded,
+                after=("latents",),
+            )
+            # States in another precision than the training's make another network.
+            precision = base.precompute.precision
+            if precision != base.generator.training.precision:
+                text["text precision"] = precision
         generator = planner.add(
             "generator",
-            generating,
+            training_generator,
             ("latents",),
             ("seed", "generator", *(["text"] if captioned else [])),
-            {"text.weights": text_weights(base)} if captioned else {},
+            text,
             num_encoded,
             _condition_problem(base, records[:num_encoded], class_names),
+            after=("text-states",),
         )
     prompts, texts, problem = _plan_prompts(base, planner.generator_kind)
 
@@ -347,8 +370,12 @@ class _Planner:
         extra: Mapping[str, Any],
         num_images: int,
         problem: str | None = None,
+        after: tuple[str, ...] = (),
     ) -> str:
-        """Plan the stage. Returns the address of its result: a network's file, else its folder."""
+        """Plan the stage. Returns the address of its result: a network's file, else its folder.
+
+        The results of `needs` decide its own; those of `after` are there before it runs.
+        """
         made = recipe.model_copy(deep=True)
         upstream = {need: self.identities[need] for need in needs}
         parts = {**deciding_values(made, ("image_size", *sections)), **extra, **upstream}
@@ -358,7 +385,7 @@ class _Planner:
         uri = made.output = paths.join(made.storage, made.run)
         made.evaluate.output = made.probe.output = uri
         self.identities[name] = key
-        needs = tuple(need for need in needs if need in self.stages)
+        needs = tuple(need for need in (*needs, *after) if need in self.stages)
         self.stages[name] = Stage(name, parts, made, uri, needs, num_images, problem)
         return paths.join(uri, f"{NETWORKS[name]}.safetensors") if name in NETWORKS else uri
 

@@ -10,10 +10,12 @@ import timm
 import yaml
 
 from fae_core.backbone_presets import parse_backbone_label, resolve_spec
+from fae_core.text import MINILM
 from fae_core.weights import WeightsError
 
 from ..data.account import Account
 from ..latents import LatentStore
+from ..networks.text_encoder import SOURCE
 from ..storage import paths
 from .findings import Findings, Network
 from .recipes import last_part
@@ -26,6 +28,11 @@ KINDS = {
     "mmdit": "diffusion transformer of text on normalized latents",
     "starflow": "normalizing flow (STARFlow) on normalized latents",
 }
+TEXT_LICENCES = {
+    MINILM: "apache-2.0",
+    **{f"google/flan-t5-{size}": "apache-2.0" for size in ("small", "base", "large", "xl", "xxl")},
+}
+"""Of text encoders' weights, as their authors state them."""
 PICTURES = {
     "autoencoder.png": "Held-out images, their features, latents and rebuilt features "
     "(principal components as colors)",
@@ -60,7 +67,7 @@ def model_card(
         f"Feature Auto-Encoder ([arXiv {PAPER}](https://arxiv.org/abs/{PAPER})), trained with FAE "
         "on Ray.\n",
         _networks(account),
-        _licences(backbone, license_name),
+        _licences(found, backbone, license_name),
         _loading(found, title),
         _loading_with_diffusers(found, title) if diffusers else "",
         _data(found),
@@ -121,13 +128,22 @@ def _networks(account: Mapping[str, Any]) -> str:
     return "\n".join([*lines, ""])
 
 
-def _licences(backbone: Mapping[str, str] | None, license_name: str) -> str:
+def _licences(found: Findings, backbone: Mapping[str, str] | None, license_name: str) -> str:
     lines = ["## Licence", "", f"These weights: {license_name}."]
     if backbone:
         licence = backbone["license"] or "not known to timm; see its authors' page"
         lines.append(
             f"The backbone {backbone['name']} is not part of this repository. Its weights "
             f"(SHA-256 `{backbone['sha256'][:16]}…`) have the licence: {licence}."
+        )
+    generator = found.networks.get("generator")
+    if generator is not None and _of_text(generator):
+        marks = generator.loaded.fingerprints
+        name = marks[SOURCE].removeprefix("hub:")
+        licence = TEXT_LICENCES.get(name, "not known here; see its authors' page")
+        lines.append(
+            f"The text encoder ({name}) is not part of this repository. Its weights (SHA-256 "
+            f"`{marks['text encoder'][:16]}…`) have the licence: {licence}."
         )
     return "\n".join([*lines, ""])
 

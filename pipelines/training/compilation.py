@@ -11,7 +11,8 @@ import json
 import os
 import shutil
 import sysconfig
-from collections.abc import Iterable
+import time
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -25,21 +26,26 @@ from .run_log import say
 RECORD = "compile.json"
 FIRST_STEPS = 5
 """After so many steps of a run `auto` decides."""
-WORTH_SECONDS = 600.0
-"""The time of steps that is worth compiling for.
+TRIAL_STEPS = 10
+"""After so many compiled steps it decides again."""
+WORTH_SECONDS = 1200.0
+"""The time of steps that is worth compiling for: twenty minutes.
 
-On two cores of an AMD EPYC with avx512_bf16, compiling cost 120 core-seconds for the MMDiT of
-emoji-dinov2s and 57 for its autoencoder, and saved 27 % and 13 % of a step: it paid after 440
-seconds of steps for both (docs/benchmarks.md).
+On an AMD EPYC with avx512_bf16, compiling cost 120 core-seconds for the MMDiT of emoji-dinov2s and
+saved 27 % of a step; for its autoencoder 57 and 14 %. Both had paid after seven minutes. The pixel
+decoder took 13 % longer compiled, which is why there is a trial (docs/benchmarks.md).
 """
+GAIN = 0.05
+"""The share of a step that compiling must save in the trial to stay."""
 
 
 class Compilation:
     """When the loop compiles `modules`, the network and the frozen ones beside it.
 
     `compile: true` does so before the first step. `auto` does so after FIRST_STEPS, if the steps to
-    come would take more than WORTH_SECONDS, each as long as the fastest so far. Every shape is
-    compiled by itself, so that the kernels do not depend on which shape came first.
+    come would take more than WORTH_SECONDS, and goes back after TRIAL_STEPS, if they have not
+    become faster by GAIN; the fastest step of each kind counts. Every shape is compiled by itself,
+    so that the kernels do not depend on which shape came first.
     """
 
     def __init__(
@@ -53,52 +59,79 @@ class Compilation:
     ) -> None:
         self._steps, self._modules, self._device = training.steps, tuple(modules), device
         self._uri, self._is_first = paths.join(run_uri, RECORD), is_first
-        self._world_size = world_size
-        self._fastest: float | None = None
-        self._first_step: int | None = 0 if training.compile is True else None
-        self._undecided = training.compile == "auto"
-        if self._undecided and paths.exists(self._uri):
-            self._take(json.loads(paths.read_bytes(self._uri)))
+        self._world_size, self._is_compiled = world_size, False
+        self._plain: list[float] = []
+        self._compiled: list[float] = []
+        self._auto = training.compile == "auto"
+        # Steps first_step to last_step - 1 are compiled; `decided` is false during the trial.
+        self._record: dict[str, Any] = {"decided": not self._auto}
+        if training.compile is True:
+            self._record["first_step"] = 0
+        elif self._auto and paths.exists(self._uri):
+            self._record = json.loads(paths.read_bytes(self._uri))
 
-    def before(self, step: int) -> None:
-        """Compile where optimizer step `step` (from 0) is to be the first compiled one."""
-        if self._undecided and step >= FIRST_STEPS and self._fastest is not None:
+    @contextlib.contextmanager
+    def step(self, step: int) -> Iterator[None]:
+        """Optimizer step `step` (from 0) runs inside, compiled or not."""
+        if not self._record["decided"]:
             self._decide(step)
-        if self._modules and self._first_step is not None and step >= self._first_step:
+        first, last = self._record.get("first_step"), self._record.get("last_step")
+        compiled = first is not None and first <= step and (last is None or step < last)
+        if compiled and not self._is_compiled:
             for module in self._modules:
                 module.compile(dynamic=False)
-            self._modules = ()
+            self._is_compiled = True
+        started = time.perf_counter()
+        with contextlib.nullcontext() if compiled else self.paused():
+            yield
+        (self._compiled if compiled else self._plain).append(time.perf_counter() - started)
 
-    def timed(self, seconds: float) -> None:
-        """Note how long the last step took."""
-        self._fastest = min(seconds, self._fastest or seconds)
+    def paused(self) -> contextlib.AbstractContextManager[Any]:
+        """Inside it the networks run as they are: a validation has shapes of its own."""
+        # Where nothing was compiled the compiler is not even imported.
+        if not self._is_compiled:
+            return contextlib.nullcontext()
+        return torch.compiler.set_stance("force_eager")
 
     def _decide(self, step: int) -> None:
-        """Rank 0 decides for all workers, and writes it down."""
-        to_come = (self._steps - step) * (self._fastest or 0.0)
-        record: dict[str, Any] = {"first_compiled_step": None, "seconds_to_come": round(to_come, 1)}
-        why = f"the steps to come take about {to_come:.0f} s"
-        if to_come > WORTH_SECONDS and not _can_compile(self._device):
-            why = "this machine has no C++ compiler with Python's headers"
-        elif to_come > WORTH_SECONDS:
-            record["first_compiled_step"] = step
+        """Whether to compile, and after the trial whether that stays; rank 0 decides for all."""
+        first = self._record.get("first_step")
+        if first is None and step >= FIRST_STEPS and self._plain:
+            record, said = self._before_compiling(step)
+        elif first is not None and step >= first + TRIAL_STEPS:
+            record, said = self._after_trial(step)
+        else:
+            return
         if self._world_size > 1:
             from ray.train.collective import broadcast_from_rank_zero
 
             record = broadcast_from_rank_zero(record)
-        self._take(record)
+        self._record = record
         if self._is_first:
             paths.write_bytes(self._uri, json.dumps(record, indent=1).encode())
-            does = "not compiled" if self._first_step is None else f"compiled from step {step} on"
-            say(f"compile=auto: {does}; {why}, and it is worth it from {WORTH_SECONDS:.0f} s on")
+            say(f"compile=auto: {said}")
 
-    def _take(self, record: dict[str, Any]) -> None:
-        self._first_step, self._undecided = record["first_compiled_step"], False
+    def _before_compiling(self, step: int) -> tuple[dict[str, Any], str]:
+        fastest = min(self._plain)
+        to_come = (self._steps - step) * fastest
+        why = f"the steps to come take about {to_come:.0f} s (worth it: {WORTH_SECONDS:.0f} s)"
+        if to_come > WORTH_SECONDS and _can_compile(self._device):
+            record = {"decided": False, "first_step": step, "plain_seconds": fastest}
+            return record, f"compiled from step {step} on; {why}"
+        if to_come > WORTH_SECONDS:
+            why = "this machine has no C++ compiler with Python's headers"
+        return {"decided": True}, f"not compiled; {why}"
 
-
-def uncompiled() -> contextlib.AbstractContextManager[Any]:
-    """Inside it compiled networks run as they are: a validation has shapes of its own."""
-    return torch.compiler.set_stance("force_eager")
+    def _after_trial(self, step: int) -> tuple[dict[str, Any], str]:
+        record = self._record | {"decided": True}
+        if len(self._compiled) < 3:  # resumed just now: nothing speaks against it
+            return record, "stays compiled"
+        plain, compiled = record["plain_seconds"], min(self._compiled)
+        record["compiled_seconds"] = compiled
+        said = f"{compiled:.3g} s a step, {plain:.3g} before"
+        if compiled < (1 - GAIN) * plain:
+            return record, f"stays compiled; {said}"
+        return record | {"last_step": step}, f"no longer compiled from step {step} on; {said}"
 
 
 def _can_compile(device: torch.device) -> bool:

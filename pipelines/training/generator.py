@@ -23,7 +23,7 @@ from fae_core.generators.starflow import StarFlow, flow_loss
 from fae_core.text import CaptionTokenizer, TextEncoder, untrained_text_encoder
 
 from ..config import Recipe, RecipeError
-from ..config.sections import GeneratorSection
+from ..config.sections import STORED, GeneratorSection
 from ..data.records import label_problem
 from ..latents import LatentStore
 from ..latents.reader import TextStore
@@ -92,7 +92,12 @@ def train_generator(recipe: Recipe, callbacks: Sequence[Any] = ()) -> run_folder
 
 
 def stored_states(recipe: Recipe) -> TextStore | None:
-    """The store of token states that the recipe names. Raises StoreError."""
+    """The store of token states that the recipe names. Raises StoreError, RecipeError."""
+    if recipe.text.states == STORED:
+        raise RecipeError(
+            f"text.states={STORED} is for `fae run`, which makes the store. Give one that "
+            "`fae precompute-text` has written."
+        )
     return TextStore.open(recipe.text.states) if recipe.text.states else None
 
 

@@ -10,7 +10,6 @@ from __future__ import annotations
 import contextlib
 import copy
 import itertools
-import time
 from collections.abc import Callable, Mapping, Sequence
 
 import torch
@@ -18,7 +17,7 @@ from torch import nn
 
 from . import run_folder
 from .checkpoints import Checkpoints
-from .compilation import Compilation, uncompiled
+from .compilation import Compilation
 from .distributed import gathered, is_sharded, shard
 from .job import Feed, Job, Validation, parts_of
 from .launch import Worker
@@ -115,16 +114,14 @@ def _train(
     compilation = Compilation(training, run_uri, modules, device, rank == 0, world_size)
     meter.restart()
     while state.step < last_step:
-        compilation.before(state.step)
         with meter.waiting():
             batches = [next(batches_to_come) for _ in range(num_batches)]
         for batch in batches:
             bad_images.add(batch.errors)
-        started = time.perf_counter()
-        terms = train_step(
-            state, wrapped, job.loss, batches, training, wrapped_adversary, adversary_loss
-        )
-        compilation.timed(time.perf_counter() - started)
+        with compilation.step(state.step):
+            terms = train_step(
+                state, wrapped, job.loss, batches, training, wrapped_adversary, adversary_loss
+            )
         meter.add(terms)
         step, last = state.step, state.step == last_step
         if step % training.log_every == 0 or last:
@@ -135,7 +132,7 @@ def _train(
                 log.metrics_log.publish()
         validates = step % training.validate_every == 0 and not last
         if validates:
-            with state.averaged():
+            with state.averaged(), compilation.paused():
                 _gather(model, whole)
                 if log and validate:
                     validation = _validate(validate, whole, device, step, log)
@@ -158,7 +155,8 @@ def _train(
     state.swap_ema()
     _gather(model, whole)
     if log and validate:
-        validation = _validate(validate, whole, device, state.step, log)
+        with compilation.paused():
+            validation = _validate(validate, whole, device, state.step, log)
         log.metrics_log.save()
     return whole, validation
 
@@ -176,7 +174,7 @@ def _validate(
 ) -> dict[str, float]:
     home = next(model.parameters()).device
     model.to(device).eval()
-    with torch.no_grad(), uncompiled():
+    with torch.no_grad():
         metrics, figure = validate(model, step)
     model.to(home).train()
     log.add("validation", f"validation at step {step}", metrics, step)

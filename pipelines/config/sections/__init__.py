@@ -24,10 +24,11 @@ from .networks import (
 )
 from .pool import ActorPoolSection, DecodingPoolSection
 from .sweep import AshaSection, ObjectiveSection, SpaceSection, TuneSection
-from .text import TextSection
+from .text import STORED, TextSection
 from .training import TrainingSection
 
 __all__ = [
+    "STORED",
     "ActorPoolSection",
     "AshaSection",
     "AutoencoderSection",

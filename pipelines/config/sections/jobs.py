@@ -242,6 +242,7 @@ StageName = Literal[
     "autoencoder",
     "pixel-decoder",
     "latents",
+    "text-states",
     "generator",
     "finetune",
     "samples",

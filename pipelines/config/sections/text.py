@@ -6,7 +6,10 @@ from typing import Annotated
 
 from pydantic import Field, field_validator
 
-from .base import HashedPath, Place, Section
+from .base import Place, Section
+
+STORED = "stored"
+"""The value of `text.states` by which `fae run` stores the states itself."""
 
 
 class TextSection(Section):
@@ -27,10 +30,10 @@ class TextSection(Section):
     layer: int = Field(-1, lt=0)
     """Hidden states, counted from the end, that are the tokens' states; -1 is the encoder's own
     output. Not in the paper."""
-    states: HashedPath[str | None] = None
+    states: Annotated[str | None, Place("input", False, (STORED,))] = None
     """An output of `fae precompute-text` for the same latents: training reads the tokens' states
     there and does not run the encoder. They are refused where they are other captions' or another
-    encoder's."""
+    encoder's. stored: `fae run` makes them, as a stage of its own."""
     dropout: float = Field(0.1, ge=0.0, lt=1.0)
     """Share of captions that training replaces by the empty one, for guidance. Not in the paper:
     0.1 is ml-starflow's."""

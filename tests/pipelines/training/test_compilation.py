@@ -7,6 +7,7 @@ import json
 import math
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -33,6 +34,11 @@ def store(write_store, tmp_path_factory) -> LatentStore:
 @pytest.fixture(scope="module")
 def encoder(tmp_path_factory) -> Path:
     return save_text_encoder(tmp_path_factory.mktemp("text") / "encoder")
+
+
+@pytest.fixture(autouse=True)
+def a_short_trial(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(compilation, "TRIAL_STEPS", 4)
 
 
 @pytest.fixture
@@ -69,6 +75,10 @@ def stopped_at(step: int, run: Path, storage: Path) -> None:
             file.unlink()
 
 
+def record(run: Path) -> dict[str, Any]:
+    return dict(json.loads((run / "compile.json").read_text()))
+
+
 def weights(run: Path) -> dict[str, torch.Tensor]:
     return checkpoint.load(run / "generator.safetensors").module.state_dict()
 
@@ -83,18 +93,37 @@ def test_a_long_run_is_compiled_after_its_first_steps_and_resumes_compiled(
 ):
     train_here(monkeypatch)
     monkeypatch.setattr(compilation, "WORTH_SECONDS", 0.0)
+    monkeypatch.setattr(compilation, "GAIN", -math.inf)
     run = train(store, encoder, tmp_path / "whole", "auto")
     assert graphs.frame_count > 0
-    assert json.loads((run / "compile.json").read_text())["first_compiled_step"] == 5
-    assert "compile=auto: compiled from step 5 on" in capsys.readouterr().out
+    assert record(run)["first_step"] == 5 and "last_step" not in record(run)
+    said = capsys.readouterr().out
+    assert "compile=auto: compiled from step 5 on" in said and "auto: stays compiled" in said
 
     monkeypatch.setattr(compilation, "WORTH_SECONDS", math.inf)
-    for step in (3, 6):  # before and after the decision
+    for step in (3, 9):  # before and after the decisions
         before = graphs.frame_count
         torch.compiler.reset()
         stopped_at(step, run, tmp_path / f"from-{step}")
         assert_same(run, train(store, encoder, tmp_path / f"from-{step}", "auto"))
         assert graphs.frame_count > before
+
+
+def test_a_run_that_did_not_become_faster_goes_back_and_resumes_so(
+    store, encoder, graphs, tmp_path, monkeypatch, capsys
+):
+    train_here(monkeypatch)
+    monkeypatch.setattr(compilation, "WORTH_SECONDS", 0.0)
+    monkeypatch.setattr(compilation, "GAIN", 1.0)
+    run = train(store, encoder, tmp_path / "whole", "auto")
+    assert "compile=auto: no longer compiled from step 9 on" in capsys.readouterr().out
+    assert (record(run)["first_step"], record(run)["last_step"]) == (5, 9)
+    for step, compiles in ((6, True), (9, False)):
+        before = graphs.frame_count
+        torch.compiler.reset()
+        stopped_at(step, run, tmp_path / f"from-{step}")
+        assert_same(run, train(store, encoder, tmp_path / f"from-{step}", "auto"))
+        assert (graphs.frame_count > before) == compiles
 
 
 def test_a_short_run_is_not_compiled_and_resumes_as_it_is(
