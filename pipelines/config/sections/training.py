@@ -45,7 +45,7 @@ class TrainingSection(Section):
     """Autocast dtype of forward passes; weights and optimizer are float32. auto is bf16 on a GPU
     and on a CPU with instructions for it, else fp32; a resumed run keeps what it began with. Not in
     the paper."""
-    compile: Execution[bool | Literal["auto"]] = False
+    compile: Execution[Literal["auto"] | bool] = False
     """torch.compile the network and the frozen ones beside it: minutes for each shape of a batch,
     faster steps after. auto does so where the steps to come take twenty minutes or more, and goes
     back where they have not become faster; a resumed run keeps what it decided."""
