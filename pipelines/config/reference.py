@@ -57,7 +57,9 @@ def _text(key: RecipeKey) -> str:
 
 
 def _item(name: str, text: str) -> str:
-    return "\n".join(textwrap.wrap(f"- {name}: {text}", WIDTH, subsequent_indent="  "))
+    return "\n".join(
+        textwrap.wrap(f"- {name}: {text}", WIDTH, subsequent_indent="  ", break_on_hyphens=False)
+    )
 
 
 if __name__ == "__main__":
