@@ -159,15 +159,17 @@ def test_two_workers_train_the_same_generator_as_one(trained, store, tmp_path, p
     kind, path = trained
     two = (
         "generator.training.num_workers=2", "generator.training.cpus_per_worker=0.5",
-        f"generator.training.parallel={parallel}",
+        f"generator.training.parallel={parallel}", "generator.training.checkpoint_parts=true",
+        "generator.training.checkpoint_background=true",
     )  # fmt: skip
     train_generator(load_recipe("photos-dinov2s", overrides(store, tmp_path, kind, *two)))
     expected, actual = weights(path), weights(tmp_path / "test" / "generator.safetensors")
     for name, value in expected.items():
         torch.testing.assert_close(actual[name], value, rtol=1e-3, atol=2e-4, msg=name)
-    if parallel == "fsdp":  # its checkpoints are whole: one worker goes on from the last but one
+    assert list((tmp_path / "test" / "checkpoints").glob("step_000000008-2-of-2-*.part"))
+    if parallel == "fsdp":  # one worker goes on from the last checkpoint but one of both
         (tmp_path / "test" / "result.json").unlink()
-        (tmp_path / "test" / "checkpoints" / "step_000000008.pt").unlink()
+        (tmp_path / "test" / "checkpoints" / "step_000000008.json").unlink()
         train_generator(load_recipe("photos-dinov2s", overrides(store, tmp_path, kind)))
         actual = weights(tmp_path / "test" / "generator.safetensors")
         for name, value in expected.items():
