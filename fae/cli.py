@@ -22,6 +22,7 @@ from .recipe_command import (
     merged,
     recipe_command,
 )
+from .stopping import stoppable
 
 if TYPE_CHECKING:
     from fae.pipelines.config import Recipe
@@ -459,7 +460,8 @@ def run(
     if dry_run:
         print_plan(loaded)
         return
-    finished = run_chain(loaded)
+    with stoppable():
+        finished = run_chain(loaded)
     close(
         f"finished: {', '.join(finished)}; in {loaded.storage}",
         f"fae publish {loaded.storage} --output published",
@@ -506,7 +508,8 @@ def tune(
     loaded = merged(recipe, values, print_config)
     from fae.tune import report, search
 
-    numbers = (report if report_only else search)(loaded)
+    with stoppable():
+        numbers = (report if report_only else search)(loaded)
     folder = numbers["report"].rpartition("/")[0]
     close(
         f"{numbers['finished']} of {numbers['trials']} trials finished; {numbers['report']}",
@@ -804,6 +807,3 @@ def main() -> None:
     except UserError as error:
         print(f"fae: {redact(str(error))}", file=sys.stderr)
         sys.exit(2)
-    except KeyboardInterrupt:
-        print("\nfae: stopped. Run the same command again: it resumes.", file=sys.stderr)
-        sys.exit(130)

@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from .stopping import stoppable
+
 if TYPE_CHECKING:
     from fae.pipelines.config import Recipe
 
@@ -106,7 +108,8 @@ def recipe_command(
                 if probe:
                     typer.echo(speed_text(speed_of(loaded, memory)))
                 return
-            job(loaded, **options)
+            with stoppable():
+                job(loaded, **options)
 
         shared = list(inspect.signature(command).parameters.values())[: 5 if memory else 3]
         parameters = [*shared, *list(inspect.signature(job).parameters.values())[1:]]

@@ -20,6 +20,8 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
+import psutil
+
 ROOT = Path(__file__).parents[1]
 NETWORK = "10.77.0"
 HOME, SCRATCH = "/tmp/home", "/tmp/scratch"
@@ -28,6 +30,7 @@ TOKEN = "0123456789abcdef0123456789abcdef"
 GCS_PORT, DASHBOARD_PORT = 6379, 8265
 STARTED = "Ray runtime started"
 """What `ray start` says."""
+_RAY = str(Path(sys.executable).parent / "ray")
 CLONE_NEWNET = 0x40000000
 SETUP = """
 set -e
@@ -79,6 +82,7 @@ class Host:
             "HOME": HOME,
             "OMP_NUM_THREADS": "1",
             "OMP_WAIT_POLICY": "PASSIVE",
+            "RAY_worker_niceness": "0",  # else they stand behind all else on the machine
             "RAY_AUTH_MODE": "token",
             "RAY_AUTH_TOKEN": TOKEN,
         }
@@ -135,12 +139,29 @@ class Host:
         script = f'until "$@" || grep -q "{STARTED}" /tmp/ray.log; do sleep 1; done'
         command = ["bash", "-c", script, "ray", *command]
         with log:
-            subprocess.Popen(
+            self._ray = subprocess.Popen(
                 self.command(command), env=self.environment, stdin=subprocess.DEVNULL,
                 stdout=log, stderr=subprocess.STDOUT,
             )  # fmt: skip
         if head is self:
             _wait(lambda: STARTED in self.path("/tmp/ray.log").read_text(), 300)
+
+    def warn_ray(self) -> psutil.Process:
+        """SIGTERM to `ray start`, as Kubernetes and spot instances send it; the process."""
+        family = psutil.Process(self._ray.pid).children(recursive=True)
+        (node,) = (one for one in family if one.cmdline()[1:3] == [_RAY, "start"])
+        node.terminate()
+        return node
+
+    def wait_for_end_of_ray(self) -> None:
+        """Wait until `ray start` has ended, as it does where its raylet ends."""
+        self._ray.wait(300)
+
+    def fill_disk(self, left: int) -> None:
+        """Leave `left` bytes of the host's /tmp free."""
+        disk = os.statvfs(self.path("/tmp"))
+        with self.path("/tmp/full").open("wb") as file:
+            os.posix_fallocate(file.fileno(), 0, disk.f_bavail * disk.f_frsize - left)
 
     def answers(self, port: int) -> bool:
         """Whether something listens at the host's own address."""

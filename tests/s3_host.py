@@ -72,15 +72,15 @@ class Cluster:
             region_name="us-east-1",
         )
 
-    def add(self, name: str) -> Host:
+    def add(self, name: str, disk_mb: int = 2000, shm_mb: int = 500) -> Host:
         """A host that knows the server; Ray is not started."""
-        host = self.hosts.add(name)
+        host = self.hosts.add(name, disk_mb, shm_mb)
         host.environment |= self.environment
         return host
 
-    def add_worker(self, name: str) -> Host:
-        """A host whose Ray node joins the cluster with two CPUs."""
-        host = self.add(name)
+    def add_worker(self, name: str, host: Host | None = None) -> Host:
+        """A host whose Ray node joins the cluster with two CPUs; `host` where it is there."""
+        host = host or self.add(name)
         host.start_ray(self.head)
         self.workers.append(host)
         return host
@@ -113,8 +113,10 @@ class Cluster:
                 client.put_object(Bucket="bucket", Key=f"images/{index:06d}.jpg", Body=image)
         self.put("autoencoder.safetensors", autoencoder)
 
-    def precompute(self, output: str, num_actors: int = 2) -> subprocess.Popen[str]:
-        """`fae precompute` of TINY on the head, into the prefix `output`.
+    def precompute(
+        self, output: str, *more: str, num_actors: int = 2, **environment: str
+    ) -> subprocess.Popen[str]:
+        """`fae precompute` of TINY on the head, into the prefix `output`; `more` are settings.
 
         Two actors leave CPUs of one host for decoding, so one host can finish alone.
         """
@@ -123,9 +125,10 @@ class Cluster:
             f"precompute.num_actors={num_actors}", "precompute.cpus_per_actor=0.6",
             "data.path=s3://bucket/images",
             f"output=s3://bucket/{output}",
-            "autoencoder.checkpoint=s3://bucket/autoencoder.safetensors",
+            "autoencoder.checkpoint=s3://bucket/autoencoder.safetensors", *more,
         ]  # fmt: skip
-        return self.head.start(command, {"RAY_ADDRESS": f"{self.head.address}:{GCS_PORT}"})
+        address = {"RAY_ADDRESS": f"{self.head.address}:{GCS_PORT}"}
+        return self.head.start(command, {**address, **environment})
 
     def shards(self, output: str, num_images: int) -> dict[str, str]:
         """ETags of the shards of a finished store by name; nothing of it may be missing."""

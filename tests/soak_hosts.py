@@ -36,7 +36,7 @@ def soak(num_hosts: int, num_images: int, minutes: float) -> None:
         while time.monotonic() - started < 60 * minutes or not stores:
             output = f"store-{stores}"
             while not cluster.has(f"{output}/manifest.json"):
-                job = cluster.precompute(output, num_hosts)
+                job = cluster.precompute(output, num_actors=num_hosts)
                 starts += 1
                 assert job.stdout is not None
                 printed = reading.submit(job.stdout.read)  # a full pipe would stop the job

@@ -43,11 +43,11 @@ SMALLEST_BACKBONE = [
 """After TINY: timm's ViT for tests, 64 wide and six blocks deep."""
 
 
-def save_autoencoder(path: Path) -> Path:
+def save_autoencoder(path: Path, seed: int = 0) -> Path:
     """An untrained autoencoder for TINY."""
     recipe = load_recipe("photos-dinov2s", TINY)
     backbone = backbone_of(recipe)
-    torch.manual_seed(0)
+    torch.manual_seed(seed)
     model = build_autoencoder(recipe.autoencoder, backbone.spec)
     checkpoint.save(path, model, backbone_fingerprints(recipe, backbone))
     return path

@@ -7,10 +7,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
 
 from ..config import Recipe
 from ..config.sections import PrecomputeSection, TrainingSection
+from ..data.decoding import DECODE_CPUS
+from ..runtime.lanes import Room, place
 from .finding import Finding, size_text
 from .nodes import Node
 
@@ -38,10 +39,19 @@ def check_fit(
     for name, training in trainings.items():
         gpus = 1.0 if training.use_gpu else 0.0
         count, cpus = training.fewest_workers, training.cpus_per_worker
-        placed = _place(list(nodes), count, cpus, gpus)
+        placed, left = place(_rooms(nodes), count, cpus, gpus)
         key = "num_workers" if count == training.num_workers else "min_workers"
         setting = f"{name}.training.{key}={count}"
         yield _fit("training", setting, count, placed, cpus, gpus, scaled)
+        reads_images = name != "generator"
+        if reads_images and placed == count and all(room.cpus < DECODE_CPUS for room in left):
+            yield Finding(
+                "warning" if scaled else "problem",
+                "training",
+                f"{setting}, each {cpus:g} CPU, leave no {DECODE_CPUS:g} CPU for a task that "
+                f"decodes: the training would wait for ever. Lower {name}.training."
+                "cpus_per_worker, or add a CPU node.",
+            )
 
 
 def matches(node: Node, selector: dict[str, str]) -> bool:
@@ -63,13 +73,16 @@ def _check_precompute(
     nodes: Sequence[Node],
     scaled: dict[str, float],
 ) -> Iterator[Finding]:
-    left = list(nodes)
     count, cpus, gpus = options.num_actors, options.cpus_per_actor, options.gpus_per_actor
-    actors = _place(left, count, cpus, gpus)
+    actors, left = place(_rooms(nodes), count, cpus, gpus)
     yield _fit("actors", f"precompute.num_actors={count}", count, actors, cpus, gpus, scaled)
-    on = [node for node in left if matches(node, options.decode_labels)]
+    on = [node for node in nodes if matches(node, options.decode_labels)]
     labels = "".join(f" {k}={v}" for k, v in options.decode_labels.items())
-    decodes = sum(math.floor(node.cpus / options.cpus_per_decode) for node in on)
+    decodes = sum(
+        math.floor(room.cpus / options.cpus_per_decode)
+        for node, room in zip(nodes, left, strict=True)
+        if matches(node, options.decode_labels)
+    )
     if options.decode_labels and not on:
         found = {f"{k}={v}" for n in nodes for k, v in n.labels.items() if "ray.io/" not in k}
         yield Finding(
@@ -95,17 +108,8 @@ def _check_precompute(
         yield from _check_store(options, image_size, nodes, on, decodes)
 
 
-def _place(left: list[Node], number: int, cpus: float, gpus: float) -> int:
-    """How many of `number` processes fit on `left`; the resources they take are removed there."""
-    placed = 0
-    for index, node in enumerate(left):
-        rooms = [
-            math.floor(have / need) for have, need in ((node.cpus, cpus), (node.gpus, gpus)) if need
-        ]
-        here = min(min(rooms, default=number), number - placed)
-        left[index] = replace(node, cpus=node.cpus - here * cpus, gpus=node.gpus - here * gpus)
-        placed += here
-    return placed
+def _rooms(nodes: Sequence[Node]) -> list[Room]:
+    return [Room(node.cpus, node.gpus) for node in nodes]
 
 
 def _fit(

@@ -14,8 +14,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from ..runtime import versions
 from ..runtime.lanes import ask_every_node
+from ..runtime.packages import differing, versions
 from .finding import Finding, size_text
 
 FREE_SHARE = 0.05
@@ -139,11 +139,9 @@ def _check_clocks(nodes: Sequence[Node]) -> Iterator[Finding]:
 def _check_versions(nodes: Sequence[Node]) -> Iterator[Finding]:
     here = versions()
     different = [
-        f"{node.name} has {name} {node.versions.get(name)}"
+        f"{node.name} has {other}"
         for node in nodes
-        if node.versions
-        for name, version in here.items()
-        if node.versions.get(name) != version
+        if node.versions and (other := differing(node.versions, here))
     ]
     if different:
         ours = ", ".join(f"{name} {version}" for name, version in here.items())

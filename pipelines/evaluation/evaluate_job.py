@@ -25,7 +25,7 @@ from ..config import Recipe, with_absolute_paths
 from ..config.facts import deciding_values
 from ..config.sections import EvaluateSection
 from ..data.crops import crop_version
-from ..runtime import versions
+from ..runtime.packages import versions
 from ..runtime.places import check_places
 from ..runtime.session import start_ray
 from ..storage import differences, paths, refuse_other_work

@@ -32,7 +32,7 @@ from ..data import list_images
 from ..data.crops import crop_version
 from ..data.reading import load_crops
 from ..data.records import ImageRecord, source_digest, split_records
-from ..runtime import versions
+from ..runtime.packages import versions
 from ..runtime.places import check_places
 from ..storage import differences, fingerprint_of, paths, refuse_other_work
 from .errors import ProbeError

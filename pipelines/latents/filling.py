@@ -66,7 +66,8 @@ def run_shards(
     rows: list[dict[str, Any]] = [{"shard": shard} for (shard, *_) in units]
     if any(len(unit) > 1 for unit in units):
         rows = [{"shards": list(unit)} for unit in units]
-    progress = Progress(sum(map(len, units)), plan.num_images, show_progress)
+    todo = sum(map(len, units))
+    progress = Progress(todo, plan.num_images, show_progress, plan.num_shards - todo)
     num_errors, first = 0, list[dict[str, str]]()
     for row in run_rows(rows, stages, section):
         found = json.loads(str(row["errors"]))

@@ -14,7 +14,7 @@ import pyarrow.parquet as pq
 
 from fae_core.latent_stats import ChannelStats
 
-from ..runtime import versions
+from ..runtime.packages import versions
 from ..storage import StoreError, StoreMismatch, paths
 from .plan import FORMAT, PLAN, TEXT_FORMAT, Plan
 from .shards import LATENT_COLUMNS, SHARDS_AT_ONCE, THREADS, Each, read_errors, value_offsets

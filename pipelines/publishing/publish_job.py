@@ -21,7 +21,7 @@ import numpy as np
 from fae_core import checkpoint
 from fae_core.layers import num_parameters
 
-from ..runtime import versions
+from ..runtime.packages import versions
 from ..storage import fingerprint_of, paths
 from .card import model_card
 from .diffusers_layout import check_diffusers, write_diffusers

@@ -10,8 +10,11 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from fae_core.errors import UserError
+
 from ..config.sections import ActorPoolSection, DecodingPoolSection
 from .lanes import in_lanes, smallest_node_cpus
+from .room import Stalled, Waiting, check_room, cluster
 from .session import plain_error, start_ray
 
 ACTORS_PER_LANE = 64
@@ -53,9 +56,12 @@ def run_rows(
     the rows, and a process that drives it. Ray then records no events of single tasks, which would
     keep its directory (`gcs_server`) busy next. Rows in order take one lane.
 
-    Raises the UserError that a task or an actor raised.
+    Raises the UserError that a task or an actor raised, NoRoom, and Stalled where nothing has moved
+    for half an hour.
     """
     start_ray()
+    if stages.prepare is not None:
+        check_room(pool)
     num_lanes = 1 if keep_order else lanes_for(pool.num_actors)
     if num_lanes == 1:
         finished = _lane(rows, stages, pool, keep_order, True)
@@ -69,8 +75,17 @@ def run_rows(
         ]
         finished = in_lanes(_lane, lanes)
     try:
-        yield from finished
+        with Waiting() as waiting:
+            for row in finished:
+                waiting.came()
+                yield row
     except Exception as error:
+        if isinstance(error, _gave_up()):
+            raise Stalled(
+                f"Nothing has moved for {_patience() / 60:.0f} minutes; {cluster()} What is "
+                "finished remains: when there are nodes again, run the same command. "
+                "RAY_DATA_EXECUTION_NO_PROGRESS_TIMEOUT_S sets the time in seconds."
+            ) from None
         raise plain_error(error) from None
 
 
@@ -135,7 +150,7 @@ def dataset_of(
             ray_remote_args_fn=how,
         )
     dataset = dataset.map_batches(
-        stages.actor,
+        _speaking(stages.actor),
         fn_constructor_args=stages.arguments,
         batch_size=1,
         batch_format="numpy",
@@ -147,6 +162,43 @@ def dataset_of(
     if stages.finish is not None:
         dataset = dataset.map(stages.finish, num_cpus=FINISH_CPUS, ray_remote_args_fn=how)
     return dataset
+
+
+def _speaking(actor: type) -> type:
+    """`actor`, but its first call raises a UserError of its start: Ray keeps no cause of that."""
+
+    class Speaking(actor):  # type: ignore[misc]
+        _error: UserError | None = None
+
+        def __init__(self, *arguments: Any) -> None:
+            try:
+                super().__init__(*arguments)
+            except UserError as error:
+                self._error = error
+
+        def __call__(self, batch: Row) -> Row:
+            if self._error is not None:
+                raise self._error
+            result: Row = super().__call__(batch)
+            return result
+
+    # Ray's dashboard and logs show it.
+    Speaking.__name__ = Speaking.__qualname__ = actor.__name__
+    return Speaking
+
+
+def _gave_up() -> tuple[type[Exception], ...]:
+    """What Ray Data raises where nothing moves; no class before Ray 2.60."""
+    import ray.data.exceptions
+
+    kind = getattr(ray.data.exceptions, "ExecutionTimeoutError", None)
+    return (kind,) if kind else ()
+
+
+def _patience() -> float:
+    import ray.data
+
+    return float(ray.data.DataContext.get_current().execution_no_progress_timeout_s)
 
 
 def _without_events() -> dict[str, Any]:

@@ -6,9 +6,11 @@ thousand actors.
 
 from __future__ import annotations
 
+import math
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any, NamedTuple, TypeVar
 
 from .session import plain_error, prepare_data, quiet_logs
@@ -90,6 +92,25 @@ def smallest_node_cpus() -> int:
 
     cpus = [int(node["Resources"].get("CPU", 0)) for node in ray.nodes() if node["Alive"]]
     return min((count for count in cpus if count), default=0)
+
+
+@dataclass(frozen=True)
+class Room:
+    """CPUs and GPUs of a node, or what is left of them."""
+
+    cpus: float
+    gpus: float = 0.0
+
+
+def place(nodes: Sequence[Room], number: int, cpus: float, gpus: float) -> tuple[int, list[Room]]:
+    """How many of `number` processes fit on the nodes, and what each node has left then."""
+    placed, left = 0, []
+    for node in nodes:
+        needs = [(have, need) for have, need in ((node.cpus, cpus), (node.gpus, gpus)) if need]
+        here = min([number - placed, *(math.floor(have / need) for have, need in needs)])
+        left.append(Room(node.cpus - here * cpus, node.gpus - here * gpus))
+        placed += here
+    return placed, left
 
 
 def in_lanes(

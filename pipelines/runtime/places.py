@@ -25,6 +25,7 @@ from ..config import Recipe
 from ..config.facts import PathValue, path_values
 from ..storage import paths
 from .lanes import ask_every_node
+from .packages import refuse_other_versions
 from .session import start_ray
 
 SAMPLES, SAMPLE_BYTES = 64, 64 * 1024
@@ -49,9 +50,12 @@ class Unseen(NamedTuple):
 def check_places(recipe: Recipe, keys: Collection[str]) -> None:
     """Raises PlaceError where a node does not see a local place that one of `keys` names.
 
-    `keys` are those that the job's tasks use. Nodes that join later are not asked.
+    `keys` are those that the job's tasks use. Raises OtherVersions where a node has other packages.
+    Nodes that join later are not asked.
     """
     refuse(unseen({key: value for key, value in path_values(recipe).items() if key in keys}))
+    if has_other_nodes():
+        refuse_other_versions()
 
 
 def refuse(found: Collection[Unseen]) -> None:
@@ -78,15 +82,9 @@ def unseen(places: Mapping[str, PathValue]) -> list[Unseen]:
     the Ray of this machine has one node.
     """
     local = {key: (role, path) for key, (role, value) in places.items() if (path := _local(value))}
-    if not local or not (os.environ.get("RAY_ADDRESS") or _is_connected()):
+    if not local or not has_other_nodes():
         return []
-    start_ray()
-    import ray
-
-    here = None if _is_client() else ray.get_runtime_context().get_node_id()
-    if all(node["NodeID"] == here for node in ray.nodes() if node["Alive"]):
-        return []
-    found = []
+    here, found = _this_node(), []
     with contextlib.ExitStack() as stack:
         expected: dict[str, dict[str, Any]] = {}
         for key, (role, path) in local.items():
@@ -104,6 +102,23 @@ def unseen(places: Mapping[str, PathValue]) -> list[Unseen]:
                 for key, problem in problems.items()
             ]
     return found
+
+
+def has_other_nodes() -> bool:
+    """Whether the cluster has nodes beside this process's own; it is connected to for that."""
+    if not (os.environ.get("RAY_ADDRESS") or _is_connected()):
+        return False
+    start_ray()
+    import ray
+
+    here = _this_node()
+    return any(node["NodeID"] != here for node in ray.nodes() if node["Alive"])
+
+
+def _this_node() -> str | None:
+    import ray
+
+    return None if _is_client() else str(ray.get_runtime_context().get_node_id())
 
 
 def _compare(expected: dict[str, dict[str, Any]]) -> dict[str, str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from typing import ClassVar
 
 from rich import progress as rich_progress
 from rich.console import Console
@@ -11,9 +12,18 @@ LINE_SECONDS = 10.0
 
 
 class Progress:
-    """Done of total, images/s, time left and errors, on standard error."""
+    """Done of total, images/s, time left and errors, on standard error.
 
-    def __init__(self, num_shards: int, num_images: int, enabled: bool) -> None:
+    `num_written` are the shards that a store holds already, where finished ones are kept in one.
+    """
+
+    running: ClassVar[Progress | None] = None
+    """The work that this process shows now."""
+
+    def __init__(
+        self, num_shards: int, num_images: int, enabled: bool, num_written: int | None = None
+    ) -> None:
+        self.num_written = num_written
         self.num_shards, self.num_images, self.enabled = num_shards, num_images, enabled
         self.shards = self.images = self.errors = 0
         self.started = self.shown = time.monotonic()
@@ -27,6 +37,7 @@ class Progress:
         )
         self.task = self.bar.add_task("", total=num_shards)
         self.bar.start()
+        Progress.running = self
         self.lines = Console(stderr=True, width=200, highlight=False) if self.bar.disable else None
 
     def add(self, rows: int, errors: int, encoded_at: float) -> None:
@@ -41,8 +52,19 @@ class Progress:
             self.shown = now
             self._print_line()
 
+    def written(self) -> str:
+        """How many shards of the store are there; empty where finished ones are not kept.
+
+        The last ones may be written and not known of yet.
+        """
+        if self.num_written is None:
+            return ""
+        total = self.num_written + self.num_shards
+        return f"At least {self.num_written + self.shards} of {total} shards are written."
+
     def close(self) -> dict[str, float]:
         """Show the last state; rates in images per second, over all and in the middle half."""
+        Progress.running = None
         self.bar.update(self.task, description=self._text())
         self.bar.stop()
         self._print_line()

@@ -9,7 +9,9 @@ import contextlib
 import logging
 import os
 import random
+import signal
 import socket
+import threading
 from typing import Any
 
 from fae_core.errors import UserError
@@ -35,7 +37,7 @@ STATE_API = "RAY_API_SERVER_ADDRESS"
 def start_ray(**local: Any) -> None:
     """Attach to RAY_ADDRESS, else start a local cluster; nothing if connected already.
 
-    `local` goes to ray.init.
+    `local` goes to ray.init. The process keeps its handler of SIGTERM, if it has one.
 
     Raises UserError where no server of Ray's kind answers at RAY_ADDRESS.
     """
@@ -62,6 +64,7 @@ def start_ray(**local: Any) -> None:
         # second cluster, or what a killed one left behind, unless they are told where theirs is.
         port = os.environ[GCS_PORT] = str(free_port())
         for_tasks[STATE_API] = f"127.0.0.1:{port}"
+    stop = signal.getsignal(signal.SIGTERM)
     try:
         ray.init(
             ignore_reinit_error=True,
@@ -71,6 +74,9 @@ def start_ray(**local: Any) -> None:
         )
     finally:
         os.environ.pop(GCS_PORT, None)
+        # Ray's own handler ends the process without a word, and its core's aborts it.
+        if callable(stop) and threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, stop)
     prepare_data()
 
 

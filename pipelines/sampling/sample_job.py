@@ -59,7 +59,9 @@ def sample(recipe: Recipe, show_progress: bool = True) -> dict[str, Any]:
     if todo:
         write = partial(write_sample_shard, output=output, formats=recipe.sample.formats)
         stages = RowStages(DrawShards, (recipe,), finish=write)
-        progress = Progress(len(todo), recipe.sample.num_images, show_progress)
+        progress = Progress(
+            len(todo), recipe.sample.num_images, show_progress, num_shards - len(todo)
+        )
         for row in run_rows([{"shard": index} for index in todo], stages, recipe.sample):
             progress.add(int(row["rows"]), 0, float(row["drawn_at"]))
         rates = progress.close()

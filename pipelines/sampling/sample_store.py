@@ -18,7 +18,7 @@ import pyarrow.parquet as pq
 from PIL import Image
 
 from ..config.sections import SampleSection
-from ..runtime import versions
+from ..runtime.packages import versions
 from ..storage import StoreError, differences, paths, refuse_other_work
 
 FORMAT = "fae-samples-1"

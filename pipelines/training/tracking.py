@@ -23,7 +23,7 @@ from typing import Any
 from ..config.facts import PathValue
 from ..config.sections import TrackingSection
 from ..data.account import Account
-from ..runtime import versions
+from ..runtime.packages import versions
 from ..runtime.places import refuse, unseen
 from ..storage import redact
 

@@ -80,6 +80,15 @@ def test_decode_needs_a_cpu_beside_the_actors():
     assert fit([cpu_node(cpus=3)], *full)["decode"].level == "ok"
 
 
+def test_decode_needs_a_cpu_beside_a_trainings_workers():
+    full = ["autoencoder.training.num_workers=2", "autoencoder.training.cpus_per_worker=1"]
+    recipe = load_recipe("photos-dinov2s", full)
+    text = "autoencoder.training.num_workers=2, each 1 CPU, leave no 0.5 CPU"
+    found = [f for f in check_fit(recipe, [cpu_node(cpus=2)]) if text in f.message]
+    assert [f.level for f in found] == ["problem"]
+    assert not [f for f in check_fit(recipe, [cpu_node(cpus=3)]) if text in f.message]
+
+
 def test_decode_on_nodes_that_no_label_names_is_a_problem_that_shows_the_labels():
     labelled = "precompute.decode_labels.fae-nodes=cpu"
     assert "16" not in fit([gpu_node()], labelled)["decode"].message

@@ -282,6 +282,27 @@ def test_a_full_disk_ends_the_job_with_its_name_and_a_larger_one_goes_on(
 # Others
 
 
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_driver_that_is_told_to_stop_says_how_far_it_is_and_the_same_command_goes_on(
+    images: str, autoencoder: Path, etags: list[str], number: signal.Signals
+) -> None:
+    output = f"s3://faulty/{number.name.lower()}"
+    job = driver(images, autoencoder, output)
+    wait_for(lambda: shards(output) >= 3 or job.poll() is not None, 300)
+    started = time.monotonic()
+    job.send_signal(number)
+    _, errors = job.communicate(timeout=120)
+    print(f"{number.name}: the driver ended after {time.monotonic() - started:.1f} s")
+    assert job.returncode == 128 + number, errors
+    line = (
+        rf"fae: stopped by {number.name}\. At least (\d+) of 12 shards are written\. Run the same"
+    )
+    said = re.search(line, errors)
+    assert said and 0 < int(said[1]) <= shards(output) < 12, errors
+    assert "Traceback" not in errors and "***" not in errors
+    assert exact(precompute(recipe_for(images, autoencoder, output), False), output) == etags
+
+
 def test_two_drivers_on_one_store_write_it_once_and_a_third_recipe_is_refused(
     proxy: FaultProxy, images: str, autoencoder: Path, etags: list[str]
 ) -> None:

@@ -40,8 +40,10 @@ from fae.pipelines.latents.text_store import TextStore
 from fae.pipelines.latents.verify import verify_store
 from fae.pipelines.networks.text_encoder import CaptionEncoder
 from fae.pipelines.networks.untrained import build_autoencoder
-from fae.pipelines.runtime.actor_pool import dataset_of, lanes_for
+from fae.pipelines.runtime import room
+from fae.pipelines.runtime.actor_pool import RowStages, dataset_of, lanes_for, run_rows
 from fae.pipelines.runtime.progress import Progress
+from fae.pipelines.runtime.room import NoRoom
 from fae.pipelines.storage.claims import StoreMismatch
 from fae_core import checkpoint
 from fae_core.backbone import load_backbone
@@ -547,6 +549,37 @@ def test_an_actor_killed_in_the_middle_of_a_shard_costs_nothing(
     job.join(timeout=180)
     assert not job.is_alive() and results
     assert content(output) == content(uninterrupted)
+
+
+class OfOtherWeights:
+    """An actor that does not start."""
+
+    def __init__(self):
+        raise CheckpointError("The weights are not the ones.")
+
+    def __call__(self, batch):
+        raise AssertionError
+
+
+@pytest.mark.integration
+def test_an_error_of_an_actors_start_is_the_jobs_in_words(ray_session):
+    rows = run_rows([{"shard": 0}], RowStages(OfOtherWeights, ()), Recipe().precompute)
+    with pytest.raises(CheckpointError, match=r"^The weights are not the ones\."):
+        list(rows)
+
+
+@pytest.mark.integration
+def test_actors_that_leave_no_cpu_for_decoding_are_refused_and_a_job_that_waits_says_so(
+    ray_session, photographs, autoencoder, tmp_path, monkeypatch, capsys
+):
+    two = ["precompute.num_actors=2", "precompute.cpus_per_actor=1"]
+    with pytest.raises(NoRoom, match="leave no 0.5 of the 2 CPUs for a task that decodes"):
+        precompute(recipe_for(photographs, autoencoder, tmp_path / "store", *two))
+    monkeypatch.setattr(room, "SILENT_SECONDS", 0.05)
+    with room.Waiting():
+        time.sleep(0.5)
+    said = capsys.readouterr().err
+    assert "fae: nothing was finished in the last 0 minutes; 1 node is up, " in said
 
 
 @pytest.mark.integration
