@@ -6,7 +6,7 @@ NETWORKS is a published folder with a generator of text, like shipped:emoji. It 
 of some pictures of TRAINING with each setting, all from the same noise. The distance is between the
 backbone's class tokens of what is drawn and of the true pictures. The first row is the true
 pictures after autoencoder and pixel decoder: what a perfect generator could reach.
-benchmarks/protocols.py does the same without a network.
+benchmarks/protocols.py does this on exact velocities.
 """
 
 from __future__ import annotations

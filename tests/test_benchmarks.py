@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from benchmarks import protocols, scale, store
+from benchmarks import protocol_images, protocols, scale, store
+from fae.pipelines.config import validate_recipe
 from fae.pipelines.latents.reader import LatentStore
 from fae.pipelines.latents.verify import verify_store
 
@@ -69,3 +70,12 @@ def test_a_trained_velocity_stands_in_for_the_exact_one():
     name, value = next(iter(protocols.rows(mixture, velocity, 30)))
     assert name == "drawn from the mixture" and value > 0
     assert velocity(torch.zeros(5, 4), torch.full((5,), 0.5), torch.arange(5) % 4).shape == (5, 4)
+
+
+def test_every_row_of_protocols_is_another_sampler_that_the_recipe_takes():
+    rows = protocol_images.settings(50)
+    sections = [
+        validate_recipe({"sample": {**keys, "num_steps": 50}}, source=name).sample.model_dump()
+        for name, keys in rows.items()
+    ]
+    assert all(a != b for i, a in enumerate(sections) for b in sections[:i])
