@@ -67,8 +67,7 @@ def _texts(found: Found) -> list[Words | Picture]:
         "A text encoder (MiniLM) reads the text, a diffusion transformer turns noise into a latent "
         "of 8×8×32 numbers, FAE's decoder rebuilds DINOv2's features from it, and a pixel decoder "
         "draws them at 128 px. The trained networks have 15 M parameters together. They "
-        "learned from 3,181 emoji on one CPU core: kinds of people, clothes and skin tones "
-        "can be told, faces cannot."
+        "learned from 3,181 emoji on one CPU core. Small faces and small things are smeared."
     )
     return [Words(about), Picture(found.drawn, caption)]
 
