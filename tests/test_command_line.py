@@ -176,6 +176,10 @@ def test_what_is_printed_is_the_recipe_again(name, tmp_path):
         (["train", "autoencoder", "photos-dinov2s"], "run=NAME"),
         (["probe", "photos-dinov2s", "data.path=x"], "labelled images"),
         (["run", "photos-dinov2s", "--until", "sampels"], "chain.until: given 'sampels'"),
+        (
+            ["train", "generator", "photos-dinov2s", "generator.training.compile=maybe"],
+            "training.compile: given 'maybe'; Input should be 'auto' or a valid boolean.\n",
+        ),
         (["tune", "sweep-fashion", "tune.space.sed.grid=[1]"], "Did you mean 'seed'?"),
         (["inspect", "/nowhere"], "holds no latent store"),
     ],

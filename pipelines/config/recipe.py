@@ -8,6 +8,7 @@ arXiv 2512.07829.
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -39,6 +40,8 @@ from .sections.base import Execution, HashedPath, InputPath, OutputPath
 from .sections.keys import keys_of, section_in, set_value, value_at
 
 RECIPES = Path(__file__).parent / "recipes"
+_ALTERNATIVE = re.compile(r"(literal|list|dict|tuple)\[.*\]|bool|int|float|str")
+"""How pydantic names the alternatives of a key in the place of an error."""
 
 
 class RecipeError(UserError, ValueError):
@@ -165,20 +168,42 @@ def validate_recipe(values: dict[str, Any], source: str = "recipe") -> Recipe:
     try:
         return Recipe.model_validate(values)
     except ValidationError as error:
-        lines = [_explain(item) for item in error.errors()]
+        lines = _explained(error.errors())
         raise RecipeError(f"{source}:\n  " + "\n  ".join(lines)) from None
 
 
-def _explain(item: Any) -> str:
-    location = [str(part) for part in item["loc"]]
+def _explained(errors: Sequence[Any]) -> list[str]:
+    """A line for each wrong key; a key with alternatives has an error for each, but one line."""
+    wrong: dict[str, tuple[Any, list[str]]] = {}
+    unknown = []
+    for item in errors:
+        location = [str(part) for part in item["loc"]]
+        if item["type"] == "extra_forbidden":
+            unknown.append(_unknown(location))
+            continue
+        key = ".".join(part for part in location if not _ALTERNATIVE.fullmatch(part))
+        wrong.setdefault(key, (item["input"], []))[1].append(item["msg"])
+    return unknown + [
+        f"{key}: given {given!r}; {_either(messages)}." for key, (given, messages) in wrong.items()
+    ]
+
+
+def _either(messages: Sequence[str]) -> str:
+    """ "Input should be a" and "Input should be b, for a reason" as "Input should be a or b"."""
+    if len(messages) == 1:
+        return messages[0]
+    start = "Input should be "
+    whats = [message.removeprefix(start).partition(", unable")[0] for message in messages]
+    return start + " or ".join(whats)
+
+
+def _unknown(location: Sequence[str]) -> str:
     key = ".".join(location)
-    if item["type"] == "extra_forbidden":
-        section: Any = Recipe
-        for part in location[:-1]:
-            if part in section.model_fields:
-                section = section_in(section.model_fields[part].annotation) or section
-        allowed = sorted(section.model_fields)
-        near = difflib.get_close_matches(location[-1], allowed, n=1)
-        hint = f" Did you mean {'.'.join([*location[:-1], near[0]])!r}?" if near else ""
-        return f"unknown key {key!r}.{hint} Allowed here: {', '.join(allowed)}."
-    return f"{key}: given {item['input']!r}; {item['msg']}."
+    section: Any = Recipe
+    for part in location[:-1]:
+        if part in section.model_fields:
+            section = section_in(section.model_fields[part].annotation) or section
+    allowed = sorted(section.model_fields)
+    near = difflib.get_close_matches(location[-1], allowed, n=1)
+    hint = f" Did you mean {'.'.join([*location[:-1], near[0]])!r}?" if near else ""
+    return f"unknown key {key!r}.{hint} Allowed here: {', '.join(allowed)}."

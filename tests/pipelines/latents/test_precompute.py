@@ -43,7 +43,7 @@ from fae.pipelines.networks.untrained import build_autoencoder
 from fae.pipelines.runtime import room
 from fae.pipelines.runtime.actor_pool import RowStages, dataset_of, lanes_for, run_rows
 from fae.pipelines.runtime.progress import Progress
-from fae.pipelines.runtime.room import NoRoom
+from fae.pipelines.runtime.room import NoRoom, Stalled
 from fae.pipelines.storage.claims import StoreMismatch
 from fae_core import checkpoint
 from fae_core.backbone import load_backbone
@@ -565,6 +565,24 @@ class OfOtherWeights:
 def test_an_error_of_an_actors_start_is_the_jobs_in_words(ray_session):
     rows = run_rows([{"shard": 0}], RowStages(OfOtherWeights, ()), Recipe().precompute)
     with pytest.raises(CheckpointError, match=r"^The weights are not the ones\."):
+        list(rows)
+
+
+class Silent:
+    """An actor that never finishes a row."""
+
+    def __call__(self, batch):
+        time.sleep(600)
+
+
+@pytest.mark.integration
+def test_a_job_in_which_nothing_moves_ends_in_words(ray_session, monkeypatch):
+    import ray.data
+
+    context = ray.data.DataContext.get_current()
+    monkeypatch.setattr(context, "execution_no_progress_timeout_s", 6.0)
+    rows = run_rows([{"shard": 0}], RowStages(Silent, ()), Recipe().precompute)
+    with pytest.raises(Stalled, match=r"^Nothing has moved for 0 minutes; 1 node is up, .*again, "):
         list(rows)
 
 
