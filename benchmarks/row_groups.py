@@ -3,8 +3,9 @@
     python -m benchmarks.row_groups [--images 8192] [--bytes 48000] [--shard 256] [--large-gb 6]
 
 What precompute's reading tasks do, without decoding: each layout in a process of its own, with its
-processor seconds, the bytes that it read from the file and its peak memory. `--large-gb` reads one
-group of that size as well, to see that memory does not grow with it.
+processor seconds, the bytes that it read from the file, its peak memory, and how much of that is
+above the start of the reading. `--large-gb` reads one group of that size as well, to see that
+memory does not grow with it.
 """
 
 from __future__ import annotations
@@ -41,7 +42,7 @@ def write_source(path: Path, num_images: int, size: int, group: int) -> None:
 
 
 def read_source(path: str, shard: int, results: Any) -> None:
-    """Put (processor seconds, bytes read, peak memory [MiB] above the start) into `results`."""
+    """Put (processor seconds, bytes read, peak memory, the same above the start [MiB])."""
     data = DataSection(path=path)
     source = plan_source(data)
     records = records_of(source.table)
@@ -56,7 +57,8 @@ def read_source(path: str, shard: int, results: Any) -> None:
                 blobs = read_records(records[index * shard : (index + 1) * shard], data, streams)
                 assert all(isinstance(blob, bytes) for blob in blobs)
     seconds = time.process_time() - started
-    results.put((seconds, bytes_read() - read_before, status("VmHWM") - before))
+    peak = status("VmHWM")
+    results.put((seconds, bytes_read() - read_before, peak, peak - before))
 
 
 def status(name: str) -> float:
@@ -71,12 +73,12 @@ def bytes_read() -> int:
     return int(dict(line.split(": ") for line in lines)["rchar"])
 
 
-def measure(path: Path, shard: int) -> tuple[float, int, float]:
+def measure(path: Path, shard: int) -> tuple[float, int, float, float]:
     context = multiprocessing.get_context("spawn")
     results = context.Queue()
     process = context.Process(target=read_source, args=(str(path), shard, results))
     process.start()
-    figures: tuple[float, int, float] = results.get()
+    figures: tuple[float, int, float, float] = results.get()
     process.join()
     return figures
 
@@ -92,8 +94,11 @@ def main() -> None:
     )
     options = parser.parse_args()
     print(describe())
-    print("\n| layout | processor seconds | bytes read / bytes of the file | peak memory [MiB] |")
-    print("|---|---:|---:|---:|")
+    head = (
+        "processor seconds | bytes read / bytes of the file | peak memory [MiB] | above the start"
+    )
+    print(f"\n| layout | {head} |")
+    print("|---|---:|---:|---:|---:|")
     layouts = [(f"{options.images} images in groups of 100", options.images, 100)]
     layouts += [(f"{options.images} images in one group", options.images, options.images)]
     if options.large_gb:
@@ -103,9 +108,11 @@ def main() -> None:
         for name, number, group in layouts:
             path = Path(folder) / "source.parquet"
             write_source(path, number, options.bytes, group)
-            seconds, read, memory = measure(path, options.shard)
+            seconds, read, peak, above = measure(path, options.shard)
             share = read / path.stat().st_size
-            print(f"| {name} | {seconds:.2f} | {share:.2f} | {memory:.0f} |", flush=True)
+            print(
+                f"| {name} | {seconds:.2f} | {share:.2f} | {peak:.0f} | {above:.0f} |", flush=True
+            )
 
 
 if __name__ == "__main__":

@@ -13,7 +13,9 @@ import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from datetime import datetime
 from types import SimpleNamespace
+from typing import Any
 
 import boto3
 import pyarrow.parquet as pq
@@ -207,6 +209,20 @@ def test_a_listing_of_several_pages_goes_on_where_it_was_interrupted(
     found = [file.uri for file in paths.list_files("s3://faults/pages")]
     assert found == [f"s3://faults/{name}" for name in names]
     assert proxy.injected["cut answer"] == 2
+
+
+@pytest.mark.parametrize("operation", ["list_objects_v2", "get_object"])
+def test_times_are_those_that_the_library_parses(proxy: FaultProxy, operation: str) -> None:
+    """A listing writes times as ISO 8601 does, a header as HTTP does."""
+
+    def time_of(client: Any) -> datetime:
+        if operation == "list_objects_v2":
+            found = client.list_objects_v2(Bucket="faults", Prefix="read.bin")["Contents"][0]
+        else:
+            found = client.get_object(Bucket="faults", Key="read.bin")
+        return found["LastModified"]
+
+    assert time_of(s3.client()) == time_of(boto3.client("s3", endpoint_url=proxy.url))
 
 
 def test_public_objects_are_read_without_credentials(
