@@ -122,10 +122,13 @@ class Host:
             raise
         return subprocess.CompletedProcess(command, process.returncode, printed)
 
-    def start_ray(self, head: Host, *options: str, num_cpus: int = 2) -> None:
+    def start_ray(
+        self, head: Host, *options: str, num_cpus: int = 2, for_ever: bool = False
+    ) -> None:
         """`ray start`, which becomes the head where `head` is this host itself.
 
         On a busy machine it gives up after half a minute; it is repeated until it has started once.
+        `for_ever` starts it again also after that, whenever it ends, as Kubernetes does.
         """
         log = self.path("/tmp/ray.log").open("w")
         where = [f"--address={head.address}:{GCS_PORT}"]
@@ -137,6 +140,8 @@ class Host:
             *where, *options,
         ]  # fmt: skip
         script = f'until "$@" || grep -q "{STARTED}" /tmp/ray.log; do sleep 1; done'
+        if for_ever:
+            script = 'while :; do "$@"; sleep 1; done'
         command = ["bash", "-c", script, "ray", *command]
         with log:
             self._ray = subprocess.Popen(
@@ -144,7 +149,7 @@ class Host:
                 stdout=log, stderr=subprocess.STDOUT,
             )  # fmt: skip
         if head is self:
-            _wait(lambda: STARTED in self.path("/tmp/ray.log").read_text(), 300)
+            _wait(self.ray_starts, 300)
 
     def warn_ray(self) -> psutil.Process:
         """SIGTERM to `ray start`, as Kubernetes and spot instances send it; the process."""
@@ -153,9 +158,10 @@ class Host:
         node.terminate()
         return node
 
-    def wait_for_end_of_ray(self) -> None:
-        """Wait until `ray start` has ended, as it does where its raylet ends."""
-        self._ray.wait(300)
+    def ray_starts(self) -> int:
+        """How often the host's Ray has started."""
+        log = self.path("/tmp/ray.log")
+        return log.read_text().count(STARTED) if log.exists() else 0
 
     def fill_disk(self, left: int) -> None:
         """Leave `left` bytes of the host's /tmp free."""

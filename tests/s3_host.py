@@ -9,7 +9,7 @@ import contextlib
 import json
 import logging
 import subprocess
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import boto3
@@ -45,16 +45,21 @@ class Cluster:
             self._server = server
             self.client.create_bucket(Bucket="bucket")
         self.s3.environment |= self.environment
-        self.head = self.add("head")
         shown = "--include-dashboard=true" if dashboard else "--include-dashboard=false"
-        self.head.start_ray(self.head, shown, "--dashboard-host=0.0.0.0", num_cpus=0)
-        self.workers: list[Host] = []
-        """Hosts that run tasks."""
-        for number in range(num_workers):
-            self.add_worker(f"worker{number}")
+        names = [f"worker{number}" for number in range(num_workers)]
+        self.start_ray("head", names, shown, "--dashboard-host=0.0.0.0")
         self.job_server = f"http://{self.head.address}:{DASHBOARD_PORT}"
         if dashboard:
             wait_for(lambda: self.head.answers(DASHBOARD_PORT))
+
+    def start_ray(self, head: str, workers: Sequence[str], *options: str) -> None:
+        """A Ray cluster on new hosts of these names, in place of the one before."""
+        self.head = self.add(head)
+        self.head.start_ray(self.head, *options, num_cpus=0)
+        self.workers: list[Host] = []
+        """Hosts that run tasks."""
+        for name in workers:
+            self.add_worker(name)
 
     @property
     def environment(self) -> dict[str, str]:
@@ -79,9 +84,12 @@ class Cluster:
         return host
 
     def add_worker(self, name: str, host: Host | None = None) -> Host:
-        """A host whose Ray node joins the cluster with two CPUs; `host` where it is there."""
+        """A host whose Ray node joins the cluster with two CPUs; `host` where it is there.
+
+        As on Kubernetes, a Ray that ends there is started again.
+        """
         host = host or self.add(name)
-        host.start_ray(self.head)
+        host.start_ray(self.head, for_ever=True)
         self.workers.append(host)
         return host
 

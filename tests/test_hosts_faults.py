@@ -23,6 +23,9 @@ pytestmark = [
 ]
 NUM_IMAGES, NUM_SHARDS = 320, 40
 PATIENCE = 600.0
+GIVEN_UP = 80.0
+"""Seconds without an answer, after which Ray takes a node for dead: five checks of 10 s, 3 s
+apart."""
 
 
 @pytest.fixture(scope="module")
@@ -44,9 +47,11 @@ def undisturbed(cluster: Cluster) -> dict[str, str]:
     return shards
 
 
-def begin_on(cluster: Cluster, host: Host, output: str) -> subprocess.Popen[str]:
+def begin_on(
+    cluster: Cluster, host: Host, output: str, **environment: str
+) -> subprocess.Popen[str]:
     """The job, once `host` has written a shard of it."""
-    job = cluster.precompute(output)
+    job = cluster.precompute(output, **environment)
     wait_for(lambda: host.address in cluster.writers(output) or job.poll() is not None, PATIENCE)
     assert job.poll() is None, job.communicate()[0]
     return job
@@ -127,3 +132,43 @@ def test_a_host_that_never_comes_back(cluster: Cluster, undisturbed: dict[str, s
     cluster.hosts.cut(new)
     assert ended(cluster, job, "for-good") == undisturbed
     measured(cluster, "for-good", started)
+
+
+def test_a_head_that_takes_its_workers_for_dead_and_gets_them_again(
+    cluster: Cluster, undisturbed: dict[str, str]
+) -> None:
+    before = [host.ray_starts() for host in cluster.workers]
+    job = begin_on(cluster, cluster.workers[1], "head-down")
+    started = time.monotonic()
+    cluster.hosts.cut(cluster.head)
+    time.sleep(GIVEN_UP)
+    cluster.hosts.mend(cluster.head)
+    assert ended(cluster, job, "head-down") == undisturbed
+    assert all(
+        host.ray_starts() > count for host, count in zip(cluster.workers, before, strict=True)
+    )
+    measured(cluster, "head-down", started)
+
+
+def test_a_head_that_never_comes_back_and_the_job_on_a_new_cluster(
+    cluster: Cluster, undisturbed: dict[str, str]
+) -> None:
+    patience = {"RAY_DATA_EXECUTION_NO_PROGRESS_TIMEOUT_S": "150"}
+    job = begin_on(cluster, cluster.workers[1], "head-gone", **patience)
+    started = time.monotonic()
+    cluster.hosts.cut(cluster.head)
+    # The workers of the first cluster live on and write what they have in work.
+    cluster.start_ray("another-head", ["another0", "another1"], "--include-dashboard=false")
+    assert ended(cluster, cluster.precompute("head-gone"), "head-gone") == undisturbed
+    measured(cluster, "head-gone", started)
+    printed, _ = job.communicate(timeout=PATIENCE)
+    print(f"head-gone: its driver ended {time.monotonic() - started:.0f} s after the fault began")
+    assert job.returncode == 2, printed
+    for words in (
+        "fae: nothing was finished in the last 2 minutes; 1 node is up, without a CPU.",
+        "fae: Nothing has moved for 2 minutes; 1 node is up, without a CPU. What is finished "
+        "remains: when there are nodes again, run the same command.",
+    ):
+        assert words in printed, printed
+    later = cluster.etags("head-gone/shards/")
+    assert {key.rpartition("/")[2]: etag for key, etag in later.items()} == undisturbed
