@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import errno
 import os
 import shlex
 import shutil
@@ -163,11 +164,14 @@ class Host:
         log = self.path("/tmp/ray.log")
         return log.read_text().count(STARTED) if log.exists() else 0
 
-    def fill_disk(self, left: int) -> None:
-        """Leave `left` bytes of the host's /tmp free."""
-        disk = os.statvfs(self.path("/tmp"))
-        with self.path("/tmp/full").open("wb") as file:
-            os.posix_fallocate(file.fileno(), 0, disk.f_bavail * disk.f_frsize - left)
+    def fill(self, folder: str) -> None:
+        """Leave no byte free where `folder` is; its file `full` holds the rest."""
+        with self.path(f"{folder}/full").open("wb", buffering=0) as file:
+            try:
+                while True:
+                    file.write(bytes(2**20))
+            except OSError as error:
+                assert error.errno == errno.ENOSPC, error
 
     def answers(self, port: int) -> bool:
         """Whether something listens at the host's own address."""

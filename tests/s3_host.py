@@ -138,13 +138,13 @@ class Cluster:
         address = {"RAY_ADDRESS": f"{self.head.address}:{GCS_PORT}"}
         return self.head.start(command, {**address, **environment})
 
-    def shards(self, output: str, num_images: int) -> dict[str, str]:
+    def shards(self, output: str, num_images: int, shard_size: int = SHARD_SIZE) -> dict[str, str]:
         """ETags of the shards of a finished store by name; nothing of it may be missing."""
         manifest = json.loads(self.get(f"{output}/manifest.json"))
         counts = [manifest[name] for name in ("planned", "stored", "errors")]
         assert counts == [num_images, num_images, 0], counts
         found = self.etags(f"{output}/shards/")
-        assert len(found) == -(-num_images // SHARD_SIZE)
+        assert len(found) == -(-num_images // shard_size)
         return {key.rpartition("/")[2]: etag for key, etag in found.items()}
 
     def writers(self, output: str) -> list[str]:

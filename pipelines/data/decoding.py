@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from ..config.sections import DataSection
+from ..runtime.packages import refuse_this_node, versions
 from .reading import load_crops
 from .records import ImageRecord
 
@@ -48,8 +49,10 @@ class DecodeBatch:
     def __init__(self, data: DataSection, size: int) -> None:
         self.data = data
         self.size = size
+        self.versions = versions()
 
     def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
+        refuse_this_node(self.versions)
         records = [ImageRecord(key, uri) for key, uri in json.loads(row["records"])]
         images, kept, errors = load_crops(records, self.size, self.data)
         if not kept:  # a tensor of no images has no place in a block

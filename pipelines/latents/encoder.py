@@ -64,8 +64,8 @@ class LatentEncoder:
         found = (made.backbone.weights_sha256, made.autoencoder_sha256)
         if found != (weights["backbone weights"], weights["autoencoder weights"]):
             raise CheckpointError(
-                "The weights on this node are not the ones that the job was planned with. Either "
-                "they changed, or this node has another file at the same path."
+                "The weights here are not those that the job was planned with. Either they "
+                "changed, or this node has another file at the same path. What is finished remains."
             )
         return made
 

@@ -6,14 +6,15 @@ a whole shard, so no operator can split it, and a lost worker costs one row.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from fae_core.errors import UserError
 
 from ..config.sections import ActorPoolSection, DecodingPoolSection
-from .lanes import in_lanes, smallest_node_cpus
+from .lanes import in_lanes, smallest_node_cpus, this_node
+from .packages import OtherVersions, refuse_this_node, versions
 from .room import Stalled, Waiting, check_room, cluster
 from .session import plain_error, start_ray
 
@@ -126,7 +127,7 @@ def dataset_of(
     """
     import ray.data
 
-    how = None if task_events else _without_events
+    how, here = None if task_events else _without_events, versions()
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = False
     dataset: Any = ray.data.from_items(list(rows), override_num_blocks=len(rows))
@@ -144,13 +145,13 @@ def dataset_of(
     if stages.prepare is not None:
         assert isinstance(pool, DecodingPoolSection), "a section without settings for decoding"
         dataset = dataset.map(
-            stages.prepare,
+            _of_these_versions(stages.prepare, here),
             num_cpus=pool.cpus_per_decode,
             label_selector=pool.decode_labels or None,
             ray_remote_args_fn=how,
         )
     dataset = dataset.map_batches(
-        _speaking(stages.actor),
+        _speaking(stages.actor, here),
         fn_constructor_args=stages.arguments,
         batch_size=1,
         batch_format="numpy",
@@ -160,21 +161,41 @@ def dataset_of(
         ray_remote_args_fn=how,
     )
     if stages.finish is not None:
-        dataset = dataset.map(stages.finish, num_cpus=FINISH_CPUS, ray_remote_args_fn=how)
+        finish = _of_these_versions(stages.finish, here)
+        dataset = dataset.map(finish, num_cpus=FINISH_CPUS, ray_remote_args_fn=how)
     return dataset
 
 
-def _speaking(actor: type) -> type:
-    """`actor`, but its first call raises a UserError of its start: Ray keeps no cause of that."""
+def _of_these_versions(task: RowTask, expected: Mapping[str, str]) -> RowTask:
+    """`task`, but on a node that has joined with other versions it raises OtherVersions."""
+
+    def checked(row: Row) -> Row:
+        refuse_this_node(expected)
+        return task(row)
+
+    # Ray's dashboard and logs show it.
+    checked.__name__ = getattr(task, "func", task).__name__
+    return checked
+
+
+def _speaking(actor: type, expected: Mapping[str, str]) -> type:
+    """`actor`, but its first call raises a UserError of its start, and names the node.
+
+    Ray keeps no cause of an error of the start. A node with other versions than those `expected`
+    is one.
+    """
 
     class Speaking(actor):  # type: ignore[misc]
         _error: UserError | None = None
 
         def __init__(self, *arguments: Any) -> None:
             try:
+                refuse_this_node(expected)
                 super().__init__(*arguments)
-            except UserError as error:
+            except OtherVersions as error:
                 self._error = error
+            except UserError as error:
+                self._error = type(error)(f"{this_node()}{error}")
 
         def __call__(self, batch: Row) -> Row:
             if self._error is not None:

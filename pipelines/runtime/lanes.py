@@ -86,6 +86,17 @@ def ask_every_node(
             yield Answer(node, None, plain_error(error))
 
 
+def this_node() -> str:
+    """`node ADDRESS: ` of the node of this process; empty where the cluster has but one."""
+    import ray
+
+    if not ray.is_initialized():
+        return ""
+    here, nodes = ray.get_runtime_context().get_node_id(), ray.nodes()
+    (address,) = (node["NodeManagerAddress"] for node in nodes if node["NodeID"] == here)
+    return f"node {address}: " if len(nodes) > 1 else ""
+
+
 def smallest_node_cpus() -> int:
     """Whole CPUs of the node that has the fewest, of those that have any; 0 where none has."""
     import ray

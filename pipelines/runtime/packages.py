@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 import importlib.metadata
 import platform
 from collections.abc import Mapping
 
 from fae_core.errors import UserError
 
-from .lanes import ask_every_node
+from .lanes import ask_every_node, this_node
 
 
 class OtherVersions(UserError, RuntimeError):
@@ -25,7 +26,8 @@ def versions() -> dict[str, str]:
 def refuse_other_versions() -> None:
     """Raises OtherVersions where a node of the connected cluster has other ones than `versions`.
 
-    Nodes that do not answer are passed over, and those that join later are not asked.
+    Nodes that do not answer are passed over. Those that join later are not asked; what runs there
+    calls `refuse_this_node`.
     """
     here = versions()
     answers = [answer for answer in ask_every_node(versions) if answer.error is None]
@@ -39,6 +41,21 @@ def refuse_other_versions() -> None:
             f"{found}; this process has {ours}. The latents of one job would come from both. Use "
             "one image on all nodes."
         )
+
+
+def refuse_this_node(expected: Mapping[str, str]) -> None:
+    """Raises OtherVersions where this process has other versions than those `expected`."""
+    if found := differing(_own_versions(), expected):
+        theirs = ", ".join(f"{name} {version}" for name, version in expected.items())
+        raise OtherVersions(
+            f"{this_node()}it has {found}; the job was started with {theirs}. Use one image on all "
+            "nodes, then run the same command again: it resumes."
+        )
+
+
+@functools.cache
+def _own_versions() -> dict[str, str]:
+    return versions()
 
 
 def differing(there: Mapping[str, str], here: Mapping[str, str]) -> str:

@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 
+from fae_core.checkpoint import CheckpointError
 from fae_core.precision import settled_precision
 
 from ..config import Recipe, with_absolute_paths
@@ -23,7 +24,7 @@ from ..config.facts import deciding_values
 from ..runtime.actor_pool import RowStages, run_rows
 from ..runtime.places import check_places
 from ..runtime.progress import Progress
-from ..storage import fingerprint_of, paths
+from ..storage import differences, fingerprint_of, paths
 from .image_sampler import ImageSampler
 from .sample_store import (
     FORMAT,
@@ -58,7 +59,7 @@ def sample(recipe: Recipe, show_progress: bool = True) -> dict[str, Any]:
     rates: dict[str, float] = {}
     if todo:
         write = partial(write_sample_shard, output=output, formats=recipe.sample.formats)
-        stages = RowStages(DrawShards, (recipe,), finish=write)
+        stages = RowStages(DrawShards, (recipe, parts), finish=write)
         progress = Progress(
             len(todo), recipe.sample.num_images, show_progress, num_shards - len(todo)
         )
@@ -84,9 +85,15 @@ def sample_parts(recipe: Recipe, sampler: ImageSampler) -> dict[str, Any]:
 class DrawShards:
     """The actor: one accelerator (or the CPU) each; the networks are loaded once."""
 
-    def __init__(self, recipe: Recipe) -> None:
+    def __init__(self, recipe: Recipe, parts: dict[str, Any]) -> None:
         self.recipe = recipe
         self.sampler = ImageSampler(recipe, "cuda" if recipe.sample.gpus_per_actor > 0 else "cpu")
+        if differing := differences(parts, sample_parts(recipe, self.sampler), show=str):
+            raise CheckpointError(
+                "What decides the images is not what it was when the job began: "
+                f"{'; '.join(differing)}. Either files changed, or this node has others at the "
+                "same paths."
+            )
 
     def __call__(self, batch: dict[str, np.ndarray]) -> dict[str, Any]:
         options, shard = self.recipe.sample, int(batch["shard"][0])

@@ -106,6 +106,7 @@ def _worker(config: dict[str, Any]) -> None:
     fraction = recipe.data.validation_fraction
     records, held_out = split_records(run_folder.read_plan(run_uri), fraction)
     backbone = backbone_of(recipe).to(worker.device)
+    run_folder.claim_networks(run_uri, backbone_fingerprints(recipe, backbone))
     training = training_features(recipe, section, records, backbone)
     if worker.is_first:
         features = training.first(section.statistics_images)

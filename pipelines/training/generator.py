@@ -209,6 +209,7 @@ def _worker(config: dict[str, Any]) -> None:
         "latents": store.manifest["fingerprint"],
         "autoencoder": store.manifest["parts"]["autoencoder weights"],
     }
+    run_folder.claim_networks(worker.run_uri, fingerprints)
     text = _Text()
     if section.kind == "mmdit":
         text = _text_of(worker, store)

@@ -24,6 +24,7 @@ from ..config.sections import TrainingSection
 from ..data.account import Account
 from ..data.decoding import DECODE_CPUS
 from ..runtime import ray_private
+from ..runtime.packages import refuse_this_node, versions
 from ..runtime.session import plain_error, quiet_logs, start_ray
 from ..storage import paths
 from .entry import run_worker
@@ -57,6 +58,7 @@ def launch(
         "tracking_uri": recipe.tracking.uri,
         "account": account.to_dict() if account else None,
         "on_cluster": bool(os.environ.get("RAY_ADDRESS")),
+        "versions": versions(),
     }
     called = functools.partial(run_worker, worker.__module__, worker.__name__)
     fit(called, config, training, run_folder(recipe), callbacks)
@@ -98,12 +100,14 @@ def enter_worker(config: dict[str, Any], network: str) -> Worker:
     """The worker of the training of recipe section `network` that this process is.
 
     Quiets its log and, on a CPU, gives it its share of the node's cores: Ray's default is one.
+    Raises OtherVersions where its node has other packages than the driver.
     """
     import ray.data
     import ray.train
     import ray.train.torch
 
     quiet_logs()
+    refuse_this_node(config.get("versions", {}))
     recipe = Recipe.model_validate(config["recipe"])
     training: TrainingSection = getattr(recipe, network).training
     context, device = ray.train.get_context(), ray.train.torch.get_device()

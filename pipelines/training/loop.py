@@ -140,12 +140,13 @@ def _train(
         leaves = worker.on_cluster and notice.after_step() and not last
         saves = step % training.checkpoint_every == 0 or last or leaves
         if saves:
+            # Before the checkpoint: what resumes at the one before drops the later lines.
             bad_images.save()
+            if log:
+                log.metrics_log.save()
             checkpoints.save(state)
             if last or leaves:
                 checkpoints.wait()
-            if log:
-                log.metrics_log.save()
         if validates or saves:
             # No worker goes on before rank 0 has written, or ends before all have.
             ray.train.report({"step": step, **(validation if validates else {})})

@@ -93,15 +93,18 @@ def _worker(config: dict[str, Any]) -> None:
     fraction = recipe.data.validation_fraction
     records, held_out = split_records(run_folder.read_plan(run_uri), fraction)
     backbone = backbone_of(recipe).to(worker.device)
+    marks = backbone_fingerprints(recipe, backbone)
+    autoencoder: FeatureAutoencoder | None = None
+    if recipe.autoencoder.checkpoint:
+        loaded = autoencoder_of(recipe, backbone)
+        marks["autoencoder"] = loaded.weights_sha256
+        autoencoder = loaded.module.to(worker.device).requires_grad_(False)
+    run_folder.claim_networks(run_uri, marks)
     training = training_features(recipe, section, records, backbone)
     if worker.is_first:
         fit_statistics(training.first(section.statistics_images), backbone.dim, run_uri)
     barrier()
     mean, std = read_statistics(run_uri)
-    autoencoder: FeatureAutoencoder | None = None
-    if recipe.autoencoder.checkpoint:
-        loaded = autoencoder_of(recipe, backbone).module
-        autoencoder = loaded.to(worker.device).requires_grad_(False)
     torch.manual_seed(recipe.seed)
     model = starting_model(recipe, backbone, mean, std)
     adversary = make_adversary(section.losses, backbone)

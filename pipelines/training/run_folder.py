@@ -26,9 +26,12 @@ from ..config.sections import TrainingSection
 from ..data import plan_source
 from ..data.account import Account
 from ..data.records import ImageRecord, records_of, split_records
+from ..runtime.lanes import this_node
 from ..storage import differences, paths, refuse_other_work
 from .run_log import say
 
+NETWORKS = "fingerprints.json"
+"""The file with the hashes of what a run trains with."""
 ACCOUNT = "fae.account"
 """Key of plan.parquet's metadata with the account of the source, as JSON."""
 
@@ -72,6 +75,29 @@ def claim_run(recipe: Recipe, run_uri: str, sections: Sequence[str]) -> None:
         f"The run {run_uri} exists with another recipe",
         differences(before, deciding_values(recipe, sections)),
         "Choose another run=NAME, or give the same values.",
+        RecipeError,
+    )
+
+
+def claim_networks(run_uri: str, fingerprints: Mapping[str, str]) -> None:
+    """Write what the run trains with into a new run's folder, or compare it; every worker does.
+
+    Raises RecipeError where the run began with others: a file has changed, or it is another one on
+    this worker's node, which has joined later.
+    """
+    uri = paths.join(run_uri, NETWORKS)
+    try:
+        paths.write_once(uri, json.dumps(dict(fingerprints), indent=1).encode())
+        return
+    except FileExistsError:
+        there = json.loads(paths.read_bytes(uri))
+    if not (differing := differences(there, fingerprints, show=str)):
+        return
+    refuse_other_work(
+        f"{this_node()}the run {run_uri} began with other weights or data",
+        differing,
+        "Either files changed, or this node has others at the same paths. With the files that "
+        "the run began with, the same command resumes it.",
         RecipeError,
     )
 

@@ -40,8 +40,9 @@ from fae.pipelines.latents.text_store import TextStore
 from fae.pipelines.latents.verify import verify_store
 from fae.pipelines.networks.text_encoder import CaptionEncoder
 from fae.pipelines.networks.untrained import build_autoencoder
-from fae.pipelines.runtime import room
+from fae.pipelines.runtime import actor_pool, room
 from fae.pipelines.runtime.actor_pool import RowStages, dataset_of, lanes_for, run_rows
+from fae.pipelines.runtime.packages import OtherVersions
 from fae.pipelines.runtime.progress import Progress
 from fae.pipelines.runtime.room import NoRoom, Stalled
 from fae.pipelines.storage.claims import StoreMismatch
@@ -566,6 +567,35 @@ def test_an_error_of_an_actors_start_is_the_jobs_in_words(ray_session):
     rows = run_rows([{"shard": 0}], RowStages(OfOtherWeights, ()), Recipe().precompute)
     with pytest.raises(CheckpointError, match=r"^The weights are not the ones\."):
         list(rows)
+
+
+class Passing:
+    """An actor that changes nothing."""
+
+    def __call__(self, batch):
+        return batch
+
+
+def same(row):
+    return row
+
+
+@pytest.mark.integration
+@pytest.mark.parametrize(
+    "stages",
+    [
+        RowStages(Passing, ()),
+        RowStages(Passing, (), prepare=same),
+        RowStages(Passing, (), finish=same),
+    ],
+    ids=["actor", "prepare", "finish"],
+)
+def test_a_node_with_other_versions_than_the_driver_does_no_row(ray_session, monkeypatch, stages):
+    if stages.prepare or stages.finish:  # on the actor's node all is well
+        monkeypatch.setattr(actor_pool, "_speaking", lambda actor, expected: actor)
+    monkeypatch.setattr(actor_pool, "versions", lambda: {"timm": "0.0.1"})
+    with pytest.raises(OtherVersions, match=r"^it has timm 1.*started with timm 0\.0\.1\. Use one"):
+        list(run_rows([{"shard": 0}], stages, Recipe().precompute))
 
 
 class Silent:

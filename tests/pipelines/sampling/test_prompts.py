@@ -29,7 +29,7 @@ from fae_core.generators.mmdit import MMDiT, MMDiTConfig
 from fae_core.samplers import GuidanceInterval, sample_ode
 from fae_core.text import TextSpec
 from fae_core.weights import WeightsError
-from tests.here import leave_ray_out
+from tests.here import leave_ray_out, run_rows
 from tests.tiny import save_decoders, save_text_encoder
 
 SHAPE = (4, 4, 4)
@@ -130,6 +130,27 @@ def test_another_actor_and_a_restart_draw_the_same_pictures(
     assert np.array_equal(pictures(tmp_path), pictures(drawn))
     with pytest.raises(StoreMismatch, match="prompts_sha256"):
         sample(recipe_of(networks, f"output={tmp_path}", "prompt=a cat"), False)
+
+
+def test_an_actor_that_finds_another_generator_than_the_driver_draws_nothing(
+    networks, tmp_path, without_ray, monkeypatch
+):
+    for network in networks.glob("*.safetensors"):
+        (tmp_path / network.name).write_bytes(network.read_bytes())
+    recipe = recipe_of(
+        tmp_path, f"output={tmp_path}/out", "prompt=a cat", f"text.weights={networks / 'text'}"
+    )
+
+    def on_another_host(*arguments):
+        file = tmp_path / "generator.safetensors"
+        loaded = checkpoint.load(file)
+        checkpoint.save(file, lively(loaded.module), loaded.fingerprints)
+        yield from run_rows(*arguments)
+
+    monkeypatch.setattr("fae.pipelines.sampling.sample_job.run_rows", on_another_host)
+    with pytest.raises(CheckpointError, match="not what it was when the job began: generator: "):
+        sample(recipe, False)
+    assert not list(tmp_path.glob("out/shards/*"))
 
 
 def test_the_library_draws_the_same_pictures(networks, drawn):

@@ -17,7 +17,8 @@ from fae.pipelines.data.records import ImageRecord, SourceError, split_records
 from fae.pipelines.storage import paths
 from fae.pipelines.training import run_folder
 from fae.pipelines.training.autoencoder import train_autoencoder
-from fae.pipelines.training.run_folder import claim_run, settle_precision
+from fae.pipelines.training.metrics_log import read_metrics_log
+from fae.pipelines.training.run_folder import claim_networks, claim_run, settle_precision
 from fae_core import checkpoint
 from tests.tiny import ROOT, wait_for_checkpoint
 
@@ -109,6 +110,15 @@ def test_images_that_cannot_train_claim_no_run_and_the_same_name_trains_others(
     assert (account.num_files, account.num_skipped, account.class_names) == (2, 1, ["cat"])
     assert run_folder.read_account(f"{tmp_path}/runs/r") == account
     assert [record.key for record in run_folder.read_plan(f"{tmp_path}/runs/r")] == ["cat/a.jpg"]
+
+
+def test_a_worker_with_other_weights_than_the_run_began_with_is_refused(tmp_path):
+    began = {"backbone": "vit@224:aa", "image_size": "256"}
+    claim_networks(str(tmp_path), began)
+    claim_networks(str(tmp_path), dict(began))
+    with pytest.raises(RecipeError, match=r"backbone: vit@224:aa there, vit@224:bb now\n") as error:
+        claim_networks(str(tmp_path), {**began, "backbone": "vit@224:bb"})
+    assert "image_size" not in str(error.value)
 
 
 @pytest.fixture(scope="module")
@@ -225,6 +235,36 @@ def test_a_killed_worker_is_replaced_by_the_same_command_and_changes_no_bit(
     )
     for name, value in weights(uninterrupted).items():
         assert np.array_equal(value, weights(tmp_path)[name]), name
+
+
+@pytest.mark.faults
+@pytest.mark.integration
+def test_a_checkpoint_on_a_full_disk_ends_the_run_with_its_name_and_with_room_it_resumes(
+    photographs, uninterrupted, tmp_path, capfd
+):
+    size = max(file.stat().st_size for file in (uninterrupted / "test" / "checkpoints").iterdir())
+    mount = ["mount", "-t", "tmpfs", "-o", f"size={int(2.7 * size)}", "tmpfs", str(tmp_path)]
+    if subprocess.run(mount, capture_output=True, check=False).returncode:
+        pytest.skip("mounting a small tmpfs needs root")
+    try:
+        output, _ = (process := start(command(photographs, tmp_path))).communicate(timeout=300)
+        said = [line for line in output.splitlines() if line.startswith("fae: ")]
+        assert process.returncode == 2 and said == [
+            f"fae: Cannot write {tmp_path}/test/checkpoints/step_000000006.pt: no space left "
+            "there. Free some, then run the same command again: it resumes."
+        ], output
+        kept = {file.name for file in (tmp_path / "test" / "checkpoints").iterdir()}
+        assert kept == {"step_000000002.pt", "step_000000004.pt"}
+        subprocess.run(["mount", "-o", f"remount,size={6 * size}", str(tmp_path)], check=True)
+        capfd.readouterr()
+        train_autoencoder(load_recipe("photos-dinov2s", settings(photographs, tmp_path)))
+        assert "resumed at step 4 " in "".join(capfd.readouterr())
+        for name, value in weights(uninterrupted).items():
+            assert np.array_equal(value, weights(tmp_path)[name]), name
+        steps = [step for step, _ in read_metrics_log(f"{tmp_path}/test")["train/loss"]]
+        assert steps == list(range(1, 9))
+    finally:
+        subprocess.run(["umount", "-l", str(tmp_path)], check=True)
 
 
 @pytest.mark.integration
