@@ -5,13 +5,26 @@ from __future__ import annotations
 import importlib.metadata
 import os
 import platform
+import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import torch
 from PIL import Image
 
+from fae_core.errors import UserError
+
 PHOTOGRAPHS = ("astronaut", "chelsea", "coffee", "rocket", "hubble_deep_field", "retina")
+
+
+def run(main: Callable[[], None]) -> None:
+    """Call `main`; a UserError ends it with the message alone and exit status 2, as in `fae`."""
+    try:
+        main()
+    except UserError as error:
+        print(error, file=sys.stderr)
+        sys.exit(2)
 
 
 def describe() -> str:

@@ -21,6 +21,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from benchmarks.environment import run
 from fae.pipelines.config.sections import DataSection
 from fae.pipelines.data.sources import plan_images
 from fae.pipelines.latents.plan import PLAN, ensure_plan
@@ -78,4 +79,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

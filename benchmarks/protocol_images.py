@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 import fae
-from benchmarks.environment import describe
+from benchmarks.environment import describe, run
 from benchmarks.retrieval import captioned, class_tokens
 from fae_core.metrics.frechet import Moments, frechet_distance
 
@@ -66,4 +66,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

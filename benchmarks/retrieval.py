@@ -23,6 +23,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 import fae
+from benchmarks.environment import run
 from benchmarks.stages import batched, crops
 from fae.pipelines.config.recipe import load_recipe
 from fae.pipelines.data.sources import list_images
@@ -104,4 +105,4 @@ def found(backbone: torch.nn.Module, pictures: Tensor, true: Tensor) -> tuple[fl
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

@@ -22,6 +22,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 import fae
+from benchmarks.environment import run
 from fae.pipelines.config.recipe import load_recipe
 from fae.pipelines.data.reading import load_crops
 from fae.pipelines.data.sources import list_images
@@ -111,4 +112,4 @@ def scores(backbone: torch.nn.Module, output: Tensor, target: Tensor) -> list[fl
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+from argparse import Namespace
+
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 
-from benchmarks import protocol_images, protocols, scale, store
+from benchmarks import layers, protocol_images, protocols, scale, store
+from benchmarks.environment import run
 from fae.pipelines.config import validate_recipe
+from fae.pipelines.config.recipe import load_recipe
 from fae.pipelines.latents.reader import LatentStore
 from fae.pipelines.latents.verify import verify_store
 
@@ -79,3 +85,32 @@ def test_every_row_of_protocols_is_another_sampler_that_the_recipe_takes():
         for name, keys in rows.items()
     ]
     assert all(a != b for i, a in enumerate(sections) for b in sections[:i])
+
+
+def test_a_row_of_the_table_of_layers_tells_black_from_white(tmp_path):
+    random = np.random.default_rng(0)
+    for name, light in (("black", 0), ("white", 200)):
+        (tmp_path / name).mkdir()
+        for index in range(24):
+            noise = random.integers(0, 55, (28, 28, 3))
+            Image.fromarray((noise + light).astype(np.uint8)).save(tmp_path / name / f"{index}.png")
+    backbone = ["name=vit_tiny_patch16_224", "weights=random", "image_size=32", "layers=2"]
+    keys = [f"backbone.{key}" for key in backbone]
+    recipe = load_recipe(layers.RECIPE, [*keys, "data.key_column=null"])
+    images = layers.Images(recipe, str(tmp_path), 48)
+    steps = Namespace(autoencoder_steps=20, decoder_steps=60, finetune_steps=20)
+    cells = layers.measure(recipe, images, images, steps)
+    assert len(cells) == layers.COLUMNS.count("|")
+    grey = 20 * np.log10(1 / 0.4)  # [dB]: the same grey for both, which are 0.4 away from it
+    assert float(cells[4].split(" dB")[0]) > grey + 3
+    assert cells[6] == "100.0%, 100.0%"
+
+
+def test_a_users_error_ends_a_benchmark_with_its_message(capsys):
+    def main():
+        load_recipe("no-such-recipe")
+
+    with pytest.raises(SystemExit) as ended:
+        run(main)
+    assert ended.value.code == 2
+    assert "no-such-recipe" in capsys.readouterr().err

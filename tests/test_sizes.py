@@ -69,6 +69,7 @@ def fit(module: torch.nn.Module, loss, steps: int = 4) -> list[float]:
     return losses
 
 
+@pytest.mark.integration
 @pytest.mark.parametrize(("image_size", "backbone_size", "side"), SIZES.values(), ids=SIZES)
 def test_the_chain_from_crop_to_sample(
     photographs, tmp_path, without_ray, image_size, backbone_size, side
@@ -160,6 +161,7 @@ def test_the_chain_from_crop_to_sample(
     assert np.abs(drawn.astype(int) - again).max() <= 1
 
 
+@pytest.mark.integration
 @pytest.mark.parametrize(
     ("recipe", "side", "job"),
     [

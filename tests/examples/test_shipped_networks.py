@@ -2,11 +2,13 @@
 
 import sys
 
+import pytest
 from PIL import Image
 
 from examples import shipped_networks
 
 
+@pytest.mark.integration
 def test_the_figure_has_a_row_for_every_stage(tmp_path, monkeypatch):
     monkeypatch.setattr(shipped_networks, "NUM_PICTURES", 2)
     monkeypatch.setattr(sys, "argv", ["shipped_networks.py", str(tmp_path / "figure.png")])

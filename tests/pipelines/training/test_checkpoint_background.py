@@ -156,6 +156,7 @@ def saved(tmp_path: Path, run: str) -> list[str]:
     return [Path(uri).name for uri in list_checkpoints(str(tmp_path / "runs" / run))]
 
 
+@pytest.mark.integration
 def test_a_run_in_the_background_ends_at_the_same_bits_with_its_last_checkpoint_complete(
     run_here: Any, tmp_path: Path
 ) -> None:

@@ -88,6 +88,7 @@ def assert_same(one: Path, other: Path) -> None:
         assert torch.equal(expected, actual), name
 
 
+@pytest.mark.integration
 def test_a_long_run_is_compiled_after_its_first_steps_and_resumes_compiled(
     store, encoder, graphs, tmp_path, monkeypatch, capsys
 ):
@@ -109,6 +110,7 @@ def test_a_long_run_is_compiled_after_its_first_steps_and_resumes_compiled(
         assert graphs.frame_count > before
 
 
+@pytest.mark.integration
 def test_a_run_that_did_not_become_faster_goes_back_and_resumes_so(
     store, encoder, graphs, tmp_path, monkeypatch, capsys
 ):
@@ -138,6 +140,7 @@ def test_a_short_run_is_not_compiled_and_resumes_as_it_is(
     assert graphs.frame_count == 0
 
 
+@pytest.mark.integration
 def test_without_a_compiler_a_long_run_goes_on_uncompiled(
     store, encoder, graphs, tmp_path, monkeypatch, capsys
 ):

@@ -19,6 +19,7 @@ from tests.here import leave_ray_out, train_here
 from tests.tiny import ROOT, noisy_jpegs
 
 
+@pytest.mark.integration
 def test_the_step_is_saved_and_the_run_ends_at_the_same_bits(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

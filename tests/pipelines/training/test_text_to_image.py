@@ -176,6 +176,7 @@ def trained(store, encoder, tmp_path_factory) -> Path:
     return folder / "test"
 
 
+@pytest.mark.integration
 def test_a_run_that_was_stopped_ends_at_the_same_bits(
     trained, store, encoder, tmp_path, monkeypatch
 ):
@@ -199,6 +200,7 @@ def states(store, encoder, tmp_path_factory) -> str:
     return folder
 
 
+@pytest.mark.integration
 def test_training_on_stored_states_ends_at_the_same_bits_and_loads_no_encoder(
     states, store, encoder, tmp_path, monkeypatch
 ):
