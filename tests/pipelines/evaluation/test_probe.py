@@ -214,9 +214,7 @@ def test_a_batch_gives_pooled_vectors_of_its_sound_images_and_matches_of_whole_p
     )
     _, nothing = run(broken)
     assert [nothing[kind][0].shape for kind in KINDS] == [(0, 192), (0, 192), (0, 4)]
-    with pytest.raises(
-        checkpoint.CheckpointError, match="not the ones that the job was planned with"
-    ):
+    with pytest.raises(checkpoint.CheckpointError, match="not those that the job was planned with"):
         ProbeImages(recipe, {**weights, "autoencoder weights": "another"})
 
 
