@@ -8,7 +8,6 @@ run's folder holds their hashes, and a run that goes on with others is refused.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
@@ -24,7 +23,8 @@ from ..latents import LatentStore
 from ..latents.reader import TextStore
 from ..networks.text_encoder import count_captions
 from ..sampling.prompts import Encode
-from ..storage import StoreError, differences, paths, refuse_other_work
+from ..storage import StoreError, paths, refuse_other_work
+from .run_folder import write_or_compare
 
 TEXT_ENCODER = "text_encoder.json"
 
@@ -139,15 +139,9 @@ def claim_text_encoder(run_uri: str, marks: Mapping[str, str]) -> None:
 
     Raises RecipeError where the run began with another text encoder.
     """
-    uri = paths.join(run_uri, TEXT_ENCODER)
-    try:
-        paths.write_once(uri, json.dumps(dict(marks), indent=1).encode())
-        return
-    except FileExistsError:
-        there = json.loads(paths.read_bytes(uri))
     refuse_other_work(
         f"The run {run_uri} began with another text encoder",
-        differences(there, marks, show=str),
+        write_or_compare(paths.join(run_uri, TEXT_ENCODER), marks),
         "Choose another run=NAME, or give its encoder (text.name, text.weights).",
         RecipeError,
     )

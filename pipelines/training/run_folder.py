@@ -85,13 +85,8 @@ def claim_networks(run_uri: str, fingerprints: Mapping[str, str]) -> None:
     Raises RecipeError where the run began with others: a file has changed, or it is another one on
     this worker's node, which has joined later.
     """
-    uri = paths.join(run_uri, NETWORKS)
-    try:
-        paths.write_once(uri, json.dumps(dict(fingerprints), indent=1).encode())
-        return
-    except FileExistsError:
-        there = json.loads(paths.read_bytes(uri))
-    if not (differing := differences(there, fingerprints, show=str)):
+    differing = write_or_compare(paths.join(run_uri, NETWORKS), fingerprints)
+    if not differing:
         return
     refuse_other_work(
         f"{this_node()}the run {run_uri} began with other weights or data",
@@ -100,6 +95,15 @@ def claim_networks(run_uri: str, fingerprints: Mapping[str, str]) -> None:
         "the run began with, the same command resumes it.",
         RecipeError,
     )
+
+
+def write_or_compare(uri: str, values: Mapping[str, str]) -> list[str]:
+    """Write `values` where nothing is at `uri`; else how they differ from what is there."""
+    try:
+        paths.write_once(uri, json.dumps(dict(values), indent=1).encode())
+    except FileExistsError:
+        return differences(json.loads(paths.read_bytes(uri)), values, show=str)
+    return []
 
 
 def settle_precision(recipe: Recipe, network: str, run_uri: str) -> Recipe:
