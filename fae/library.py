@@ -24,6 +24,7 @@ from fae.pipelines.data.records import class_number
 from fae.pipelines.networks import features_of, load_checkpoint
 from fae.pipelines.networks.text_encoder import CaptionEncoder, encoder_of, known_source
 from fae.pipelines.sampling import LatentDecoder
+from fae.pipelines.sampling.guide import checked_guide
 from fae.pipelines.sampling.image_sampler import draw_images
 from fae.pipelines.sampling.latent_sampler import LatentSampler
 from fae.pipelines.sampling.prompts import Prompts
@@ -205,6 +206,7 @@ def sample(
     indices: Iterable[int] | None = None,
     num_steps: int | None = None,
     guidance: float | Literal["none", "paper", "paper-text"] | list[dict[str, float]] | None = None,
+    guide: str | Path | Loaded | None = None,
     batch_size: int = 64,
     device: str | torch.device = "cpu",
     **settings: Any,
@@ -219,8 +221,9 @@ def sample(
     a FeatureAutoencoder, whose device is then used. An image depends on its label or prompt, on
     `seed` and on its index alone; `indices` [n] are 0 to n - 1 by default. `guidance` is one scale
     for all timesteps, `none`, `paper`, `paper-text`, or intervals {start, end, scale}; STARFlow
-    takes one scale, and has no `num_steps`. `settings` are more keys of the recipe's section
-    `sample`, such as protocol, sampler, shift, denoise or precision; the protocol's values, by
+    takes one scale, and has no `num_steps`. `guide` is a weaker generator from which guidance leads
+    away, instead of from no class or an empty prompt. `settings` are more keys of the recipe's
+    section `sample`, such as protocol, sampler, shift, denoise or precision; the protocol's values, by
     default 250 steps and no guidance, are used where none are given.
 
     Raises CheckpointError if the networks do not belong together, RecipeError for a wrong setting,
@@ -260,7 +263,11 @@ def sample(
     numbers = list(range(len(classes)) if indices is None else indices)
     if not classes or len(classes) != len(numbers):
         raise ValueError(f"Expected one label for each image, not {len(classes)} labels.")
-    draw = LatentSampler(loaded.module.to(place), recipe.sample, seed, place, texts)
+    weaker = None
+    if guide is not None:
+        name = f"guide={guide}" if isinstance(guide, str | Path) else "The guide"
+        weaker = checked_guide(name, _network(guide, *GENERATORS), loaded).to(place)
+    draw = LatentSampler(loaded.module.to(place), recipe.sample, seed, place, texts, weaker)
     draw.check()
     return draw_images(draw, decoder, numbers, classes)
 

@@ -1,9 +1,10 @@
-"""From noise to latents: Euler for the probability-flow ODE, Euler-Maruyama for the SDE; guidance.
+"""From noise to latents: Euler or Heun for the probability-flow ODE, Euler-Maruyama for the SDE.
 
-Both integrate a velocity field from t = 1 (noise) to t = 0 (data) in SiT's formulation (arXiv
-2401.08740). The paper uses the SDE without guidance and the ODE with guidance, with 250 steps each
-(arXiv 2512.07829, appendix D). The public code of SiT and LightningDiT differs from the papers in
-the SDE's diffusion, in its last step and in the channels that are guided; these are arguments.
+They integrate a velocity field from t = 1 (noise) to t = 0 (data) in SiT's formulation (arXiv
+2401.08740), guided by the field without a class or by that of a weaker network. The paper uses the
+SDE without guidance and the ODE with guidance, with 250 steps each (arXiv 2512.07829, appendix D).
+The public code of SiT and LightningDiT differs from the papers in the SDE's diffusion, in its last
+step and in the channels that are guided; these are arguments.
 """
 
 from __future__ import annotations
@@ -73,19 +74,25 @@ def guided_velocity(
     null_class: int,
     scale: float,
     channels: int | None = None,
+    guide: Velocity | None = None,
 ) -> Tensor:
-    """v_null + scale·(v_class - v_null), float32 like `x` [B, C, ...], for labels int64 [B].
+    """v_other + scale·(v - v_other), float32 like `x` [B, C, ...], for labels int64 [B].
 
-    With `channels` only so many first channels are guided; the others have v_class. At scale 1 the
-    model runs on the batch once, otherwise on a doubled batch.
+    v_other is the model's own of `null_class` (classifier-free guidance), or that of `guide`, a
+    weaker network, of the same labels (autoguidance, arXiv 2406.02507). With `channels` only so
+    many first channels are guided; the others have v. At scale 1 the model runs on the batch once;
+    without a guide otherwise on a doubled batch.
     """
+    times = torch.full((len(x),), t, device=x.device)
     if scale == 1.0:
-        return model(x, torch.full((len(x),), t, device=x.device), labels).float()
-    both = torch.cat([x, x])
-    times = torch.full((len(both),), t, device=x.device)
-    null = torch.full_like(labels, null_class)
-    conditional, unconditional = model(both, times, torch.cat([labels, null])).float().chunk(2)
-    guided = unconditional + scale * (conditional - unconditional)
+        return model(x, times, labels).float()
+    if guide is None:
+        null = torch.full_like(labels, null_class)
+        twice = (torch.cat([x, x]), torch.cat([times, times]), torch.cat([labels, null]))
+        conditional, other = model(*twice).float().chunk(2)
+    else:
+        conditional, other = (field(x, times, labels).float() for field in (model, guide))
+    guided = other + scale * (conditional - other)
     if channels is None:
         return guided
     return torch.cat([guided[:, :channels], conditional[:, channels:]], dim=1)
@@ -100,14 +107,26 @@ def sample_ode(
     guidance: Sequence[GuidanceInterval] = (),
     null_class: int = 0,
     guidance_channels: int | None = None,
+    guide: Velocity | None = None,
+    second_order: bool = False,
 ) -> Tensor:
-    """Samples, float32 like `noise` [B, ...], by Euler steps of dx = v dt from t = 1 to t = 0."""
-    x = noise.float()
-    grid = timestep_grid(num_steps, shift)
-    for t, following in itertools.pairwise(grid):
+    """Samples, float32 like `noise` [B, ...], by Euler steps of dx = v dt from t = 1 to t = 0.
+
+    With `second_order` by Heun's method: a step has the mean of the velocities at both of its ends,
+    so it costs two. The last step remains Euler's, as in algorithm 1 of arXiv 2206.00364: networks
+    are hardly trained at t = 0.
+    """
+
+    def velocity(x: Tensor, t: float) -> Tensor:
         scale = guidance_scale(t, guidance)
-        v = guided_velocity(model, x, t, labels, null_class, scale, guidance_channels)
-        x = x + (following - t) * v
+        return guided_velocity(model, x, t, labels, null_class, scale, guidance_channels, guide)
+
+    x = noise.float()
+    for t, following in itertools.pairwise(timestep_grid(num_steps, shift)):
+        step, v = following - t, velocity(x, t)
+        if second_order and following > 0.0:
+            v = (v + velocity(x + step * v, following)) / 2
+        x = x + step * v
     return x
 
 
@@ -123,6 +142,7 @@ def sample_sde(
     guidance_channels: int | None = None,
     diffusion_scale: float = 1.0,
     last_step: float | None = None,
+    guide: Velocity | None = None,
 ) -> Tensor:
     """Samples by Euler-Maruyama steps of the reverse SDE with w_t = `diffusion_scale`·t.
 
@@ -135,7 +155,7 @@ def sample_sde(
     grid = timestep_grid(num_steps, shift, last_step)
     for index, (t, following) in enumerate(itertools.pairwise(grid)):
         scale = guidance_scale(t, guidance)
-        v = guided_velocity(model, x, t, labels, null_class, scale, guidance_channels)
+        v = guided_velocity(model, x, t, labels, null_class, scale, guidance_channels, guide)
         drift = v + 0.5 * diffusion_scale * (x + (1.0 - t) * v)
         step = t - following
         x = x - step * drift

@@ -180,6 +180,8 @@ def sample_memory(recipe: Recipe) -> list[Process]:
     section, sampler = recipe.sample, ImageSampler(plain)
     model, decoder = sampler.model, sampler.decoder
     loaded_networks = [model, decoder.autoencoder, decoder.pixel_decoder]
+    if sampler.guide:
+        loaded_networks.append(sampler.guide)
     if sampler.text:
         loaded_networks.append(sampler.text.encoder)
     networks = network_bytes(*loaded_networks)
@@ -189,7 +191,7 @@ def sample_memory(recipe: Recipe) -> list[Process]:
         if sampler.text:
             results = max(results, peak_of(partial(_states, sampler.text), size + 1))
         if not isinstance(model, StarFlow):
-            rows = size * (1 if section.guidance == "none" else 2)
+            rows = size * (1 if section.guidance == "none" or sampler.guide else 2)
             precision = settled_precision(section.precision, section.gpus_per_actor)
             results = max(results, peak_of(lambda n: _velocity(sampler, n, precision), rows))
         else:

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 
 from fae_core.checkpoint import GENERATORS
+from fae_core.generators.dit import DiT
 from fae_core.generators.mmdit import MMDiT
 from fae_core.generators.starflow import StarFlow
 
@@ -18,6 +19,7 @@ from ..config import Recipe, RecipeError
 from ..data.records import class_name, class_number
 from ..networks import load_checkpoint
 from ..networks.text_encoder import CaptionEncoder, encoder_of
+from .guide import checked_guide
 from .latent_decoder import LatentDecoder
 from .latent_sampler import LatentSampler, image_noise
 from .prompts import Prompts, has_prompts, read_prompts
@@ -38,17 +40,23 @@ class ImageSampler:
         loaded = load_checkpoint(generator, *GENERATORS)
         self.decoder = LatentDecoder.of(recipe, self.device, loaded.fingerprints["autoencoder"])
         self.model = loaded.module.to(self.device)
-        LatentSampler(self.model, recipe.sample, recipe.seed, self.device).check()
+        self.fingerprints = {"generator": loaded.weights_sha256, **self.decoder.fingerprints}
+        self.prompts: Prompts | None = None
+        self.guide: DiT | MMDiT | None = None
+        if uri := recipe.sample.guide:
+            guide = load_checkpoint(uri, *GENERATORS)
+            self.guide = checked_guide(f"sample.guide={uri}", guide, loaded).to(self.device)
+            self.fingerprints["guide"] = guide.weights_sha256
+        self._latents().check()
         self.compiled = recipe.sample.compile and not isinstance(self.model, StarFlow)
         if self.compiled:
-            self.model.compile(dynamic=False, fullgraph=True)
+            for network in (self.model, self.guide) if self.guide else (self.model,):
+                network.compile(dynamic=False, fullgraph=True)
         config = self.model.config
         self.shape = (config.latent_dim, *config.grid)
-        self.fingerprints = {"generator": loaded.weights_sha256, **self.decoder.fingerprints}
         self.class_names = loaded.class_names
         self.records: list[dict[str, Any]] = []
         """What the prompts' file says of each prompt; empty for a generator of classes."""
-        self.prompts: Prompts | None = None
         self.text: CaptionEncoder | None = None
         if isinstance(self.model, MMDiT):
             if recipe.sample.classes:
@@ -81,10 +89,19 @@ class ImageSampler:
     def __call__(self, indices: list[int], labels: list[int]) -> np.ndarray:
         """Pictures uint8 [n, S, S, 3] of image `indices`, in batches of the recipe's size."""
         options = self.recipe.sample
-        draw = LatentSampler(self.model, options, self.recipe.seed, self.device, self.prompts)
         # Another batch size would be compiled anew.
         pad_to = min(options.batch_size, options.shard_size) if self.compiled else 0
-        return draw_images(draw, self.decoder, indices, labels, pad_to)
+        return draw_images(self._latents(), self.decoder, indices, labels, pad_to)
+
+    def _latents(self) -> LatentSampler:
+        return LatentSampler(
+            self.model,
+            self.recipe.sample,
+            self.recipe.seed,
+            self.device,
+            self.prompts,
+            self.guide,
+        )
 
 
 @torch.inference_mode()

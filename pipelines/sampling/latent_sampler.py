@@ -61,7 +61,8 @@ def sampling_shift(sample: SampleSection, latent_shape: Sequence[int]) -> float:
 class LatentSampler:
     """Raw latents [n, C, H, W] of noise, labels and image indices, by the recipe's sampler.
 
-    The labels of an MMDiT are numbers of its `prompts`. They come from the CPU.
+    The labels of an MMDiT are numbers of its `prompts`. They come from the CPU. `guide` is the
+    weaker network that guidance leads away from, of the model's kind and for the same latents.
     """
 
     def __init__(
@@ -71,16 +72,26 @@ class LatentSampler:
         seed: int,
         device: torch.device,
         prompts: Prompts | None = None,
+        guide: DiT | MMDiT | None = None,
     ) -> None:
         self.model = model
+        self.guide = guide
         self.sample = sample
         self.seed = seed
         self.device = device
         self.prompts = prompts
 
     def check(self) -> None:
-        """Raises RecipeError where guidance is asked of a generator that has no null class."""
+        """Raises RecipeError where guidance is asked of a generator that has no null class, or a
+        guide has nothing to do."""
         guided = any(interval.scale != 1.0 for interval in intervals(self.sample))
+        if self.guide:
+            if not guided:
+                raise RecipeError(
+                    "sample.guide does nothing without a scale: set sample.guidance too, such as "
+                    "[{start: 1.0, end: 0.0, scale: 1.5}]."
+                )
+            return
         if guided and isinstance(self.model, DiT) and self.model.config.label_dropout == 0.0:
             raise RecipeError(
                 "sample.guidance: this generator was trained without dropped labels "
@@ -90,11 +101,14 @@ class LatentSampler:
     def __call__(self, noise: Tensor, labels: Tensor, indices: Sequence[int]) -> Tensor:
         sample, model = self.sample, self.model
         velocity: Velocity
+        guide: Velocity | None
         if isinstance(model, MMDiT):
-            assert self.prompts is not None
-            velocity, labels, null = self.prompts.condition(model, labels)
+            assert self.prompts is not None and not isinstance(self.guide, DiT)
+            velocity_of, labels, null = self.prompts.condition(labels)
+            velocity = velocity_of(model)
+            guide = velocity_of(self.guide) if self.guide else None
         elif isinstance(model, DiT):
-            velocity, null = model, model.null_class
+            velocity, guide, null = model, self.guide, model.null_class
         noise, labels = (t.to(self.device, non_blocking=True) for t in (noise, labels))
         if isinstance(model, StarFlow):
             x = model.sample(noise, labels, sample.flow_guidance)
@@ -109,10 +123,12 @@ class LatentSampler:
             "guidance": intervals(sample),
             "null_class": null,
             "guidance_channels": sample.guidance_channels,
+            "guide": guide,
         }
         with autocast(sample.precision, self.device):
-            if sample.sampler == "ode":
-                x = sample_ode(velocity, noise, labels, **settings)
+            if sample.sampler != "sde":
+                second_order = sample.sampler == "heun"
+                x = sample_ode(velocity, noise, labels, second_order=second_order, **settings)
             else:
 
                 def step_noise(step: int) -> Tensor:

@@ -38,8 +38,8 @@ class Prompts:
         """The beginning of a prompt, for pictures."""
         return shortened(self.texts[number])
 
-    def condition(self, model: MMDiT, numbers: Tensor) -> tuple[Velocity, Tensor, int]:
-        """The velocity of images with the prompts `numbers` int64 [n], which are on the CPU.
+    def condition(self, numbers: Tensor) -> tuple[Callable[[MMDiT], Velocity], Tensor, int]:
+        """What makes a network's velocity of the prompts `numbers` int64 [n], which are on the CPU.
 
         Its labels are rows of the states that are encoded here: the second result [n] those of the
         images, the third that of the empty prompt, for guidance.
@@ -50,11 +50,14 @@ class Prompts:
         texts = [self.texts[number] for number in row_of]
         states, mask = self.encode([*texts, ""])
 
-        def velocity(x: Tensor, t: Tensor, labels: Tensor) -> Tensor:
-            result: Tensor = model(x, t, states[labels], mask[labels])
-            return result
+        def velocity_of(model: MMDiT) -> Velocity:
+            def velocity(x: Tensor, t: Tensor, labels: Tensor) -> Tensor:
+                result: Tensor = model(x, t, states[labels], mask[labels])
+                return result
 
-        return velocity, rows, len(texts)
+            return velocity
+
+        return velocity_of, rows, len(texts)
 
 
 def shortened(text: str) -> str:

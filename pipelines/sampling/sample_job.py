@@ -46,7 +46,7 @@ def sample(recipe: Recipe, show_progress: bool = True) -> dict[str, Any]:
     recipe = with_absolute_paths(recipe)
     (output,) = recipe.require("sample", "output")
     networks = (f"{name}.checkpoint" for name in ("generator", "autoencoder", "pixel_decoder"))
-    check_places(recipe, ("output", "text.weights", "prompts", *networks))
+    check_places(recipe, ("output", "text.weights", "prompts", "sample.guide", *networks))
     section = recipe.sample
     before = claimed(output).get("precision")
     section.precision = settled_precision(section.precision, section.gpus_per_actor, before)

@@ -81,16 +81,57 @@ def test_ode_and_sde_agree_on_a_mixture_with_its_true_moments(shift: float) -> N
         assert (samples[:, 0] < 0).double().mean() == pytest.approx(0.3, abs=0.015)
 
 
-def test_the_odes_error_falls_at_first_order_in_the_step() -> None:
+@pytest.mark.parametrize(("second_order", "order"), [(False, 1.0), (True, 2.0)])
+def test_the_odes_error_falls_with_the_order_of_its_method(
+    second_order: bool, order: float
+) -> None:
     start = noise(0)
     # The exact flow of a Gaussian: quantiles stay quantiles.
     exact = MEAN + STD * start.double()
-    errors = [
-        (sample_ode(gaussian, start, LABELS, steps).double() - exact).square().mean().sqrt().item()
-        for steps in (16, 32, 64, 128)
-    ]
+
+    def error(steps: int) -> float:
+        found = sample_ode(gaussian, start, LABELS, steps, second_order=second_order).double()
+        return (found - exact).square().mean().sqrt().item()
+
+    errors = [error(steps) for steps in (16, 32, 64, 128)]
     orders = [math.log2(a / b) for a, b in itertools.pairwise(errors)]
-    assert orders[-1] == pytest.approx(1.0, abs=0.1), errors
+    assert orders[-1] == pytest.approx(order, abs=0.1), errors
+
+
+def test_heuns_steps_take_the_mean_of_both_ends_and_the_last_is_eulers() -> None:
+    seen = []
+
+    def field(x: Tensor, t: Tensor, labels: Tensor) -> Tensor:
+        seen.append(round(float(t[0]), 6))
+        return t[:, None].expand_as(x)
+
+    samples = sample_ode(field, torch.zeros(1, 2), LABELS[:1], 4, second_order=True)
+    assert seen == [1.0, 0.75, 0.75, 0.5, 0.5, 0.25, 0.25]
+    # The integral of t from 1 to 0.25 is exact, and 0.25 · 0.25 comes after it.
+    assert samples[0].tolist() == pytest.approx([-(0.5 - 0.25**2 / 2 + 0.25**2)] * 2)
+
+
+def test_a_guide_takes_the_place_of_the_null_class() -> None:
+    sizes = []
+
+    def field(x: Tensor, t: Tensor, labels: Tensor) -> Tensor:
+        sizes.append(len(x))
+        return torch.where((labels == 7)[:, None], 100.0, 3.0).expand_as(x)
+
+    def weaker(x: Tensor, t: Tensor, labels: Tensor) -> Tensor:
+        assert labels.tolist() == [0, 1]
+        return torch.full_like(x, 2.0)
+
+    guided = {"guidance": [GuidanceInterval(0.5, 0.0, 2.0)], "null_class": 7, "guide": weaker}
+    start, labels = torch.zeros(2, 2), torch.tensor([0, 1])
+    samples = sample_ode(field, start, labels, 4, **guided)
+    assert sizes == [2, 2, 2, 2]
+    # Velocity 3 for the first half, 2 + 2·(3 - 2) = 4 for the second, walked from 1 to 0.
+    assert torch.allclose(samples, torch.full((2, 2), -(0.5 * 3 + 0.5 * 4)))
+    still = sample_sde(
+        field, start, labels, lambda _: torch.zeros(2, 2), 4, diffusion_scale=0.0, **guided
+    )
+    assert torch.allclose(still, samples)
 
 
 def test_the_shifted_grid_spends_more_steps_near_the_noise() -> None:

@@ -59,9 +59,10 @@ class SampleSection(ActorPoolSection):
     """Image i is of class classes[i % len(classes)]; all classes in turn without it. A class is
     given by its number, or by its name where the images had class names. A generator of kind mmdit
     has `prompts` instead, in turn as well."""
-    sampler: Literal["ode", "sde"] = "ode"
-    """dit, mmdit: Euler's method for the ODE, or Euler-Maruyama for the SDE. The paper has the ODE
-    with guidance and the SDE without."""
+    sampler: Literal["ode", "heun", "sde"] = "ode"
+    """dit, mmdit: Euler's method for the ODE, Heun's, whose steps cost two of Euler's (not in the
+    paper), or Euler-Maruyama for the SDE. The paper has the ODE with guidance and the SDE
+    without."""
     num_steps: int = Field(250, gt=0)
     """dit, mmdit: steps of the sampler; the paper's."""
     shift: PositiveFloat | Literal["dimension"] = 1.0
@@ -73,6 +74,10 @@ class SampleSection(ActorPoolSection):
     guidance_channels: int | None = Field(None, gt=0)
     """dit, mmdit: guide only so many first channels of a latent, all of them without it. SiT's and
     LightningDiT's code guides three."""
+    guide: InputPath[str | None] = None
+    """dit, mmdit: a weaker generator of the same latents, smaller or trained for fewer steps.
+    Guidance then leads away from its velocity of the same class or text, instead of that without
+    one (autoguidance, arXiv 2406.02507). Not in the paper."""
     diffusion_scale: float = Field(1.0, ge=0.0)
     """sde: the diffusion coefficient is w = diffusion_scale·σ. The papers write w = σ; SiT's code
     walks with twice that."""

@@ -180,8 +180,8 @@ def test_guidance_leads_from_the_empty_prompt_to_the_prompt(networks):
     noise, model = torch.randn(2, *SHAPE), sampler.model
     guidance = intervals(recipe.sample)
     with torch.inference_mode():
-        velocity, rows, null = sampler.prompts.condition(model, torch.tensor([0, 0]))
-        found = sample_ode(velocity, noise, rows, 4, 1.0, guidance, null)
+        velocity_of, rows, null = sampler.prompts.condition(torch.tensor([0, 0]))
+        found = sample_ode(velocity_of(model), noise, rows, 4, 1.0, guidance, null)
         x = noise
         states, mask = sampler.prompts.encode(["a red cat", "a red cat", "", ""])
         for t in (1.0, 0.75, 0.5, 0.25):
@@ -200,7 +200,7 @@ def test_distinct_prompts_are_encoded_once_a_batch(networks):
         return sampler.prompts.encode(texts)
 
     prompts = Prompts(PROMPTS, encoder)
-    _, rows, null = prompts.condition(sampler.model, torch.tensor([2, 0, 2, 2]))
+    _, rows, null = prompts.condition(torch.tensor([2, 0, 2, 2]))
     assert asked == [["a small house", "a red cat", ""]]
     assert rows.tolist() == [0, 1, 0, 0] and null == 2
 
