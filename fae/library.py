@@ -223,8 +223,8 @@ def sample(
     for all timesteps, `none`, `paper`, `paper-text`, or intervals {start, end, scale}; STARFlow
     takes one scale, and has no `num_steps`. `guide` is a weaker generator from which guidance leads
     away, instead of from no class or an empty prompt. `settings` are more keys of the recipe's
-    section `sample`, such as protocol, sampler, shift, denoise or precision; the protocol's values, by
-    default 250 steps and no guidance, are used where none are given.
+    section `sample`, such as protocol, sampler, shift, denoise or precision; the protocol's values,
+    by default 250 steps and no guidance, are used where none are given.
 
     Raises CheckpointError if the networks do not belong together, RecipeError for a wrong setting,
     ValueError for a label that is none of the generator's classes or an empty prompt, and
