@@ -27,7 +27,7 @@ from benchmarks.environment import run
 from benchmarks.stages import batched, crops
 from fae.pipelines.config.recipe import load_recipe
 from fae.pipelines.data.sources import list_images
-from fae.pipelines.sampling import at_scale
+from fae.pipelines.sampling.grid import at_scale
 from fae.pipelines.sampling.image_sampler import ImageSampler
 from fae_core.figures import picture_grid
 

@@ -359,8 +359,8 @@ def sample(
           autoencoder.checkpoint=runs/first/autoencoder.safetensors \\
           pixel_decoder.checkpoint=runs/decoder/pixel_decoder.safetensors
     """
-    from fae.pipelines.sampling import draw_grid
     from fae.pipelines.sampling import sample as run_sample
+    from fae.pipelines.sampling.grid import draw_grid
 
     if grid:
         try:

@@ -18,7 +18,8 @@ from ..data.reading import load_crops
 from ..explore.pictures import pictures_of
 from ..latents import LatentEncoder
 from ..networks import features_of
-from ..sampling import LatentDecoder, at_scale
+from ..sampling import LatentDecoder
+from ..sampling.grid import at_scale
 from ..sampling.image_sampler import ImageSampler
 from ..storage import paths
 from .screen import Advance
