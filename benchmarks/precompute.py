@@ -6,6 +6,10 @@ All use the same images. The bound on one machine's cores is 1 / (1/decode + 1/m
 with all cores. The pipeline's steady rate is that of the middle half of its shards, so neither the
 start-up nor images decoded ahead count; the start-up is printed separately. Overrides are the
 recipe's, for example precompute.shard_size=128.
+
+The second table says where the cores' time goes in that middle half, per image. Beside it stands
+what decoding and the model alone use. What decoding tasks use beyond it is Ray's work with their
+blocks and the writing of shards.
 """
 
 from __future__ import annotations
@@ -13,7 +17,9 @@ from __future__ import annotations
 import argparse
 import os
 import tempfile
+import threading
 import time
+from collections import Counter
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
@@ -21,6 +27,7 @@ import numpy as np
 import torch
 
 from benchmarks.environment import describe, write_photographs
+from benchmarks.processor_time import seconds_by
 from fae.pipelines.config.recipe import Recipe, load_recipe
 from fae.pipelines.data.reading import load_crops
 from fae.pipelines.data.records import ImageRecord
@@ -41,19 +48,19 @@ def decode(work: tuple[list[ImageRecord], Recipe]) -> np.ndarray:
     return load_crops(records, recipe.image_size, recipe.data)[0]
 
 
-def decode_only(recipe: Recipe) -> tuple[float, np.ndarray]:
-    """(images per second on all cores, some crops for `model_only`)."""
+def decode_only(recipe: Recipe) -> tuple[float, float, np.ndarray]:
+    """(images per second on all cores, processor seconds of one, some crops for `model_only`)."""
     records = list_images(recipe.data)
     size = recipe.precompute.shard_size
     parts = [(records[i : i + size], recipe) for i in range(0, len(records), size)]
     with ProcessPoolExecutor(os.cpu_count()) as pool:
         list(pool.map(decode, parts[: os.cpu_count()]))  # processes start and import here
-        started = time.perf_counter()
+        before, started = seconds_by(str).total(), time.perf_counter()
         # Only counts come back: sending pixels between processes is a cost of the pipeline, not of
         # decoding.
         count = sum(pool.map(count_decoded, parts))
-        seconds = time.perf_counter() - started
-    return count / seconds, decode((records[:MODEL_IMAGES], recipe))
+        seconds, used = time.perf_counter() - started, seconds_by(str).total() - before
+    return count / seconds, used / count, decode((records[:MODEL_IMAGES], recipe))
 
 
 def count_decoded(work: tuple[list[ImageRecord], Recipe]) -> int:
@@ -61,15 +68,53 @@ def count_decoded(work: tuple[list[ImageRecord], Recipe]) -> int:
     return len(decode(work))
 
 
-def model_only(recipe: Recipe, crops: np.ndarray) -> float:
-    """Images per second of a plain loop over crops in memory, with all cores' threads."""
+def model_only(recipe: Recipe, crops: np.ndarray) -> tuple[float, float]:
+    """Images per second of a plain loop over crops in memory, with all cores' threads.
+
+    And the processor seconds of an image.
+    """
     torch.set_num_threads(recipe.precompute.threads_per_actor or os.cpu_count() or 1)
     encoder = LatentEncoder.of(recipe)
     size = recipe.precompute.batch_size
     encoder.encode(crops[:size], size)
-    started = time.perf_counter()
+    started, before = time.perf_counter(), time.process_time()
     encoder.encode(crops, size)
-    return len(crops) / (time.perf_counter() - started)
+    seconds, used = time.perf_counter() - started, time.process_time() - before
+    return len(crops) / seconds, used / len(crops)
+
+
+class ProcessorTime:
+    """Where the processor time goes while the middle half of a store's shards is written.
+
+    Every process is read twice only, because reading all takes milliseconds.
+    """
+
+    def __init__(self, folder: Path, num_shards: int) -> None:
+        self._folder = folder
+        self._marks = [num_shards // 4, 3 * num_shards // 4]
+        self._read: list[tuple[float, int, Counter[str]]] = []
+        threading.Thread(target=self._watch, daemon=True).start()
+
+    def _watch(self) -> None:
+        for mark in self._marks:
+            while (done := len(list(self._folder.glob("shards/**/*.parquet")))) < mark:
+                time.sleep(0.2)
+            self._read.append((time.perf_counter(), done, seconds_by(kind_of_worker)))
+
+    def per_image(self, shard_size: int) -> dict[str, float]:
+        """Processor seconds of an image by kind of process, and what the cores had left."""
+        (began, first, before), (ended, last, after) = self._read
+        used = {kind: max(0.0, after[kind] - before[kind]) for kind in after}
+        used["idle, or another program's"] = (ended - began) * (os.cpu_count() or 1) - sum(
+            used.values()
+        )
+        images = (last - first) * shard_size
+        return {kind: seconds / images for kind, seconds in used.items()}
+
+
+def kind_of_worker(title: str) -> str:
+    """Of Ray's workers those that encode, and all others: they decode and write."""
+    return "encoding actors" if "MapWorker" in title else "tasks that decode and write"
 
 
 def save_untrained(recipe: Recipe, path: Path) -> None:
@@ -97,16 +142,17 @@ def main() -> None:
         recipe = load_recipe(arguments.recipe, [*places, *arguments.overrides])
         write_photographs(work / "images", arguments.images)
         save_untrained(recipe, work / "autoencoder.safetensors")
-        decode_rate, crops = decode_only(recipe)
-        before = model_only(recipe, crops)
+        decode_rate, decode_time, crops = decode_only(recipe)
+        before, model_time = model_only(recipe, crops)
         start_ray()
+        watch = ProcessorTime(work / "store", arguments.images // recipe.precompute.shard_size)
         started = time.perf_counter()
         manifest = precompute(recipe)
         seconds = time.perf_counter() - started
         import ray
 
         ray.shutdown()
-        after = model_only(recipe, crops)
+        after, model_time_after = model_only(recipe, crops)
     model_rate = max(before, after)
     bound = 1 / (1 / decode_rate + 1 / model_rate)
     steady = manifest["run"]["steady_images_per_second"]
@@ -127,6 +173,15 @@ def main() -> None:
     print(f"| pipeline, steady | {steady:.2f} | {steady / bound:.3f} |")
     whole = arguments.images / seconds
     print(f"| pipeline, with {startup:.1f} s of start-up | {whole:.2f} | {whole / bound:.3f} |")
+    alone = {
+        "encoding actors": (model_time + model_time_after) / 2,
+        "tasks that decode and write": decode_time,
+    }
+    print("\n| processes | core-ms an image | alone |\n|---|---|---|")
+    found = watch.per_image(options.shard_size)
+    for kind, spent in sorted(found.items(), key=lambda pair: -pair[1]):
+        of_alone = f"{1000 * alone[kind]:.2f}" if kind in alone else ""
+        print(f"| {kind} | {1000 * spent:.2f} | {of_alone} |")
 
 
 if __name__ == "__main__":

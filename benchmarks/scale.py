@@ -17,7 +17,13 @@ by the number of actors. A process is busy for the share of that time in which i
 The driver polls many times per second whether or not there is news, so the cost of a shard is found
 from runs of different rates: busy = idle + (a + b x actors) x rate, fitted with no term below zero
 (from three runs or more). `lane` is the process that drives a Ray data set: the driver itself,
-unless there are several lanes. `directory` is Ray's gcs_server.
+unless there are several lanes. `directory` is Ray's gcs_server, and `dashboard` its dashboard and
+the agents of its nodes.
+
+With several lanes Ray records no events of single tasks. `--events` records them, and Ray keeps
+them in the directory. In its dashboard instead it keeps them with `--dashboard` and in the
+environment RAY_enable_task_events_to_dashboard_head=1, RAY_enable_ray_task_event_recorder=1 and
+RAY_enable_core_worker_task_event_to_gcs=0. The number of events that Ray has at the end is printed.
 """
 
 from __future__ import annotations
@@ -44,6 +50,7 @@ from scipy.optimize import nnls
 
 from benchmarks.environment import describe
 from benchmarks.forked_workers import forked_workers
+from benchmarks.processor_time import seconds_by
 from benchmarks.sleeping import LATENT_SHAPE, SleepingEncoder
 from fae.pipelines.config.recipe import Recipe, load_recipe
 from fae.pipelines.data.records import RECORDS, ImageRecord
@@ -58,7 +65,7 @@ from fae.pipelines.storage import paths
 
 IMAGES = 4
 """Images of a shard in these runs; the driver's work does not depend on the number."""
-PROCESSES = ("driver", "lanes", "directory", "machine")
+PROCESSES = ("driver", "lanes", "directory", "dashboard", "machine")
 FOOTERS = 4096
 """Number of real shards whose footers are read."""
 
@@ -128,23 +135,11 @@ def sleeping_recipe(folder: Path, num_actors: int, num_shards: int, gpus: float)
 
 def processor_seconds(workers: Path) -> dict[str, float]:
     """Processor seconds used so far, by PROCESSES."""
-    me = psutil.Process()
-    used = dict.fromkeys(PROCESSES, 0.0)
-    parent = psutil.Process(int(workers.read_text()))
-    for process in (me, *me.children(recursive=True), parent, *parent.children(recursive=True)):
-        try:
-            times, name, title = process.cpu_times(), process.name(), " ".join(process.cmdline())
-        except psutil.Error:
-            continue
-        seconds = times.user + times.system
-        used["machine"] += seconds
-        if process == me:
-            used["driver"] = seconds
-        elif name == "gcs_server":
-            used["directory"] = seconds
-        elif title.startswith("ray::_gathered"):
-            used["lanes"] += seconds
-    return used
+    found = seconds_by(
+        lambda title: "lanes" if title.startswith("ray::_gathered") else "workers",
+        [psutil.Process(int(workers.read_text()))],
+    )
+    return {**{name: found[name] for name in PROCESSES}, "machine": found.total()}
 
 
 def fit(actors: list[float], rates: list[float], busy: list[float]) -> tuple[float, float, float]:
@@ -271,7 +266,7 @@ def print_simulation(rows: list[dict[str, float]], gpu_rate: float, size: int) -
         f"| actors | a shard [s] | lanes | shards/s | efficiency | {names} (of its cores) "
         "| all [s] |"
     )
-    print("|---|---|---|---|---|---|---|---|---|---|")
+    print("|---|---|---|---|---|---|---|---|---|---|---|")
     for row in rows:
         shown = {**row, "machine": row["machine"] / (psutil.cpu_count() or 1)}
         busy = " | ".join(f"{shown[name]:.3f}" for name in PROCESSES)
@@ -345,6 +340,8 @@ def main() -> None:
         default=0,
         help="GPUs that Ray is told this machine has; every actor then takes one",
     )
+    parser.add_argument("--events", action="store_true", help="record events of tasks also there")
+    parser.add_argument("--dashboard", action="store_true", help="start Ray with its dashboard")
     parser.add_argument(
         "--shards",
         type=int,
@@ -367,16 +364,18 @@ def main() -> None:
     if not arguments.runs:
         return
     actor_pool.ACTORS_PER_LANE = arguments.lane or actor_pool.ACTORS_PER_LANE
+    actor_pool.EVENTS_OF_LANES = arguments.events
     rows, gpus = [], float(arguments.gpus > 0)
     with forked_workers() as workers, tempfile.TemporaryDirectory() as folder:
         believed = {"num_cpus": arguments.cpus, "num_gpus": arguments.gpus or None}
-        start_ray(include_dashboard=False, **believed)
+        start_ray(include_dashboard=arguments.dashboard, **believed)
         for number, (actors, seconds) in enumerate(arguments.runs):
             place = Path(folder) / str(number)
             rows.append(simulate(place, actors, seconds, arguments.rounds, workers, gpus))
             print(json.dumps(rows[-1]), flush=True)
         import ray
 
+        print(f"events that the timeline has: {len(ray.timeline())}")
         ray.shutdown()
     print_simulation(rows, arguments.gpu_rate, arguments.shard_size)
 

@@ -132,6 +132,8 @@ def test_a_host_that_never_comes_back(cluster: Cluster, undisturbed: dict[str, s
     cluster.hosts.cut(new)
     assert ended(cluster, job, "for-good") == undisturbed
     measured(cluster, "for-good", started)
+    cluster.workers.remove(new)
+    new.kill()
 
 
 def test_a_head_that_takes_its_workers_for_dead_and_gets_them_again(

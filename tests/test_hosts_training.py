@@ -9,9 +9,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 from safetensors.numpy import load
+from safetensors.torch import save_file
 
 from fae.pipelines.config.recipe import load_recipe
 from fae.pipelines.training.autoencoder import train_autoencoder
+from fae_core.weights import load_weights
 from tests.here import leave_ray_out, train_here
 from tests.hosts import GCS_PORT, ROOT, why_not
 from tests.s3_host import Cluster, cluster_on_hosts
@@ -34,17 +36,18 @@ def jpegs() -> list[bytes]:
 
 
 @pytest.fixture
-def cluster(jpegs: list[bytes]) -> Iterator[Cluster]:
-    with cluster_on_hosts(num_workers=3, dashboard=True) as cluster:
+def cluster(jpegs: list[bytes], request: pytest.FixtureRequest) -> Iterator[Cluster]:
+    """Three hosts that run tasks, or as many as the test's parameter says."""
+    with cluster_on_hosts(num_workers=getattr(request, "param", 3), dashboard=True) as cluster:
         for number, jpeg in enumerate(jpegs):
             cluster.put(f"images/{number:02d}.jpg", jpeg)
         yield cluster
 
 
-def values(images: str, storage: str) -> list[str]:
+def values(images: str, storage: str, *more: str) -> list[str]:
     training = [
         f"steps={STEPS}", "num_workers=3", "min_workers=1", "cpus_per_worker=1.5", "batch_size=12",
-        "checkpoint_every=10", "validate_every=100000",
+        "checkpoint_every=10", "validate_every=100000", *more,
     ]  # fmt: skip
     return [
         f"{ROOT}/tests/tiny_chain.yaml", f"data.path={images}", f"storage={storage}", "run=test",
@@ -70,9 +73,10 @@ def alone(jpegs: list[bytes], tmp_path_factory: pytest.TempPathFactory) -> dict[
 class Training:
     """`fae train autoencoder` on the head, which has no CPUs for workers."""
 
-    def __init__(self, cluster: Cluster) -> None:
+    def __init__(self, cluster: Cluster, *more: str, weights: str = "random") -> None:
         self.cluster = cluster
-        words = values("s3://bucket/images", "s3://bucket/runs")
+        words = values("s3://bucket/images", "s3://bucket/runs", *more)
+        words.append(f"backbone.weights={weights}")
         log = 'exec python -m fae train autoencoder "$@" > /tmp/scratch/log 2>&1'
         address = {"RAY_ADDRESS": f"{cluster.head.address}:{GCS_PORT}"}
         self.job = cluster.head.start(["bash", "-c", log, "train", *words], address)
@@ -143,3 +147,28 @@ def test_a_training_goes_on_without_a_lost_host_and_takes_one_that_joins(
         f"largest difference of a parameter {difference:.1e}"
     )
     assert difference < TOLERANCE
+
+
+@pytest.mark.parametrize("cluster", [1], indirect=True)
+def test_a_host_that_joins_late_with_other_weights_ends_the_training(cluster: Cluster) -> None:
+    state = load_weights("vit_tiny_patch16_224", "random")
+    file, late = "/tmp/scratch/backbone.safetensors", cluster.add("late")
+    for host in (cluster.head, *cluster.workers):
+        save_file(state, host.path(file))
+    save_file({name: tensor + 1e-3 for name, tensor in state.items()}, late.path(file))
+    more = ("num_workers=2", "steps=20000")
+    training = Training(cluster, *more, weights=file)
+    training.until("on 1 of 2 workers")
+    training.after_step(0)
+    started = time.monotonic()
+    cluster.add_worker("late", late)
+    assert training.job.wait(600) == 2, training.printed()
+    print(f"late: the training ended {time.monotonic() - started:.0f} s after the host joined")
+    line = f"fae: node {late.address}: the run s3://bucket/runs/test began with other weights"
+    assert line in training.printed() and "  backbone: " in training.printed()
+    late.kill()
+    last = training.last_step()
+    training = Training(cluster, *more, weights=file)
+    training.until("resumed at step ")
+    training.after_step(last)
+    training.job.kill()

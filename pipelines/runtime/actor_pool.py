@@ -20,6 +20,8 @@ from .session import plain_error, start_ray
 
 ACTORS_PER_LANE = 64
 """Actors that one Ray data set drives. benchmarks/scale.py measures where its driver is full."""
+EVENTS_OF_LANES = False
+"""Whether Ray records events of single tasks with several lanes, as with one."""
 ROWS_PER_DATASET = 100_000
 """Each row is an object from the start: a million at once cost the driver minutes and gigabytes."""
 FINISH_CPUS = 0.1
@@ -72,7 +74,8 @@ def run_rows(
             for lane in range(num_lanes)
         )
         lanes = [
-            (rows[lane::num_lanes], stages, part, False, False) for lane, part in enumerate(parts)
+            (rows[lane::num_lanes], stages, part, False, EVENTS_OF_LANES)
+            for lane, part in enumerate(parts)
         ]
         finished = in_lanes(_lane, lanes)
     try:

@@ -109,12 +109,17 @@ def assert_as_alone(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         np.testing.assert_allclose(many[name], value, rtol=1e-3, atol=2e-4, err_msg=name)
 
 
+@pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
 def test_a_training_goes_on_without_a_lost_node_and_takes_one_that_joins(
-    cluster: Any, folder: Path, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest
+    cluster: Any,
+    folder: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    request: pytest.FixtureRequest,
+    parallel: str,
 ) -> None:
     # Each has room for one worker and one task that decodes.
     nodes = [cluster.add_node(num_cpus=2, wait=False) for _ in range(3)]
-    training = Training(cluster.address, folder)
+    training = Training(cluster.address, folder, f"parallel={parallel}")
     request.addfinalizer(training.job.kill)
     training.until("on 3 of 3 workers")
     wait_for(training.saved, 120)
@@ -125,7 +130,7 @@ def test_a_training_goes_on_without_a_lost_node_and_takes_one_that_joins(
     cluster.add_node(num_cpus=2, wait=False)
     joined = training.until("on 3 of 3 workers", 2)
     training.end()
-    print(f"elastic: on two workers {lost:.0f} s after the loss, on three {joined:.0f} s later")
+    print(f"{parallel}: on two workers {lost:.0f} s after the loss, on three {joined:.0f} s later")
     assert_as_alone(folder, monkeypatch)
 
 
