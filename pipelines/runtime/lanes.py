@@ -59,7 +59,8 @@ def ask_every_node(
     """`function(*arguments)` on every alive node except the one with the id `but`.
 
     The task takes no CPU, and so runs beside whatever the node does. A node that does not answer
-    within ANSWER_SECONDS has the error TimeoutError.
+    within ANSWER_SECONDS has the error TimeoutError; one that Ray takes for dead by then is left
+    out.
     """
     import ray
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
@@ -75,7 +76,10 @@ def ask_every_node(
     if not asked:
         return
     answered, _ = ray.wait(list(asked), num_returns=len(asked), timeout=ANSWER_SECONDS)
+    alive = {node["NodeID"] for node in ray.nodes() if node["Alive"]}
     for reference, node in asked.items():
+        if node["NodeID"] not in alive:
+            continue
         if reference not in answered:
             ray.cancel(reference, force=True)
             yield Answer(node, None, TimeoutError(f"no answer in {ANSWER_SECONDS:g} s"))
