@@ -6,6 +6,9 @@ import functools
 import json
 import math
 import shutil
+import subprocess
+import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +22,7 @@ from fae.pipelines.training import compilation
 from fae.pipelines.training.generator import train_generator
 from fae_core import checkpoint
 from tests.here import train_here
-from tests.tiny import save_text_encoder
+from tests.tiny import ROOT, save_text_encoder, wait_for
 
 LONG = "a red cat a blue dog a green house a small red cat and a big house"
 
@@ -50,8 +53,8 @@ def graphs(monkeypatch: pytest.MonkeyPatch) -> CompileCounter:
     return counter
 
 
-def train(store: LatentStore, encoder: Path, storage: Path, compile: str) -> Path:
-    values = [
+def values(store: LatentStore, encoder: Path, storage: Path, compile: str, *more: str) -> list[str]:
+    return [
         "run=test", f"storage={storage}", f"latents={store.uri}", "generator.kind=mmdit",
         "generator.width=32", "generator.depth=2", "generator.num_heads=2", "generator.size=S",
         "generator.training.steps=10", "generator.training.batch_size=2",
@@ -60,8 +63,12 @@ def train(store: LatentStore, encoder: Path, storage: Path, compile: str) -> Pat
         "generator.training.keep_checkpoints=4", "generator.training.threads_per_worker=1",
         f"generator.training.compile={compile}", "sample.num_steps=2", "tracking.enabled=false",
         f"text.weights={encoder}", "text.max_length=30",
+        *(f"generator.training.{setting}" for setting in more),
     ]  # fmt: skip
-    train_generator(load_recipe("photos-dinov2s", values))
+
+
+def train(store: LatentStore, encoder: Path, storage: Path, compile: str) -> Path:
+    train_generator(load_recipe("photos-dinov2s", values(store, encoder, storage, compile)))
     return storage / "test"
 
 
@@ -165,3 +172,48 @@ def test_a_compiled_run_that_was_stopped_ends_at_the_same_bits(
         assert_same(run, train(store, encoder, tmp_path / f"from-{step}", "true"))
     for name, expected in weights(plain).items():
         torch.testing.assert_close(weights(run)[name], expected, rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.integration
+@pytest.mark.faults
+@pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
+def test_two_workers_decide_together_and_resume_so(
+    store: LatentStore,
+    encoder: Path,
+    tmp_path: Path,
+    parallel: str,
+    request: pytest.FixtureRequest,
+) -> None:
+    two = ["num_workers=2", "cpus_per_worker=0.5", f"parallel={parallel}"]
+    long = ["steps=1000000", "checkpoint_every=20", "validate_every=1000000", "log_every=5"]
+    settings = values(store, encoder, tmp_path, "auto", *two, *long)
+    log, run = tmp_path / "log", tmp_path / "test"
+
+    def until(condition: Callable[[], object]) -> subprocess.Popen:
+        """The command, once `condition` holds while it runs."""
+        command = [sys.executable, "-m", "fae", "train", "generator", "photos-dinov2s", *settings]
+        with log.open("w") as file:
+            job = subprocess.Popen(command, cwd=ROOT, stdout=file, stderr=subprocess.STDOUT)
+        request.addfinalizer(job.kill)
+        wait_for(lambda: job.poll() is not None or condition(), 400)
+        assert job.poll() is None, log.read_text()
+        return job
+
+    def decided() -> bool:
+        return (run / "compile.json").exists() and record(run)["decided"]
+
+    def last_step() -> int:
+        names = (path.stem for path in run.glob("checkpoints/step_*"))
+        return max((int(name[5:14]) for name in names), default=0)
+
+    job = until(lambda: decided() and last_step() > 20)
+    assert "compile=auto: compiled from step 5 on" in log.read_text()
+    before = record(run)
+    print(parallel, before)
+    job.terminate()
+    job.wait(60)
+    step = last_step()
+    job = until(lambda: last_step() > step)
+    assert "resumed at step" in log.read_text() and record(run) == before
+    job.terminate()
+    job.wait(60)
