@@ -30,11 +30,13 @@ def seconds_by(
             continue
         if process == me:
             kind = "driver"
+        elif name in RAY_PROCESSES:  # the raylet's command line names the dashboard too
+            kind = RAY_PROCESSES[name]
         elif title.startswith("ray::"):
             kind = kind_of_worker(title)
         elif "/dashboard/" in title or title.startswith("ray-dashboard"):
             kind = "dashboard"
         else:
-            kind = RAY_PROCESSES.get(name, "other")
+            kind = "other"
         used[kind] += times.user + times.system
     return used
