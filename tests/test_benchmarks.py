@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from argparse import Namespace
 
 import numpy as np
@@ -11,10 +13,12 @@ from PIL import Image
 
 from benchmarks import layers, protocol_images, protocols, scale, store
 from benchmarks.environment import run
+from benchmarks.processor_time import seconds_by
 from fae.pipelines.config import validate_recipe
 from fae.pipelines.config.recipe import load_recipe
 from fae.pipelines.latents.reader import LatentStore
 from fae.pipelines.latents.verify import verify_store
+from tests.tiny import wait_for
 
 
 def test_a_process_is_full_where_its_fit_says_that_it_is_busy_all_the_time():
@@ -79,9 +83,9 @@ def test_a_trained_velocity_stands_in_for_the_exact_one():
 
 
 def test_every_row_of_protocols_is_another_sampler_that_the_recipe_takes():
-    rows = protocol_images.settings(50)
+    rows = {**protocol_images.protocols(50), **protocol_images.methods(50)}
     sections = [
-        validate_recipe({"sample": {**keys, "num_steps": 50}}, source=name).sample.model_dump()
+        validate_recipe({"sample": {"num_steps": 50, **keys}}, source=name).sample.model_dump()
         for name, keys in rows.items()
     ]
     assert all(a != b for i, a in enumerate(sections) for b in sections[:i])
@@ -114,3 +118,12 @@ def test_a_users_error_ends_a_benchmark_with_its_message(capsys):
         run(main)
     assert ended.value.code == 2
     assert "no-such-recipe" in capsys.readouterr().err
+
+
+def test_processor_time_is_told_apart_by_what_a_process_is():
+    spin = "import time\nwhile time.process_time() < 0.3: pass\ninput()"
+    before = seconds_by(str)
+    with subprocess.Popen([sys.executable, "-c", spin], stdin=subprocess.PIPE) as child:
+        wait_for(lambda: seconds_by(str)["other"] - before["other"] >= 0.25)
+        assert seconds_by(str)["driver"] >= before["driver"] > 0
+        child.communicate(b"\n")
