@@ -23,7 +23,8 @@ the agents of its nodes.
 With several lanes Ray records no events of single tasks. `--events` records them, and Ray keeps
 them in the directory. In its dashboard instead it keeps them with `--dashboard` and in the
 environment RAY_enable_ray_event=1, RAY_enable_ray_task_event_recorder=1,
-RAY_enable_task_events_to_dashboard_head=1 and RAY_enable_core_worker_task_event_to_gcs=0. The number of events that Ray has at the end is printed.
+RAY_enable_task_events_to_dashboard_head=1 and RAY_enable_core_worker_task_event_to_gcs=0. The
+number of events that Ray has at the end is printed.
 """
 
 from __future__ import annotations
