@@ -46,7 +46,7 @@ def protocols(num_steps: int) -> dict[str, dict[str, Any]]:
 def methods(num_steps: int) -> dict[str, dict[str, Any]]:
     """The same, for fewer evaluations too; a step of Heun's but the last costs two."""
     rows = {}
-    for evaluations in (9, 15, num_steps | 1, 101):
+    for evaluations in (9, 15, num_steps | 1, 51):
         rows[f"Euler, {evaluations} evaluations"] = {"num_steps": evaluations}
         heun = {"sampler": "heun", "num_steps": (evaluations + 1) // 2}
         rows[f"Heun, {evaluations} evaluations"] = heun
