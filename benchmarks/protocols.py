@@ -125,6 +125,10 @@ def rows(mixture: Mixture, velocity: Velocity, count: int) -> Iterator[tuple[str
                 name = f"SDE, {steps} steps, w = {scale:g}σ, last step {last or 1 / steps:g}"
                 yield name, sde(steps, diffusion_scale=scale, last_step=last)
     yield "ODE, 250 steps", ode(1.0, 1.0, None)
+    for evaluations in (9, 15, 25, 51):
+        for name, steps in (("Euler", evaluations), ("Heun", (evaluations + 1) // 2)):
+            x = sample_ode(velocity, noise, labels, steps, second_order=name == "Heun")
+            yield f"ODE, {name}, {evaluations} evaluations", distance(x, mixture)
     for start, scale in ((0.7, 2.5), (0.875, 6.7)):
         for guided in (None, 3):
             which = "all channels" if guided is None else f"{guided} of {channels} channels"
