@@ -17,7 +17,8 @@ def draw_grid(recipe: Recipe, path: str, columns: int = 8, scales: tuple[float, 
 
     With `scales` each column has another guidance scale, from the same noise.
     """
-    sampler = ImageSampler(recipe)
+    # The largest scale shows whether the generator can be guided.
+    sampler = ImageSampler(_with_scale(recipe, max(scales)) if scales else recipe)
     classes = sampler.classes or list(range(min(sampler.num_classes, 10)))
     rows: list[list[np.ndarray | None]]
     if scales:

@@ -15,7 +15,7 @@ KEYS = {key.name: key for key in walk_keys()}
 PLAIN = [key for key in KEYS.values() if "*" not in key.name]
 PLACE_NAMES = {
     "path", "output", "storage", "checkpoint", "weights", "uri", "images", "reference", "latents",
-    "cache", "from", "prompts", "towers", "states",
+    "cache", "from", "guide", "prompts", "towers", "states",
 }  # fmt: skip
 STAGES_OF = {
     "image_size": {"autoencoder", "pixel-decoder", "latents", "generator", "samples", "evaluation"},

@@ -8,11 +8,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 import fae
 from fae.pipelines.config import Recipe, RecipeError, load_recipe
 from fae.pipelines.doctor.memory import sample_memory, total
 from fae.pipelines.networks.text_encoder import SOURCE, CaptionEncoder
+from fae.pipelines.sampling.grid import draw_grid
 from fae.pipelines.sampling.image_sampler import ImageSampler
 from fae.pipelines.sampling.sample_job import sample, sample_parts
 from fae.pipelines.storage.claims import StoreMismatch
@@ -154,6 +156,12 @@ def test_a_guide_needs_a_scale(networks: Path) -> None:
     guide = f"sample.guide={networks / 'guide.safetensors'}"
     with pytest.raises(RecipeError, match=r"sample\.guide does nothing without a scale"):
         ImageSampler(recipe_of(networks, guide))
+
+
+def test_the_grid_of_scales_needs_no_other_guidance(networks: Path, tmp_path: Path) -> None:
+    recipe = recipe_of(networks, f"sample.guide={networks / 'guide.safetensors'}")
+    draw_grid(recipe, str(tmp_path / "grid.png"), scales=(1.0, 2.0))
+    assert Image.open(tmp_path / "grid.png").width > 2 * recipe.image_size
 
 
 def test_a_generator_without_a_null_class_has_a_guide(networks: Path, tmp_path: Path) -> None:
