@@ -91,6 +91,7 @@ def test_every_row_of_protocols_is_another_sampler_that_the_recipe_takes():
     assert all(a != b for i, a in enumerate(sections) for b in sections[:i])
 
 
+@pytest.mark.integration
 def test_a_row_of_the_table_of_layers_tells_black_from_white(tmp_path):
     random = np.random.default_rng(0)
     for name, light in (("black", 0), ("white", 200)):

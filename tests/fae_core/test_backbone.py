@@ -90,6 +90,7 @@ def test_a_raw_name_that_runs_at_another_size_than_its_preset_warns():
         resolve_spec("vit_small_patch16_dinov3.lvd1689m")
 
 
+@pytest.mark.integration
 def test_relative_positions_run_at_their_own_size_alone():
     backbone = load_backbone("beit_base_patch16_224", "random")
     images = torch.zeros(1, 256, 256, 3, dtype=torch.uint8)
@@ -195,6 +196,7 @@ def test_a_local_file_gives_the_same_fingerprint_as_its_source(dinov2, tmp_path)
     assert load_backbone("dinov2_vits14", "random").weights_sha256 != dinov2.weights_sha256
 
 
+@pytest.mark.integration
 def test_random_weights_do_not_depend_on_the_processor():
     program = (
         "from fae_core.backbone import load_backbone\n"

@@ -242,6 +242,7 @@ def test_scores_are_the_same_in_one_process_and_on_three_actors(
     assert one["num_images"] == one["num_reference"] == 48
 
 
+@pytest.mark.integration
 def test_scores_of_finished_work_are_returned_and_those_of_other_work_are_not(
     without_ray: None, originals: Path, damaged: Path, tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
@@ -318,6 +319,7 @@ def test_inceptions_scores_are_torch_fidelitys_own(
     assert saved["mu"].shape == (2048,) and saved["sigma"].shape == (2048, 2048)
 
 
+@pytest.mark.integration
 def test_an_image_that_cannot_be_decoded_ends_the_job_or_is_left_out(
     without_ray: None, crops: np.ndarray, originals: Path, tmp_path: Path
 ) -> None:

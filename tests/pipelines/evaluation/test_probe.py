@@ -232,6 +232,7 @@ def ray_session() -> Iterator[None]:
     ray.shutdown()
 
 
+@pytest.mark.integration
 def test_an_identity_retains_everything_and_a_finished_probe_is_not_repeated(
     without_ray, class_folders, tmp_path
 ):

@@ -471,6 +471,7 @@ def test_one_row_group_for_all_images_gives_the_latents_of_small_groups(
     assert latents["one"] == latents["small"]
 
 
+@pytest.mark.integration
 def test_a_file_that_vanishes_after_planning_is_an_error_of_that_image(
     photographs, autoencoder, tmp_path, without_ray
 ):
@@ -488,6 +489,7 @@ def test_a_file_that_vanishes_after_planning_is_an_error_of_that_image(
     assert (error["key"], error["stage"]) == ("coffee 03.jpg", "read")
 
 
+@pytest.mark.integration
 def test_too_many_errors_commit_nothing_and_lose_nothing(
     photographs, autoencoder, tmp_path, without_ray
 ):

@@ -192,6 +192,7 @@ def assert_same_networks(place: str, runs: Path) -> None:
     assert np.array_equal(drawn, fae.sample(runs / "dit", trained, labels=[0, 1], num_steps=2))
 
 
+@pytest.mark.integration
 def test_a_pushed_model_is_loaded_by_its_name_on_the_hub(runs, tmp_path, hub: HubServer):
     output = tmp_path / "published"
     command = ["publish", *(str(runs / name) for name in ("fae", "decoder", "dit"))]

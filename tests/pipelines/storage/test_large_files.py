@@ -156,6 +156,7 @@ def test_a_missing_object_and_one_that_is_replaced_meanwhile_are_said(
             reading.result()
 
 
+@pytest.mark.integration
 def test_a_killed_writer_leaves_the_object_before_and_parts_that_doctor_names_and_removes(
     limited_s3: FaultProxy, folder: str, s3_server: str
 ) -> None:

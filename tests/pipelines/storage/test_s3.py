@@ -89,6 +89,7 @@ def test_an_upload_that_is_cut_is_sent_again_whole(proxy: FaultProxy) -> None:
     assert paths.read_bytes("s3://faults/cut.bin") == BODY
 
 
+@pytest.mark.integration
 @pytest.mark.parametrize("operation", ["read", "arrow", "write"])
 def test_a_frozen_and_a_restarting_server_are_waited_for(proxy: FaultProxy, operation: str) -> None:
     for begin, end in ((proxy.freeze, proxy.thaw), (proxy.stop, proxy.start)):

@@ -71,6 +71,7 @@ def test_training_goes_on_while_the_state_of_the_save_is_written(
     assert alike(resumed_content(run), expected)
 
 
+@pytest.mark.integration
 def test_a_failed_upload_fails_the_run_at_its_next_step_save_or_end(
     limited_s3: FaultProxy, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

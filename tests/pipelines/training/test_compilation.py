@@ -135,6 +135,7 @@ def test_a_run_that_did_not_become_faster_goes_back_and_resumes_so(
         assert (graphs.frame_count > before) == compiles
 
 
+@pytest.mark.integration
 def test_a_short_run_is_not_compiled_and_resumes_as_it_is(
     store, encoder, graphs, tmp_path, monkeypatch, capsys
 ):

@@ -250,6 +250,7 @@ def test_states_of_another_encoder_or_of_other_captions_are_refused_before_a_run
     assert not (tmp_path / "test").exists()
 
 
+@pytest.mark.integration
 def test_states_in_another_precision_than_the_runs_belong_to_the_run(
     states, store, encoder, tmp_path, monkeypatch
 ):
