@@ -85,7 +85,8 @@ def read_arrow(folder: str) -> None:
 def read_rows(folder: str) -> None:
     """Read one epoch's rows in training's order by one system call each, and nothing else.
 
-    No reader of rows can be faster, unless it maps files, which a file that was cut would crash.
+    This bounds a reader of one thread that asks once a row. Mapped files need no calls, but one
+    that is cut while it is read would end the process.
     """
     store = LatentStore.open(folder)
     entries = store.manifest["shards"]
