@@ -12,7 +12,7 @@ from PIL import Image
 
 import fae
 from fae.pipelines.config import Recipe, RecipeError, load_recipe
-from fae.pipelines.doctor.memory import sample_memory, total
+from fae.pipelines.doctor.memory import sample_memory
 from fae.pipelines.networks.text_encoder import SOURCE, CaptionEncoder
 from fae.pipelines.sampling.grid import draw_grid
 from fae.pipelines.sampling.image_sampler import ImageSampler
@@ -29,6 +29,7 @@ from tests.here import leave_ray_out
 from tests.tiny import save_decoders, save_text_encoder
 
 SHAPE = (4, 4, 4)
+LOADED = "networks, twice while they are loaded"
 GUIDED = "sample.guidance=[{start: 1.0, end: 0.0, scale: 2.0}]"
 
 
@@ -118,11 +119,15 @@ def test_without_a_guide_samples_are_identified_as_before(networks: Path) -> Non
 
 
 def test_the_guide_is_counted_as_memory(networks: Path) -> None:
-    guide = f"sample.guide={networks / 'guide.safetensors'}"
+    path = networks / "guide.safetensors"
     without, with_guide = (
-        total(sample_memory(recipe_of(networks, GUIDED, *more))) for more in ((), (guide,))
+        sample_memory(recipe_of(networks, GUIDED, *more))[0].host[LOADED]
+        for more in ((), (f"sample.guide={path}",))
     )
-    assert with_guide != without
+    guide = checkpoint.load(path).module
+    assert with_guide - without == 2 * sum(
+        t.nbytes for t in (*guide.parameters(), *guide.buffers())
+    )
 
 
 @pytest.mark.parametrize(
