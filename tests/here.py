@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from types import SimpleNamespace
 from typing import Any
 
@@ -20,7 +20,7 @@ from fae.pipelines.runtime.actor_pool import Row, RowStages
 
 def run_rows(
     rows: Sequence[Row], stages: RowStages, pool: object, keep_order: bool = False
-) -> Iterator[Row]:
+) -> Generator[Row, None, None]:
     """What `run_rows` of the runtime gives, without Ray."""
     actor = stages.actor(*stages.arguments)
     for row in rows:

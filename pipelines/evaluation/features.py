@@ -12,7 +12,8 @@ import json
 import os
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
+from contextlib import closing
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import islice
@@ -98,13 +99,15 @@ def summarize(
         for i, piece in enumerate(of_set)
     ]
     shapes = {role: (needs, len(images.keys)) for role, (images, needs) in sets.items()}
-    finished = _run(rows, SummarizeChunks, (options, recipe.backbone, shapes, fingerprints), recipe)
-    for role, (images, needs) in sets.items():
-        if show_progress:
-            print(f"{role}: {len(images.keys)} images of {images.uri}", file=sys.stderr, flush=True)
-        of_set = islice(finished, len(pieces[role]))
-        progress = Progress(len(pieces[role]), len(images.keys), show_progress)
-        yield role, _summary(images, needs, of_set, options.max_error_rate, progress)
+    arguments = (options, recipe.backbone, shapes, fingerprints)
+    with closing(_run(rows, SummarizeChunks, arguments, recipe)) as finished:
+        for role, (images, needs) in sets.items():
+            if show_progress:
+                count = f"{len(images.keys)} images of {images.uri}"
+                print(f"{role}: {count}", file=sys.stderr, flush=True)
+            of_set = islice(finished, len(pieces[role]))
+            progress = Progress(len(pieces[role]), len(images.keys), show_progress)
+            yield role, _summary(images, needs, of_set, options.max_error_rate, progress)
 
 
 def _summary(
@@ -145,18 +148,21 @@ def compare_pairs(
     progress = Progress(len(rows), len(images.keys), show_progress)
     sums = dict.fromkeys((name for name in PAIR_SCORES if name in scores), 0.0)
     count = 0
-    for row in _run(rows, ComparePairs, (recipe.evaluate, list(sums)), recipe):
-        progress.add(int(row["rows"]), 0, float(row["done_at"]))
-        count += int(row["rows"])
-        for name in sums:
-            sums[name] += float(row[name])
+    with closing(_run(rows, ComparePairs, (recipe.evaluate, list(sums)), recipe)) as finished:
+        for row in finished:
+            progress.add(int(row["rows"]), 0, float(row["done_at"]))
+            count += int(row["rows"])
+            for name in sums:
+                sums[name] += float(row[name])
     progress.close()
     if not count:
         raise EvaluationError(f"No pair of {images.uri} and {reference.uri} could be decoded.")
     return {name: total / count for name, total in sums.items()}
 
 
-def _run(rows: list[Row], actor: type, arguments: tuple[Any, ...], recipe: Recipe) -> Iterator[Row]:
+def _run(
+    rows: list[Row], actor: type, arguments: tuple[Any, ...], recipe: Recipe
+) -> Generator[Row, None, None]:
     """The rows of the finished chunks, in order."""
     decode = partial(decode_chunk, data=recipe.data, image_size=recipe.image_size)
     stages = RowStages(actor, arguments, prepare=decode)

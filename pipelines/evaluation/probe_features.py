@@ -11,6 +11,7 @@ import dataclasses
 import json
 import time
 from collections.abc import Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -74,22 +75,27 @@ def extract(
     progress = Progress(len(rows), len(images), show_progress)
     found: dict[str, Probed] = {}
     errors: list[dict[str, str]] = []
-    for row in run_rows(rows, stages, options):
-        keys, failed = json.loads(str(row["keys"])), json.loads(str(row["errors"]))
-        for index, key in enumerate(keys):
-            pooled = {kind: np.asarray(row[kind][index]) for kind in KINDS}
-            if not all(np.isfinite(vector).all() for vector in pooled.values()):
-                raise ProbeError(f"Features of {key!r} are not finite. Check the checkpoint.")
-            right, total = row["matches"][index]
-            found[key] = Probed(pooled, float(row["similarity"][index]), (int(right), int(total)))
-        errors += failed
-        progress.add(len(keys), len(failed), float(row["probed_at"]))
-        if len(errors) > options.max_error_rate * len(images):
-            first = "\n".join(f"  {e['key']} [{e['stage']}] {e['message']}" for e in errors[:10])
-            raise ProbeError(
-                f"{len(errors)} of {len(images)} images could not be decoded, more than "
-                f"probe.max_error_rate={options.max_error_rate:g} allows. The first:\n{first}"
-            )
+    with closing(run_rows(rows, stages, options)) as finished:
+        for row in finished:
+            keys, failed = json.loads(str(row["keys"])), json.loads(str(row["errors"]))
+            for index, key in enumerate(keys):
+                pooled = {kind: np.asarray(row[kind][index]) for kind in KINDS}
+                if not all(np.isfinite(vector).all() for vector in pooled.values()):
+                    raise ProbeError(f"Features of {key!r} are not finite. Check the checkpoint.")
+                right, total = row["matches"][index]
+                found[key] = Probed(
+                    pooled, float(row["similarity"][index]), (int(right), int(total))
+                )
+            errors += failed
+            progress.add(len(keys), len(failed), float(row["probed_at"]))
+            if len(errors) > options.max_error_rate * len(images):
+                first = "\n".join(
+                    f"  {e['key']} [{e['stage']}] {e['message']}" for e in errors[:10]
+                )
+                raise ProbeError(
+                    f"{len(errors)} of {len(images)} images could not be decoded, more than "
+                    f"probe.max_error_rate={options.max_error_rate:g} allows. The first:\n{first}"
+                )
     progress.close()
     return found
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Iterator, Sequence
+from contextlib import closing
 from functools import partial
 from typing import Any
 
@@ -85,15 +86,16 @@ def score_captions(
     found: dict[str, list[np.ndarray]] = {}
     captions: list[list[str]] = []
     errors: list[dict[str, str]] = []
-    for row in run_rows(rows, stages, recipe.evaluate, keep_order=True):
-        kept = json.loads(str(row["kept_captions"]))
-        failed = json.loads(str(row["errors"]))
-        captions += kept
-        errors += failed
-        check_errors(images, errors, recipe.evaluate.max_error_rate)
-        progress.add(len(kept), len(failed), float(row["done_at"]))
-        for name in _names(recipe) if kept else ():
-            found.setdefault(name, []).append(np.asarray(row[name], dtype=np.float32))
+    with closing(run_rows(rows, stages, recipe.evaluate, keep_order=True)) as finished:
+        for row in finished:
+            kept = json.loads(str(row["kept_captions"]))
+            failed = json.loads(str(row["errors"]))
+            captions += kept
+            errors += failed
+            check_errors(images, errors, recipe.evaluate.max_error_rate)
+            progress.add(len(kept), len(failed), float(row["done_at"]))
+            for name in _names(recipe) if kept else ():
+                found.setdefault(name, []).append(np.asarray(row[name], dtype=np.float32))
     progress.close()
     if not captions:
         raise EvaluationError(f"None of the images of {images.uri} could be decoded.")

@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Sequence
+from contextlib import closing
 from itertools import islice
 from typing import Any
 
@@ -69,12 +70,13 @@ def run_shards(
     todo = sum(map(len, units))
     progress = Progress(todo, plan.num_images, show_progress, plan.num_shards - todo)
     num_errors, first = 0, list[dict[str, str]]()
-    for row in run_rows(rows, stages, section):
-        found = json.loads(str(row["errors"]))
-        num_errors += len(found)
-        first += found[: SHOWN_ERRORS - len(first)]
-        progress.add(int(row["rows"]), len(found), float(row["encoded_at"]))
-        _check_error_rate(section.max_error_rate, plan, num_errors, first)
+    with closing(run_rows(rows, stages, section)) as finished:
+        for row in finished:
+            found = json.loads(str(row["errors"]))
+            num_errors += len(found)
+            first += found[: SHOWN_ERRORS - len(first)]
+            progress.add(int(row["rows"]), len(found), float(row["encoded_at"]))
+            _check_error_rate(section.max_error_rate, plan, num_errors, first)
     return progress.close()
 
 

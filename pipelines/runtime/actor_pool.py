@@ -6,7 +6,8 @@ a whole shard, so no operator can split it, and a lost worker costs one row.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import gc
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -51,8 +52,10 @@ class RowStages:
 
 def run_rows(
     rows: Sequence[Row], stages: RowStages, pool: ActorPoolSection, keep_order: bool = False
-) -> Iterator[Row]:
+) -> Generator[Row, None, None]:
     """The finished rows as they come, or in the order of `rows`; starts Ray where it must.
+
+    Its actors keep their CPUs and GPUs until it ends or is closed (`contextlib.closing`).
 
     One thread of Python drives a Ray data set, and some hundred actors keep it busy. More than
     ACTORS_PER_LANE actors are therefore divided into lanes: each has a data set, an equal part of
@@ -63,6 +66,7 @@ def run_rows(
     for half an hour.
     """
     start_ray()
+    _release_actors()  # a log or a notebook that kept an error of before may have let go of it now
     if stages.prepare is not None:
         check_room(pool)
     num_lanes = 1 if keep_order else lanes_for(pool.num_actors)
@@ -78,19 +82,39 @@ def run_rows(
             for lane, part in enumerate(parts)
         ]
         finished = in_lanes(_lane, lanes)
+    failure: Exception | None = None
     try:
         with Waiting() as waiting:
             for row in finished:
                 waiting.came()
                 yield row
     except Exception as error:
-        if isinstance(error, _gave_up()):
-            raise Stalled(
-                f"Nothing has moved for {_patience() / 60:.0f} minutes; {cluster()} What is "
-                "finished remains: when there are nodes again, run the same command. "
-                "RAY_DATA_EXECUTION_NO_PROGRESS_TIMEOUT_S sets the time in seconds."
-            ) from None
-        raise plain_error(error) from None
+        failure = _in_words(error)
+    finally:
+        del finished
+        _release_actors()
+    if failure is not None:
+        raise failure
+
+
+def _in_words(error: Exception) -> Exception:
+    if isinstance(error, _gave_up()):
+        return Stalled(
+            f"Nothing has moved for {_patience() / 60:.0f} minutes; {cluster()} What is "
+            "finished remains: when there are nodes again, run the same command. "
+            "RAY_DATA_EXECUTION_NO_PROGRESS_TIMEOUT_S sets the time in seconds."
+        )
+    return plain_error(error)
+
+
+def _release_actors() -> None:
+    """Frees the CPUs and GPUs of data sets that were not read to their end.
+
+    Ray ends an actor when its last handle is gone. A data set that failed leaves handles in
+    reference cycles. Python collects them at a time of its own, which does not come while the next
+    data set waits for their CPUs.
+    """
+    gc.collect()
 
 
 def lanes_for(num_actors: int) -> int:

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import json
 import time
+from contextlib import closing
 from functools import partial
 from typing import Any
 
@@ -63,8 +64,11 @@ def sample(recipe: Recipe, show_progress: bool = True) -> dict[str, Any]:
         progress = Progress(
             len(todo), recipe.sample.num_images, show_progress, num_shards - len(todo)
         )
-        for row in run_rows([{"shard": index} for index in todo], stages, recipe.sample):
-            progress.add(int(row["rows"]), 0, float(row["drawn_at"]))
+        with closing(
+            run_rows([{"shard": index} for index in todo], stages, recipe.sample)
+        ) as finished:
+            for row in finished:
+                progress.add(int(row["rows"]), 0, float(row["drawn_at"]))
         rates = progress.close()
     run = {"seconds": time.monotonic() - started, "shards_drawn": len(todo), **rates}
     return commit_samples(

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import io
 import json
+import logging
 import os
 import shutil
 import signal
@@ -13,6 +15,7 @@ import sys
 import time
 import zlib
 from collections.abc import Iterator
+from contextlib import closing
 from pathlib import Path
 
 import boto3
@@ -598,6 +601,53 @@ def test_a_node_with_other_versions_than_the_driver_does_no_row(ray_session, mon
     monkeypatch.setattr(actor_pool, "versions", lambda: {"timm": "0.0.1"})
     with pytest.raises(OtherVersions, match=r"^it has timm 1.*started with timm 0\.0\.1\. Use one"):
         list(run_rows([{"shard": 0}], stages, Recipe().precompute))
+
+
+def refused(row):
+    raise CheckpointError("It is refused.")
+
+
+@pytest.fixture
+def no_collector() -> Iterator[None]:
+    """Python collects no reference cycles by itself, as it may not for long in a waiting driver."""
+    gc.disable()
+    logging.disable(logging.CRITICAL)  # pytest keeps records of the log, and they keep frames
+    yield
+    logging.disable(logging.NOTSET)
+    gc.enable()
+
+
+@pytest.mark.integration
+@pytest.mark.parametrize(
+    "stages",
+    [
+        RowStages(OfOtherWeights, ()),
+        RowStages(Passing, (), prepare=refused),
+        RowStages(Passing, (), finish=refused),
+    ],
+    ids=["actor", "prepare", "finish"],
+)
+def test_a_job_that_fails_leaves_no_actor_behind(ray_session, no_collector, stages):
+    with pytest.raises(CheckpointError) as failure:
+        list(run_rows([{"shard": 0}], stages, Recipe().precompute))
+    wait_for(all_cpus_free, seconds=20)
+    assert failure.value  # a notebook keeps the last error, too
+
+
+@pytest.mark.integration
+def test_rows_that_are_closed_leave_no_actor_behind(ray_session, no_collector):
+    rows = run_rows(
+        [{"shard": index} for index in range(4)], RowStages(Passing, ()), Recipe().precompute
+    )
+    with closing(rows):
+        next(rows)
+    wait_for(all_cpus_free, seconds=20)
+
+
+def all_cpus_free() -> bool:
+    import ray
+
+    return ray.available_resources().get("CPU") == ray.cluster_resources()["CPU"]
 
 
 class Silent:
