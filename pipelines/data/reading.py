@@ -9,7 +9,6 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
 import pyarrow.parquet as pq
 
 from ..config.sections import DataSection
@@ -17,7 +16,7 @@ from ..storage import paths, s3
 from .crops import ImageError, decode_records
 from .listing import source_root
 from .records import ImageRecord
-from .row_groups import LARGE_BYTES, RowStreams, column_bytes
+from .row_groups import LARGE_BYTES, RowStreams, column_bytes, is_damage
 from .tables import LISTS, beside, parent, refuse_extensions
 
 THREADS = s3.CONNECTIONS
@@ -209,6 +208,6 @@ def _read_ranges(
 
 
 def _read_error(uri: str, error: Exception) -> Exception:
-    if isinstance(error, pa.ArrowInvalid):
+    if is_damage(uri, error):
         return ImageError(f"{uri} is not readable Parquet: {error}")
     return paths.storage_error("read", uri, error)

@@ -33,11 +33,22 @@ def column_bytes(metadata: pq.FileMetaData, group: int, column: str) -> int:
     )
 
 
+def is_damage(uri: str, error: Exception) -> bool:
+    """Whether `error` is of what the Parquet file `uri` holds, not of reading it.
+
+    Arrow raises OSError for some damage, with no errno, as for every failed request to S3.
+    """
+    arrows = type(error) is OSError and error.errno is None
+    return isinstance(error, pa.ArrowInvalid) or (arrows and not paths.is_remote(uri))
+
+
 class RowStreams:
     """Large row groups that are open for reading, each at its own place."""
 
     def __init__(self) -> None:
         self._open: dict[tuple[str, int], _Stream] = {}
+        self._damaged: dict[tuple[str, int], tuple[int, str]] = {}
+        """By (file, row group): the first row that cannot be read, and why."""
 
     def __enter__(self) -> RowStreams:
         return self
@@ -57,10 +68,15 @@ class RowStreams:
     ) -> Iterator[tuple[int, Any]]:
         """(offset, value as Python has it) of the rows at `offsets` of the group, ascending.
 
-        Rows before those that were asked for last make the group be read from its beginning again.
+        Rows before those that were asked for last make the group be read from its beginning again,
+        and so does a read that failed. Raises pa.ArrowInvalid for damaged rows and all behind them,
+        which are read only once, and OSError.
         """
         stream = self._open.get((uri, group))
         for offset in sorted(offsets):
+            first_damaged, message = self._damaged.get((uri, group), (offset + 1, ""))
+            if offset >= first_damaged:
+                raise pa.ArrowInvalid(message)
             if stream is None or offset < stream.start:
                 if stream is not None:
                     stream.close()
@@ -68,7 +84,14 @@ class RowStreams:
                 for old in [key for key in self._open if key[0] == uri]:
                     self._open.pop(old).close()
                 stream = self._open[uri, group] = _Stream(uri, group, column)
-            yield offset, stream.value(offset)
+            try:
+                value = stream.value(offset)
+            except Exception as error:  # the stream has lost its place
+                if is_damage(uri, error):
+                    self._damaged[uri, group] = stream.start, str(error)
+                self._open.pop((uri, group)).close()
+                raise
+            yield offset, value
 
 
 class _Stream:
@@ -80,13 +103,20 @@ class _Stream:
         self.batches = self.parquet.iter_batches(
             batch_size=STREAM_ROWS, row_groups=[group], columns=[column], use_threads=False
         )
+        self.group = group
         self.start = 0
         self.rows: pa.Array = pa.nulls(0)
 
     def value(self, offset: int) -> Any:
         while offset >= self.start + len(self.rows):
             self.start += len(self.rows)
-            self.rows = next(self.batches).column(0)
+            self.rows = pa.nulls(0)
+            batch = next(self.batches, None)
+            if batch is None:
+                raise pa.ArrowInvalid(
+                    f"row group {self.group} has {self.start} rows, fewer than its footer says"
+                )
+            self.rows = batch.column(0)
         return self.rows[offset - self.start].as_py()
 
     def close(self) -> None:

@@ -6,6 +6,7 @@ import io
 import json
 import os
 from pathlib import Path
+from types import SimpleNamespace
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -295,6 +296,70 @@ def test_a_large_row_group_is_read_once_for_all_who_ask_in_order(tmp_path, monke
         assert opened == [0, 1]
         assert read_records([records[250], records[7]], data, streams) == [blobs[250], blobs[7]]
     assert read_records(records[5:9], data) == blobs[5:9]
+
+
+@pytest.fixture
+def streamed(tmp_path, monkeypatch):
+    """(path, blobs) of a Parquet file whose one row group is read as a stream."""
+    monkeypatch.setattr("fae.pipelines.data.reading.LARGE_BYTES", 0)
+    monkeypatch.setattr("fae.pipelines.data.row_groups.STREAM_ROWS", 16)
+    blobs = [b"%06d" % index * 500 for index in range(300)]
+    path = tmp_path / "a.parquet"
+    options = {"compression": "none", "use_dictionary": False}
+    pq.write_table(
+        pa.table({"image": blobs}), path, data_page_size=30_000, write_batch_size=10, **options
+    )
+    return path, blobs
+
+
+def read_in_shards(path: Path, size: int) -> list[bytes | Exception]:
+    data = DataSection(path=str(path))
+    records = list_images(data)
+    with row_groups.RowStreams() as streams:
+        shards = [
+            read_records(records[start : start + size], data, streams)
+            for start in range(0, len(records), size)
+        ]
+    return [blob for shard in shards for blob in shard]
+
+
+@pytest.mark.parametrize("row", [100, 119, 160])
+def test_a_damaged_page_gives_no_row_the_bytes_of_another(streamed, monkeypatch, row):
+    path, blobs = streamed
+    content = bytearray(path.read_bytes())
+    place = content.find(blobs[row])
+    content[place - 4 : place] = b"\xff\xff\xff\x7f"  # the length of the row's bytes
+    path.write_bytes(content)
+    opened, open_input = [], paths.open_input
+    monkeypatch.setattr(paths, "open_input", lambda uri: opened.append(uri) or open_input(uri))
+    read = read_in_shards(path, 20)
+    good = [index for index, blob in enumerate(read) if isinstance(blob, bytes)]
+    assert [read[index] for index in good] == blobs[: len(good)]
+    assert row - 26 < len(good) <= row  # a page and a batch around it
+    assert all("not readable Parquet" in str(error) for error in read[len(good) :])
+    num_shards, num_planning = 15, 3
+    assert len(opened) <= num_planning + num_shards + 2  # each opens the footer; streams are few
+
+
+def test_a_passing_read_error_costs_only_the_shard_that_met_it(streamed, monkeypatch):
+    path, blobs = streamed
+    num_reads = 0
+
+    class Flaky(io.FileIO):
+        def read(self, size=-1):
+            nonlocal num_reads
+            num_reads += 1
+            if num_reads == 12:
+                raise OSError(5, "Input/output error")
+            return super().read(size)
+
+    flaky = SimpleNamespace(open_input=lambda uri: pa.PythonFile(Flaky(uri), mode="r"))
+    monkeypatch.setattr(row_groups, "paths", flaky)
+    monkeypatch.setattr(row_groups, "BUFFER_BYTES", 1 << 16)
+    read = read_in_shards(path, 20)
+    lost = [index for index, blob in enumerate(read) if isinstance(blob, Exception)]
+    assert lost and lost[-1] // 20 == lost[0] // 20
+    assert all(read[index] == blobs[index] for index in range(300) if index not in lost)
 
 
 def test_shards_of_one_large_row_group_are_one_unit_of_work(tmp_path, monkeypatch):
