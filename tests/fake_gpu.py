@@ -61,24 +61,24 @@ class FakeGPU:
         self.mode = FakeTensorMode(allow_non_fake_inputs=False)
         self.parameters: list[nn.Parameter] = []
 
-    def tensor(self, real: Tensor) -> Tensor:
-        """A fake of `real` on the GPU."""
+    def tensor(self, real: Tensor, device: torch.device = GPU) -> Tensor:
+        """A fake of `real` on `device`."""
         real = real.detach()
         with self.mode:
-            return self.mode.from_tensor(real).to(GPU)
+            return self.mode.from_tensor(real).to(device)
 
-    def place(self, module: nn.Module) -> nn.Module:
-        """The module with its parameters and buffers on the GPU; a tensor that is neither stays
+    def place(self, module: nn.Module, device: torch.device = GPU) -> nn.Module:
+        """The module with its parameters and buffers on `device`; a tensor that is neither stays
         behind and is found."""
         for part in module.modules():
             for name, parameter in part._parameters.items():
                 if parameter is not None:
-                    made = nn.Parameter(self.tensor(parameter), parameter.requires_grad)
+                    made = nn.Parameter(self.tensor(parameter, device), parameter.requires_grad)
                     part._parameters[name] = made
                     self.parameters.append(made)
             for name, buffer in part._buffers.items():
                 if buffer is not None:
-                    part._buffers[name] = self.tensor(buffer)
+                    part._buffers[name] = self.tensor(buffer, device)
         return module
 
     @contextmanager

@@ -35,8 +35,9 @@ def checked_guide(name: str, guide: Loaded, generator: Loaded) -> DiT | MMDiT:
         theirs, ours = (getattr(one.config, setting, None) for one in (network, model))
         if theirs != ours:
             raise CheckpointError(f"{name} has {setting} {theirs}, the generator {ours}.")
-    moved = (network.latent_mean - model.latent_mean).abs() / model.latent_std
-    scaled = (network.latent_std / model.latent_std - 1).abs()
+    # Either network may be on a GPU already, and the other not.
+    theirs, ours = ((m.latent_mean.cpu(), m.latent_std.cpu()) for m in (network, model))
+    moved, scaled = (theirs[0] - ours[0]).abs() / ours[1], (theirs[1] / ours[1] - 1).abs()
     if max(float(moved.max()), float(scaled.max())) > SAME_STATISTICS:
         raise CheckpointError(
             f"{name} normalizes latents by other statistics than the generator: it was trained on "

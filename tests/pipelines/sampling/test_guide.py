@@ -14,7 +14,9 @@ import fae
 from fae.pipelines.config import Recipe, RecipeError, load_recipe
 from fae.pipelines.doctor.memory import sample_memory
 from fae.pipelines.networks.text_encoder import SOURCE, CaptionEncoder
+from fae.pipelines.sampling import guide as guide_module
 from fae.pipelines.sampling.grid import draw_grid
+from fae.pipelines.sampling.guide import checked_guide
 from fae.pipelines.sampling.image_sampler import ImageSampler
 from fae.pipelines.sampling.sample_job import sample, sample_parts
 from fae.pipelines.storage.claims import StoreMismatch
@@ -25,6 +27,7 @@ from fae_core.generators.latent_model import LatentModel
 from fae_core.generators.mmdit import MMDiT, MMDiTConfig
 from fae_core.generators.starflow import StarFlow, StarFlowConfig
 from fae_core.text import TextSpec
+from tests.fake_gpu import GPU, FakeGPU
 from tests.here import leave_ray_out
 from tests.tiny import save_decoders, save_text_encoder
 
@@ -97,6 +100,22 @@ def test_python_draws_the_same(networks: Path) -> None:
         assert np.array_equal(drawn, expected)
     with pytest.raises(CheckpointError, match="No checkpoint"):
         fae.sample(*paths, labels=[0, 1], guide=networks / "nothing.safetensors", **settings)
+
+
+@pytest.mark.parametrize("on_gpu", ["generator", "guide"])
+def test_a_network_on_a_gpu_is_compared_with_one_on_the_cpu(
+    networks: Path, on_gpu: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(guide_module, "SAME_STATISTICS", 1.0)  # a fake GPU's values read as 1
+    gpu = FakeGPU()
+    loaded = {
+        name: checkpoint.load(networks / f"{name}.safetensors") for name in ("generator", "guide")
+    }
+    for name, network in loaded.items():
+        gpu.place(network.module, GPU if name == on_gpu else torch.device("cpu"))
+    with gpu.running():
+        found = checked_guide("the guide", loaded["guide"], loaded["generator"])
+    assert found is loaded["guide"].module
 
 
 def test_samples_of_another_guide_are_refused(networks: Path, tmp_path: Path) -> None:
