@@ -44,7 +44,13 @@ class Towers(nn.Module):
 
     @torch.no_grad()
     def texts(self, texts: Sequence[str]) -> Tensor:
-        """Embeddings [n, D] float32; longer texts are cut at the tower's length."""
+        """Embeddings [n, D] float32; longer texts are cut at the tower's length.
+
+        SigLIP's and SigLIP2's texts are in lower case, as in their training; SigLIP2's tokenizer
+        does not see to it before huggingface/transformers#43101 (google-research/big_vision#187).
+        """
+        if self.model.config.model_type == "siglip":
+            texts = [text.lower() for text in texts]
         # SigLIP was trained on texts padded to its length, and without a mask.
         tokens = self.tokenizer(
             list(texts),

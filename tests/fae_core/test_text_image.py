@@ -76,6 +76,12 @@ def test_the_towers_embeddings_are_those_of_the_model(folder):
     assert torch.equal(towers.texts(["a red cat " * 20]), towers.texts(["a red cat " * 40]))
 
 
+def test_siglip_reads_texts_in_lower_case_whatever_its_tokenizer_does(folder):
+    towers = load_towers(folder)  # this tokenizer knows no capital letter
+    same = torch.equal(towers.texts(["A red CAT"]), towers.texts(["a red cat"]))
+    assert same == (folder.name == "siglip")
+
+
 def test_features_enter_at_the_pooling_head_where_the_tower_pools_patches(folder):
     towers = load_towers(folder)
     if folder.name == "clip":
