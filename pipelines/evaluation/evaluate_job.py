@@ -76,18 +76,19 @@ def evaluate(recipe: Recipe, show_progress: bool = True) -> dict[str, float]:
 
     summaries = _summaries(sides, needs, recipe, made_with, show_progress)
     result: dict[str, float] = {}
+    num_pairs: int | None = None
     if reference is not None and scores & PAIRED - {"rfid"}:
         start_ray()
         wanted = {"psnr", "ssim"} if "reconstruction" in scores else set()
         wanted |= scores & {"lpips"}
-        result |= compare_pairs(images, reference, wanted, recipe, show_progress)
+        result, num_pairs = compare_pairs(images, reference, wanted, recipe, show_progress)
     if scores & CAPTIONED:
         start_ray()
         result |= score_captions(images, recipe, of_captions, show_progress)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always", RuntimeWarning)
-        result = _scores(options, images, reference, summaries) | result
-    notes = _notes(options.scores, images, reference)
+        result = _scores(options, images, reference, summaries, num_pairs) | result
+    notes = _notes(options.scores, images, reference, num_pairs)
     notes += dict.fromkeys(str(warning.message) for warning in caught)
     for note in notes:
         print(f"fae: warning: {note}", file=sys.stderr)
@@ -199,8 +200,11 @@ def _scores(
     images: ImageSet,
     reference: ImageSet | None,
     summaries: dict[str, Summary],
+    num_pairs: int | None,
 ) -> dict[str, float]:
-    """The scores of two sets, and how many images each has. Raises EvaluationError."""
+    """The scores of two sets, and how many images each has: where only pairs were compared, it is
+    the number of these. Raises EvaluationError.
+    """
     result: dict[str, float] = {}
     features = {
         role: np.concatenate(summary.features)
@@ -239,21 +243,28 @@ def _scores(
                 options.seed,
             )
     for role, side in _sides(images, reference):
-        count = summaries[role].count or _known_count(side)
+        count = summaries[role].count or _known_count(side, num_pairs)
         if count is not None:
             result[f"num_{role}"] = count
     return result
 
 
-def _known_count(side: ImageSet) -> int | None:
-    """Images of a set that was not read, from its statistics or else its listing."""
+def _known_count(side: ImageSet, num_pairs: int | None) -> int | None:
+    """Images of a set without a summary, from its statistics, its pairs or else its listing."""
     counts = [gaussian.count for gaussian in side.statistics.values() if gaussian.count is not None]
-    return counts[0] if counts else len(side.keys) or None
+    return counts[0] if counts else num_pairs or len(side.keys) or None
 
 
-def _notes(scores: Sequence[str], images: ImageSet, reference: ImageSet | None) -> list[str]:
+def _notes(
+    scores: Sequence[str], images: ImageSet, reference: ImageSet | None, num_pairs: int | None
+) -> list[str]:
     """What the user should know about these scores."""
     notes = []
+    if num_pairs is not None and num_pairs < len(images.keys):
+        notes.append(
+            f"{', '.join(sorted(set(scores) & {'reconstruction', 'lpips'}))}: means over "
+            f"{num_pairs} of {len(images.keys)} pairs; of the others an image cannot be decoded."
+        )
     generation = sorted(set(scores) & {"fid", "sfid"})
     if (
         generation

@@ -133,11 +133,11 @@ def _summary(
 
 def compare_pairs(
     images: ImageSet, reference: ImageSet, scores: set[str], recipe: Recipe, show_progress: bool
-) -> dict[str, float]:
-    """Those of psnr [dB], ssim and lpips in `scores`: means over images and their originals.
+) -> tuple[dict[str, float], int]:
+    """Those of psnr [dB], ssim and lpips in `scores`: means over pairs of image and original.
 
-    The two sets have equal keys in equal order. Raises EvaluationError where no pair can be
-    decoded.
+    The second value is the number of pairs. The two sets have equal keys in equal order. Raises
+    EvaluationError where more images of a set than the recipe allows cannot be decoded, or no pair.
     """
     size = recipe.evaluate.chunk_size
     pairs = zip(images.pieces(size), reference.pieces(size), strict=True)
@@ -148,16 +148,21 @@ def compare_pairs(
     progress = Progress(len(rows), len(images.keys), show_progress)
     sums = dict.fromkeys((name for name in PAIR_SCORES if name in scores), 0.0)
     count = 0
+    errors: tuple[list[dict[str, str]], ...] = ([], [])
     with closing(_run(rows, ComparePairs, (recipe.evaluate, list(sums)), recipe)) as finished:
         for row in finished:
-            progress.add(int(row["rows"]), 0, float(row["done_at"]))
+            failed = [json.loads(str(row[name])) for name in ("errors", "original_errors")]
+            for side, so_far, some in zip((images, reference), errors, failed, strict=True):
+                so_far += some
+                check_errors(side, so_far, recipe.evaluate.max_error_rate)
+            progress.add(int(row["rows"]), sum(map(len, failed)), float(row["done_at"]))
             count += int(row["rows"])
             for name in sums:
                 sums[name] += float(row[name])
     progress.close()
     if not count:
         raise EvaluationError(f"No pair of {images.uri} and {reference.uri} could be decoded.")
-    return {name: total / count for name, total in sums.items()}
+    return {name: total / count for name, total in sums.items()}, count
 
 
 def _run(
@@ -247,6 +252,8 @@ class ComparePairs:
                 sums[name] += float(measure(x, y).double().sum())
         return {
             "rows": [len(images)],
+            "errors": batch["errors"],
+            "original_errors": batch["original_errors"],
             "done_at": [time.time()],
             **{name: [value] for name, value in sums.items()},
         }

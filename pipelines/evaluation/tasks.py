@@ -40,7 +40,7 @@ def decode_chunk(row: dict[str, Any], data: DataSection, image_size: int) -> dic
 
     `images` and `originals` come as pieces of an image set (JSON) and leave as uint8 [n, S, S, 3].
     `kept` are the positions of the decoded images in the chunk; a pair is kept whole or left out.
-    errors are JSON.
+    errors, and original_errors of `originals`, are JSON.
     """
     images, kept, errors = read_piece(json.loads(row["images"]), image_size, data)
     decoded: dict[str, Any] = {
@@ -50,7 +50,8 @@ def decode_chunk(row: dict[str, Any], data: DataSection, image_size: int) -> dic
         originals, whole, more = read_piece(json.loads(row["originals"]), image_size, data)
         both = sorted(set(kept) & set(whole))
         decoded["originals"] = originals[[whole.index(i) for i in both]]
-        images, kept, errors = images[[kept.index(i) for i in both]], both, errors + more
+        images, kept = images[[kept.index(i) for i in both]], both
+        decoded["original_errors"] = json.dumps(more, ensure_ascii=False)
     return {
         **decoded,
         "images": images,

@@ -319,6 +319,22 @@ def test_inceptions_scores_are_torch_fidelitys_own(
     assert saved["mu"].shape == (2048,) and saved["sigma"].shape == (2048, 2048)
 
 
+def test_a_pair_that_cannot_be_decoded_ends_the_job_or_is_left_out_of_the_count(
+    without_ray: None, crops: np.ndarray, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    images, originals = (write_folder(tmp_path / name, crops[:10]) for name in ("made", "true"))
+    scores = "evaluate.scores=[reconstruction]"
+    (originals / "003.png").write_bytes(b"no picture")
+    with pytest.raises(EvaluationError, match=r"1 of 10 images of .*true could not"):
+        evaluate(recipe_of(images, originals, scores), show_progress=False)
+    (images / "007.png").write_bytes(b"no picture")
+    allowed = recipe_of(images, originals, scores, "evaluate.max_error_rate=0.1")
+    result = evaluate(allowed, show_progress=False)
+    assert result["num_images"] == result["num_reference"] == 8
+    assert result["psnr"] == pytest.approx(120) and result["ssim"] == pytest.approx(1)
+    assert "reconstruction: means over 8 of 10 pairs" in capsys.readouterr().err
+
+
 @pytest.mark.integration
 def test_an_image_that_cannot_be_decoded_ends_the_job_or_is_left_out(
     without_ray: None, crops: np.ndarray, originals: Path, tmp_path: Path
