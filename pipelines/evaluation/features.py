@@ -106,8 +106,9 @@ def summarize(
                 count = f"{len(images.keys)} images of {images.uri}"
                 print(f"{role}: {count}", file=sys.stderr, flush=True)
             of_set = islice(finished, len(pieces[role]))
-            progress = Progress(len(pieces[role]), len(images.keys), show_progress)
-            yield role, _summary(images, needs, of_set, options.max_error_rate, progress)
+            with Progress(len(pieces[role]), len(images.keys), show_progress) as progress:
+                summary = _summary(images, needs, of_set, options.max_error_rate, progress)
+            yield role, summary
 
 
 def _summary(
@@ -145,11 +146,13 @@ def compare_pairs(
         {"chunk": i, "start": i * size, "images": json.dumps(a), "originals": json.dumps(b)}
         for i, (a, b) in enumerate(pairs)
     ]
-    progress = Progress(len(rows), len(images.keys), show_progress)
     sums = dict.fromkeys((name for name in PAIR_SCORES if name in scores), 0.0)
     count = 0
     errors: tuple[list[dict[str, str]], ...] = ([], [])
-    with closing(_run(rows, ComparePairs, (recipe.evaluate, list(sums)), recipe)) as finished:
+    with (
+        Progress(len(rows), len(images.keys), show_progress) as progress,
+        closing(_run(rows, ComparePairs, (recipe.evaluate, list(sums)), recipe)) as finished,
+    ):
         for row in finished:
             failed = [json.loads(str(row[name])) for name in ("errors", "original_errors")]
             for side, so_far, some in zip((images, reference), errors, failed, strict=True):
@@ -159,7 +162,7 @@ def compare_pairs(
             count += int(row["rows"])
             for name in sums:
                 sums[name] += float(row[name])
-    progress.close()
+        progress.close()
     if not count:
         raise EvaluationError(f"No pair of {images.uri} and {reference.uri} could be decoded.")
     return {name: total / count for name, total in sums.items()}, count

@@ -72,10 +72,12 @@ def extract(
     rows = batches_of(images, pairs, options.batch_size)
     decode = partial(decode_batch, data=recipe.data, image_size=recipe.image_size)
     stages = RowStages(ProbeImages, (recipe, weights), prepare=decode)
-    progress = Progress(len(rows), len(images), show_progress)
     found: dict[str, Probed] = {}
     errors: list[dict[str, str]] = []
-    with closing(run_rows(rows, stages, options)) as finished:
+    with (
+        Progress(len(rows), len(images), show_progress) as progress,
+        closing(run_rows(rows, stages, options)) as finished,
+    ):
         for row in finished:
             keys, failed = json.loads(str(row["keys"])), json.loads(str(row["errors"]))
             for index, key in enumerate(keys):
@@ -96,7 +98,7 @@ def extract(
                     f"{len(errors)} of {len(images)} images could not be decoded, more than "
                     f"probe.max_error_rate={options.max_error_rate:g} allows. The first:\n{first}"
                 )
-    progress.close()
+        progress.close()
     return found
 
 

@@ -82,11 +82,13 @@ def score_captions(
     ]
     decode = partial(decode_chunk, data=recipe.data, image_size=recipe.image_size)
     stages = RowStages(EmbedChunks, (recipe, fingerprints), prepare=decode)
-    progress = Progress(len(rows), len(images.keys), show_progress)
     found: dict[str, list[np.ndarray]] = {}
     captions: list[list[str]] = []
     errors: list[dict[str, str]] = []
-    with closing(run_rows(rows, stages, recipe.evaluate, keep_order=True)) as finished:
+    with (
+        Progress(len(rows), len(images.keys), show_progress) as progress,
+        closing(run_rows(rows, stages, recipe.evaluate, keep_order=True)) as finished,
+    ):
         for row in finished:
             kept = json.loads(str(row["kept_captions"]))
             failed = json.loads(str(row["errors"]))
@@ -96,7 +98,7 @@ def score_captions(
             progress.add(len(kept), len(failed), float(row["done_at"]))
             for name in _names(recipe) if kept else ():
                 found.setdefault(name, []).append(np.asarray(row[name], dtype=np.float32))
-    progress.close()
+        progress.close()
     if not captions:
         raise EvaluationError(f"None of the images of {images.uri} could be decoded.")
     embeddings = {name: torch.from_numpy(np.concatenate(some)) for name, some in found.items()}

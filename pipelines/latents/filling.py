@@ -68,16 +68,18 @@ def run_shards(
     if any(len(unit) > 1 for unit in units):
         rows = [{"shards": list(unit)} for unit in units]
     todo = sum(map(len, units))
-    progress = Progress(todo, plan.num_images, show_progress, plan.num_shards - todo)
     num_errors, first = 0, list[dict[str, str]]()
-    with closing(run_rows(rows, stages, section)) as finished:
+    with (
+        Progress(todo, plan.num_images, show_progress, plan.num_shards - todo) as progress,
+        closing(run_rows(rows, stages, section)) as finished,
+    ):
         for row in finished:
             found = json.loads(str(row["errors"]))
             num_errors += len(found)
             first += found[: SHOWN_ERRORS - len(first)]
             progress.add(int(row["rows"]), len(found), float(row["encoded_at"]))
             _check_error_rate(section.max_error_rate, plan, num_errors, first)
-    return progress.close()
+        return progress.close()
 
 
 def _check_error_rate(

@@ -140,7 +140,9 @@ def in_lanes(
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
-    lane: Any = ray.remote(_gathered).options(
+    # A process ends with its stream (max_calls), and Ray ends what it has started: the actors of one
+    # that failed would else keep their GPUs for as long as Ray keeps the process for other work.
+    lane: Any = ray.remote(max_calls=1)(_gathered).options(
         num_cpus=0, max_retries=0, num_returns="streaming", scheduling_strategy=here
     )
     running: list[Any] = [lane.remote(stream, some) for some in arguments]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from typing import ClassVar
+from typing import ClassVar, Self
 
 from rich import progress as rich_progress
 from rich.console import Console
@@ -15,6 +15,7 @@ class Progress:
     """Done of total, images/s, time left and errors, on standard error.
 
     `num_written` are the shards that a store holds already, where finished ones are kept in one.
+    As a context it ends with the work, however that ends: nothing is drawn on the terminal then.
     """
 
     running: ClassVar[Progress | None] = None
@@ -40,6 +41,13 @@ class Progress:
         Progress.running = self
         self.lines = Console(stderr=True, width=200, highlight=False) if self.bar.disable else None
 
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        Progress.running = None
+        self.bar.stop()
+
     def add(self, rows: int, errors: int, encoded_at: float) -> None:
         """Count one finished shard of `rows` images and `errors` failed ones."""
         self.shards += 1
@@ -64,9 +72,8 @@ class Progress:
 
     def close(self) -> dict[str, float]:
         """Show the last state; rates in images per second, over all and in the middle half."""
-        Progress.running = None
         self.bar.update(self.task, description=self._text())
-        self.bar.stop()
+        self.__exit__()
         self._print_line()
         rates = {"images_per_second": self.images / self._seconds()}
         if len(self.encoded) >= 8:

@@ -61,15 +61,14 @@ def sample(recipe: Recipe, show_progress: bool = True) -> dict[str, Any]:
     if todo:
         write = partial(write_sample_shard, output=output, formats=recipe.sample.formats)
         stages = RowStages(DrawShards, (recipe, parts), finish=write)
-        progress = Progress(
-            len(todo), recipe.sample.num_images, show_progress, num_shards - len(todo)
-        )
-        with closing(
-            run_rows([{"shard": index} for index in todo], stages, recipe.sample)
-        ) as finished:
+        rows, num_images = [{"shard": index} for index in todo], recipe.sample.num_images
+        with (
+            Progress(len(todo), num_images, show_progress, num_shards - len(todo)) as progress,
+            closing(run_rows(rows, stages, recipe.sample)) as finished,
+        ):
             for row in finished:
                 progress.add(int(row["rows"]), 0, float(row["drawn_at"]))
-        rates = progress.close()
+            rates = progress.close()
     run = {"seconds": time.monotonic() - started, "shards_drawn": len(todo), **rates}
     return commit_samples(
         output, recipe.sample, parts, num_shards, run, sampler.class_names, sampler.records

@@ -607,6 +607,12 @@ def refused(row):
     raise CheckpointError("It is refused.")
 
 
+def refused_at_the_end(row):
+    if row["shard"] == 3:
+        refused(row)
+    return row
+
+
 @pytest.fixture
 def no_collector() -> Iterator[None]:
     """Python collects no reference cycles by itself, as it may not for long in a waiting driver."""
@@ -632,6 +638,16 @@ def test_a_job_that_fails_leaves_no_actor_behind(ray_session, no_collector, stag
         list(run_rows([{"shard": 0}], stages, Recipe().precompute))
     wait_for(all_cpus_free, seconds=20)
     assert failure.value  # a notebook keeps the last error, too
+
+
+@pytest.mark.integration
+def test_lanes_that_fail_leave_no_actor_behind(ray_session, no_collector, monkeypatch):
+    monkeypatch.setattr("fae.pipelines.runtime.actor_pool.ACTORS_PER_LANE", 1)
+    pool = Recipe().precompute.model_copy(update={"num_actors": 2, "cpus_per_actor": 0.4})
+    stages = RowStages(Passing, (), prepare=refused_at_the_end)
+    with pytest.raises(CheckpointError):
+        list(run_rows([{"shard": index} for index in range(4)], stages, pool))
+    wait_for(all_cpus_free, seconds=20)
 
 
 @pytest.mark.integration

@@ -1,5 +1,7 @@
 """The progress line: what it says, and how it counts."""
 
+import sys
+
 import pytest
 
 from fae.pipelines.runtime.progress import Progress, duration
@@ -23,3 +25,16 @@ def test_the_line_says_done_of_total_rate_time_left_and_errors(capsys):
     assert line.split(" | ")[:2] == ["shards 2/4", "14 images"]
     assert "0.1 images/s" in line and "100 s left" in line and "2 errors" in line
     assert rates["images_per_second"] == pytest.approx(0.14, rel=0.01)
+
+
+def test_a_bar_ends_with_work_that_fails(monkeypatch):
+    monkeypatch.setenv("TTY_COMPATIBLE", "1")  # rich then takes standard error for a terminal
+    output = sys.stdout
+    with (
+        pytest.raises(OSError, match="away"),
+        Progress(num_shards=4, num_images=32, enabled=True) as progress,
+    ):
+        assert not progress.bar.disable and progress.bar.live.is_started
+        raise OSError("the store is away")
+    assert not progress.bar.live.is_started and Progress.running is None
+    assert sys.stdout is output
