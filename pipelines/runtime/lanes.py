@@ -140,8 +140,8 @@ def in_lanes(
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
-    # A process ends with its stream (max_calls), and Ray ends what it has started: the actors of one
-    # that failed would else keep their GPUs for as long as Ray keeps the process for other work.
+    # A process ends with its stream (max_calls), and Ray ends what it has started. The actors of a
+    # stream that failed would else keep their GPUs for as long as Ray keeps the process.
     lane: Any = ray.remote(max_calls=1)(_gathered).options(
         num_cpus=0, max_retries=0, num_returns="streaming", scheduling_strategy=here
     )
