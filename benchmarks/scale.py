@@ -89,7 +89,7 @@ def simulate(
     started = time.perf_counter()
     ends: list[float] = []
     used: list[dict[str, float]] = []
-    stages = precompute_job.shard_stages(recipe, recipe.output, parts)
+    stages = precompute_job.shard_stages(recipe, plan)
     stages = replace(stages, actor=SleepingEncoder)
     rows = [{"shard": index} for index in todo]
     for row in actor_pool.run_rows(rows, stages, recipe.precompute):

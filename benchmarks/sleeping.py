@@ -21,7 +21,7 @@ class SleepingEncoder:
     `parts` holds the seconds of a shard.
     """
 
-    def __init__(self, recipe: Any, output: str, parts: dict[str, str]) -> None:
+    def __init__(self, recipe: Any, plan_id: Any, parts: dict[str, str]) -> None:
         self.columns = list(recipe.precompute.columns)
         self.seconds = float(parts["service seconds"])
 

@@ -37,6 +37,14 @@ PLAN_GROUPS = 16384
 
 
 @dataclass(frozen=True)
+class PlanId:
+    """Which plan a job's tasks work on: the store's address and the plan's digest."""
+
+    uri: str
+    digest: str
+
+
+@dataclass(frozen=True)
 class Plan:
     """Which image belongs to which shard; `parts` are what the fingerprint hashes, in words."""
 
@@ -59,6 +67,12 @@ class Plan:
     def fingerprint(self) -> str:
         """SHA-256 over `parts`: everything but its image that decides a latent's bits."""
         return fingerprint_of(self.parts)
+
+    @property
+    def id(self) -> PlanId:
+        """Its digest is over everything that decides what the shards hold, labels included."""
+        held = {"parts": dict(self.parts), "source": self.source, "format": self.format}
+        return PlanId(self.uri, fingerprint_of({**held, "shard size": self.shard_size}))
 
     def shard(self, index: int) -> list[ImageRecord]:
         """The records of shard `index` in key order; reads one row group, with few others."""

@@ -32,7 +32,7 @@ from ..storage import paths
 from .encoder import LatentEncoder
 from .filling import TooManyErrors, fill_store
 from .manifest import missing_shards
-from .plan import PLAN, ensure_plan, open_plan
+from .plan import PLAN, Plan, PlanId, ensure_plan, open_plan
 from .tasks import decode_shard, plan_of, read_shards, store_shard
 
 
@@ -63,9 +63,9 @@ def precompute(recipe: Recipe, show_progress: bool = True) -> dict[str, Any]:
     del source
     paths.write_bytes(paths.join(output, "recipe.yaml"), written.encode())
     units = units_of(missing_shards(output, plan), streamed)
-    stages = shard_stages(recipe, output, parts)
+    stages = shard_stages(recipe, plan)
     if any(len(unit) > 1 for unit in units):
-        read = partial(read_shards, output=output, data=recipe.data)
+        read = partial(read_shards, plan_id=plan.id, data=recipe.data)
         stages = dataclasses.replace(stages, expand=read)
     return fill_store(plan, units, stages, section, started, show_progress)
 
@@ -88,15 +88,15 @@ def fingerprint_parts(recipe: Recipe) -> dict[str, str]:
     }
 
 
-def shard_stages(recipe: Recipe, output: str, weights: dict[str, str]) -> RowStages:
+def shard_stages(recipe: Recipe, plan: Plan) -> RowStages:
     """A shard's way: decode and crop, encode, write."""
     return RowStages(
         EncodeShards,
-        (recipe, output, weights),
+        (recipe, plan.id, dict(plan.parts)),
         prepare=partial(
-            decode_shard, output=output, data=recipe.data, image_size=recipe.image_size
+            decode_shard, plan_id=plan.id, data=recipe.data, image_size=recipe.image_size
         ),
-        finish=partial(store_shard, output=output, columns=recipe.precompute.columns),
+        finish=partial(store_shard, plan_id=plan.id, columns=recipe.precompute.columns),
     )
 
 
@@ -148,8 +148,8 @@ def _check_losses(account: Account, allowed: float) -> None:
 class EncodeShards:
     """The actor: one accelerator (or the CPU) each; the networks are loaded once."""
 
-    def __init__(self, recipe: Recipe, output: str, weights: dict[str, str]) -> None:
-        self.output, self.batch_size = output, recipe.precompute.batch_size
+    def __init__(self, recipe: Recipe, plan_id: PlanId, weights: dict[str, str]) -> None:
+        self.plan_id, self.batch_size = plan_id, recipe.precompute.batch_size
         self.encoder = LatentEncoder.for_actor(recipe, recipe.precompute.gpus_per_actor, weights)
 
     def __call__(self, batch: dict[str, np.ndarray]) -> dict[str, Any]:
@@ -162,7 +162,7 @@ class EncodeShards:
             finite &= np.isfinite(values).all(axis=(1, 2, 3))
         if not finite.all():
             shard = int(batch["shard"][0])
-            records = plan_of(self.output).shard(shard)
+            records = plan_of(self.plan_id).shard(shard)
             errors += [
                 {"key": records[i].key, "stage": "encode", "message": "the latent is not finite"}
                 for i in ok[~finite]

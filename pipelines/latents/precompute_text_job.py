@@ -28,7 +28,7 @@ from ..runtime.places import check_places
 from ..storage import StoreError, paths
 from .filling import fill_store
 from .manifest import missing_shards
-from .plan import FORMAT, PLAN, TEXT_FORMAT, ensure_plan, open_plan
+from .plan import FORMAT, PLAN, TEXT_FORMAT, Plan, PlanId, ensure_plan, open_plan
 from .tasks import plan_of, store_states
 from .text_store import PRECISION
 from .token_states import STATES
@@ -63,26 +63,29 @@ def precompute_text(recipe: Recipe, show_progress: bool = True) -> dict[str, Any
         output, source.table(), source.shard_size, parts, source.account, TEXT_FORMAT
     )
     paths.write_bytes(paths.join(output, "recipe.yaml"), written.encode())
-    stages = text_stages(recipe, output, parts)
+    stages = text_stages(recipe, plan)
     units = [[shard] for shard in missing_shards(output, plan)]
     return fill_store(plan, units, stages, section, started, show_progress)
 
 
-def text_stages(recipe: Recipe, output: str, parts: dict[str, str]) -> RowStages:
+def text_stages(recipe: Recipe, plan: Plan) -> RowStages:
     """A shard's way: encode, write."""
     return RowStages(
-        EncodeCaptions, (recipe, output, parts), finish=partial(store_states, output=output)
+        EncodeCaptions,
+        (recipe, plan.id, dict(plan.parts)),
+        finish=partial(store_states, plan_id=plan.id),
     )
 
 
 class EncodeCaptions:
     """The actor: one accelerator (or the CPU) each, with the text encoder."""
 
-    def __init__(self, recipe: Recipe, output: str, parts: dict[str, str]) -> None:
+    def __init__(self, recipe: Recipe, plan_id: PlanId, parts: dict[str, str]) -> None:
         section = recipe.precompute
         if not section.gpus_per_actor:
             torch.set_num_threads(section.threads_per_actor or os.cpu_count() or 1)
-        self.output, self.batch_size, self.precision = output, section.batch_size, section.precision
+        self.plan_id, self.batch_size = plan_id, section.batch_size
+        self.precision = section.precision
         self.device = torch.device("cuda" if section.gpus_per_actor else "cpu")
         self.encoder = CaptionEncoder.load(text_spec(recipe.text)).to(self.device)
         if {**self.encoder.fingerprints, PRECISION: section.precision} != parts:
@@ -94,7 +97,7 @@ class EncodeCaptions:
     def __call__(self, batch: dict[str, np.ndarray]) -> dict[str, Any]:
         shard = int(batch["shard"][0])
         kept, errors, captions = [], [], []
-        for place, record in enumerate(plan_of(self.output).shard(shard)):
+        for place, record in enumerate(plan_of(self.plan_id).shard(shard)):
             several = record.captions or (record.caption or "",)
             if all(text.strip() for text in several):
                 kept.append(place)

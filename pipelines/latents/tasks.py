@@ -17,25 +17,32 @@ from ..config.sections import DataSection
 from ..data.crops import ImageError, decode_records
 from ..data.reading import RowStreams, read_records
 from ..runtime import metrics
-from .plan import Plan, open_plan
+from ..storage import StoreError
+from .plan import Plan, PlanId, open_plan
 from .shards import write_shard
 from .token_states import STATES, TokenStates
 
 
 @cache
-def plan_of(output: str) -> Plan:
-    """The plan of a store, opened once a process."""
-    return open_plan(output)
+def plan_of(expected: PlanId) -> Plan:
+    """The plan of a store, opened once a process. StoreError where another one is there now."""
+    plan = open_plan(expected.uri)
+    if plan.id != expected:
+        raise StoreError(
+            f"{expected.uri} has another plan than this job began with: it was removed or replaced "
+            "meanwhile, or this node has other files at the same path. Run the command again."
+        )
+    return plan
 
 
 def read_shards(
-    batch: dict[str, np.ndarray], output: str, data: DataSection
+    batch: dict[str, np.ndarray], plan_id: PlanId, data: DataSection
 ) -> Iterator[dict[str, Any]]:
     """{shards} -> for each {shard, content (all encoded bytes), lengths, lost (JSON)}, in order.
 
     The shards lie one after the other in a large row group of Parquet, which is read once for all.
     """
-    plan = plan_of(output)
+    plan = plan_of(plan_id)
     with RowStreams() as streams:
         for index in np.asarray(batch["shards"][0]).tolist():
             with metrics.stage("read"):
@@ -52,13 +59,13 @@ def read_shards(
 
 
 def decode_shard(
-    row: dict[str, Any], output: str, data: DataSection, image_size: int
+    row: dict[str, Any], plan_id: PlanId, data: DataSection, image_size: int
 ) -> dict[str, Any]:
     """{shard} -> {shard, images uint8 [n, S, S, 3], ok (places in the shard), errors (JSON)}.
 
     Reads the shard's images, unless the row comes from `read_shards` and has them.
     """
-    records = plan_of(output).shard(int(row["shard"]))
+    records = plan_of(plan_id).shard(int(row["shard"]))
     if "content" in row:
         blobs = _blobs(row)
     else:
@@ -87,27 +94,27 @@ def _blobs(row: dict[str, Any]) -> list[bytes | Exception]:
     return blobs
 
 
-def store_shard(row: dict[str, Any], output: str, columns: Sequence[str]) -> dict[str, Any]:
+def store_shard(row: dict[str, Any], plan_id: PlanId, columns: Sequence[str]) -> dict[str, Any]:
     """Write one encoded shard and its errors; {shard, rows, errors (JSON), encoded_at (s)}."""
-    return _store(row, output, {name: np.asarray(row[name]) for name in columns})
+    return _store(row, plan_id, {name: np.asarray(row[name]) for name in columns})
 
 
-def store_states(row: dict[str, Any], output: str) -> dict[str, Any]:
+def store_states(row: dict[str, Any], plan_id: PlanId) -> dict[str, Any]:
     """Write one shard of token states and its errors; the result is as of `store_shard`."""
     values, empty = (np.asarray(row[name], np.float16) for name in (STATES, "empty"))
-    return _store(row, output, {STATES: TokenStates(values, json.loads(row["lengths"]), empty)})
+    return _store(row, plan_id, {STATES: TokenStates(values, json.loads(row["lengths"]), empty)})
 
 
 def _store(
-    row: dict[str, Any], output: str, latents: Mapping[str, np.ndarray | TokenStates]
+    row: dict[str, Any], plan_id: PlanId, latents: Mapping[str, np.ndarray | TokenStates]
 ) -> dict[str, Any]:
-    plan, index = plan_of(output), int(row["shard"])
+    plan, index = plan_of(plan_id), int(row["shard"])
     errors = json.loads(str(row["errors"]))
     with metrics.stage("write"):
         kept = [int(i) for i in row["ok"]]
         records = plan.shard(index)
         write_shard(
-            output, index, records, kept, latents, errors, plan.fingerprint, plan.has_captions
+            plan.uri, index, records, kept, latents, errors, plan.fingerprint, plan.has_captions
         )
     metrics.count_bytes("written", sum(values.nbytes for values in latents.values()))
     metrics.count_shard(len(row["ok"]), errors)

@@ -13,6 +13,7 @@ import pyarrow.parquet as pq
 
 from fae_core.latent_stats import ChannelStats
 
+from ..data.records import ImageRecord
 from ..storage import paths
 from .manifest import missing_shards, read_manifest
 from .plan import open_plan
@@ -33,8 +34,8 @@ def verify_store(uri: str, on_shard: Callable[[int, int], None] | None = None) -
     """Re-read every shard against manifest and plan; the problems in words, none if it is sound.
 
     Finds a missing, truncated, changed, swapped or extra shard, a flipped byte anywhere in it, an
-    image that is in two places or in none, and statistics that are not the latents'.
-    `on_shard(done, of)` is called after each shard.
+    image that is in two places or in none, a label or caption that is not the plan's, and
+    statistics that are not the latents'. `on_shard(done, of)` is called after each shard.
     """
     plan = open_plan(uri)
     manifest = read_manifest(uri, plan.format)
@@ -57,7 +58,7 @@ def verify_store(uri: str, on_shard: Callable[[int, int], None] | None = None) -
     problems += [f"errors/{name} has no shard" for name in sorted(errors.keys() - names)]
     totals: dict[str, ChannelStats] = {}
     for done, (index, entry) in enumerate(enumerate(manifest["shards"]), 1):
-        planned = {r.key for r in plan.shard(index)} if index < plan.num_shards else set()
+        planned = {r.key: r for r in plan.shard(index)} if index < plan.num_shards else {}
         lost = errors.get(entry["name"], set())
         problems += [
             f"shards/{entry['name']} {problem}"
@@ -83,7 +84,7 @@ def _verify_shard(
     uri: str,
     index: int,
     entry: Mapping[str, Any],
-    planned: set[str],
+    planned: Mapping[str, ImageRecord],
     lost: set[str],
     totals: dict[str, ChannelStats],
 ) -> list[str]:
@@ -107,8 +108,15 @@ def _verify_shard(
             f"has {len(keys)} rows and {len(lost)} errors, the manifest says "
             f"{entry['rows']} and {entry['errors']}"
         )
-    if len(set(keys)) != len(keys) or set(keys) & lost or set(keys) | lost != planned:
+    if len(set(keys)) != len(keys) or set(keys) & lost or set(keys) | lost != planned.keys():
         problems.append("and its errors do not name each planned image once")
+    labels = table["label"].cast(WORD_COLUMNS["label"]).to_pylist()
+    words = zip(labels, captions_of(table), strict=True)
+    for key, (label, captions) in zip(keys, words, strict=True):
+        record = planned.get(key)
+        if record and (label, captions) != (record.label, _planned_captions(record)):
+            problems.append(f"has another label or caption of {key!r} than the plan")
+            break
     for name in table.column_names:
         if name in LATENT_COLUMNS:
             values = tensor_values(table[name])
@@ -117,6 +125,10 @@ def _verify_shard(
     if STATES in table.column_names:
         problems += _verify_states(table, entry["tokens"])
     return problems
+
+
+def _planned_captions(record: ImageRecord) -> tuple[str, ...]:
+    return record.captions or (() if record.caption is None else (record.caption,))
 
 
 def _verify_states(table: pa.Table, num_tokens: int) -> list[str]:

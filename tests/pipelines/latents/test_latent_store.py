@@ -1,7 +1,9 @@
 """The latent store without Ray: plan, shards, manifest, verification, and the readers."""
 
+import dataclasses
 import json
 import os
+import shutil
 from itertools import islice
 from pathlib import Path
 
@@ -17,6 +19,7 @@ from fae.pipelines.latents.manifest import commit, missing_shards
 from fae.pipelines.latents.plan import Plan, ensure_plan, open_plan
 from fae.pipelines.latents.reader import NO_LABEL, LatentBatch, LatentStore
 from fae.pipelines.latents.shards import read_errors, write_shard
+from fae.pipelines.latents.tasks import plan_of, store_shard
 from fae.pipelines.latents.verify import verify_store
 from fae.pipelines.storage import paths
 from fae.pipelines.storage.claims import StoreError, StoreMismatch
@@ -58,6 +61,12 @@ def build(uri: str, count: int = 25, size: int = 8, lost: tuple[int, ...] = (2, 
         write(uri, plan, index, lost if index == 1 else ())
     commit(uri, plan, {"seconds": 1.0})
     return LatentStore.open(uri)
+
+
+def encoded(plan: Plan) -> dict[str, object]:
+    """What an actor gives of shard 0."""
+    row = {"shard": 0, "errors": "[]", "ok": range(plan.shard_rows(0)), "encoded_at": 0.0}
+    return {**row, "mean": latents_of(plan.shard(0))}
 
 
 def test_a_plan_gives_every_image_one_shard(tmp_path):
@@ -110,6 +119,29 @@ def test_another_plan_on_the_same_output_is_refused_with_the_part(tmp_path, chan
             change.get("parts", PARTS),
         )
     assert (tmp_path / "plan.parquet").read_bytes() == before
+
+
+def test_a_process_of_an_earlier_job_works_on_the_plan_of_the_later_one(tmp_path):
+    uri = str(tmp_path / "store")
+    first = ensure_plan(uri, records(8), 8, PARTS)
+    assert plan_of(first.id).shard(0) == records(8)
+    shutil.rmtree(uri)
+    relabelled = [dataclasses.replace(r, label=9) for r in records(8)]
+    second = ensure_plan(uri, relabelled, 8, PARTS)
+    store_shard(encoded(second), second.id, ["mean"])
+    commit(uri, second, {})
+    assert next(LatentStore.open(uri).reader(8, seed=0)).labels.tolist() == [9] * 8
+
+
+def test_a_task_of_a_job_whose_plan_was_replaced_writes_nothing(tmp_path):
+    uri = str(tmp_path / "store")
+    first = ensure_plan(uri, records(8), 8, PARTS)
+    row = encoded(first)
+    shutil.rmtree(uri)
+    ensure_plan(uri, records(9), 8, PARTS)
+    with pytest.raises(StoreError, match="another plan than this job began with"):
+        store_shard(row, first.id, ["mean"])
+    assert not (tmp_path / "store" / "shards").exists()
 
 
 def test_images_that_vanished_after_planning_do_not_stop_a_resumption(tmp_path):
@@ -229,6 +261,17 @@ def damage_flip(folder: Path, place: float) -> None:
     path.write_bytes(data)
 
 
+def damage_words(folder: Path, **changed: object) -> None:
+    """Shard 2 with a changed record, in a manifest that says so."""
+    (folder / "manifest.json").unlink()
+    plan = open_plan(str(folder))
+    rows = plan.shard(2)
+    rows[1] = dataclasses.replace(rows[1], **changed)
+    values = {"mean": latents_of(rows)}
+    write_shard(str(folder), 2, rows, range(8), values, [], plan.fingerprint)
+    commit(str(folder), plan, {})
+
+
 def damage_swap(folder: Path) -> None:
     first, second = (folder / "shards" / f"0000000{i}.parquet" for i in (0, 2))
     data = first.read_bytes()
@@ -246,6 +289,11 @@ def damage_swap(folder: Path) -> None:
             "00000009.parquet is not in the manifest",
         ),
         (damage_swap, "00000000.parquet has"),
+        (lambda f: damage_words(f, label=9), "00000002.parquet has another label or caption of"),
+        (
+            lambda f: damage_words(f, caption="x"),
+            "00000002.parquet has another label or caption of",
+        ),
         (
             lambda f: (f / "errors" / "00000001.parquet").unlink(),
             "00000001.parquet has 6 rows and 0 errors",

@@ -31,6 +31,7 @@ from benchmarks.memory import MEBI, Watch
 from fae.pipelines.config.recipe import Recipe, RecipeError, load_recipe
 from fae.pipelines.config.sections import DataSection
 from fae.pipelines.data.records import SourceError
+from fae.pipelines.data.sources import plan_images
 from fae.pipelines.doctor.memory import PYTHON, precompute_memory, total
 from fae.pipelines.latents.encoder import LatentEncoder
 from fae.pipelines.latents.filling import TooManyErrors
@@ -250,7 +251,7 @@ def test_decoding_is_not_fused_into_the_actors(
     photographs, autoencoder, tmp_path, ray_session, capsys
 ):
     recipe = recipe_for(photographs, autoencoder, tmp_path)
-    stages = shard_stages(recipe, str(recipe.output), {})
+    stages = shard_stages(recipe, ensure_plan(str(tmp_path), plan_images(recipe.data), 8, {}))
     dataset = dataset_of([{"shard": 0}, {"shard": 1}], stages, recipe.precompute)
     dataset.explain()
     physical = capsys.readouterr().out.rpartition("Physical Plan (Optimized)")[2]
