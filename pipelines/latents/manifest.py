@@ -17,13 +17,21 @@ from fae_core.latent_stats import ChannelStats
 from ..runtime.packages import versions
 from ..storage import StoreError, StoreMismatch, paths
 from .plan import FORMAT, PLAN, TEXT_FORMAT, Plan
-from .shards import LATENT_COLUMNS, SHARDS_AT_ONCE, THREADS, Each, read_errors, value_offsets
+from .shards import (
+    LATENT_COLUMNS,
+    SHARDS_AT_ONCE,
+    THREADS,
+    Each,
+    files_in,
+    read_errors,
+    value_offsets,
+)
 from .token_states import STATES, state_width
 
 
 def missing_shards(uri: str, plan: Plan) -> list[int]:
     """Shards that are not there, or not as the manifest (where there is one) recorded them."""
-    there = {f.uri.rpartition("/")[2]: f for f in paths.list_files(paths.join(uri, "shards"))}
+    there = files_in(uri, "shards")
     manifest = read_manifest(uri, plan.format) or {"shards": []}
     recorded = {entry["name"]: entry for entry in manifest["shards"]}
     missing = []
@@ -76,7 +84,7 @@ def commit(uri: str, plan: Plan, run: Mapping[str, Any], each: Each = map) -> di
     or spreads its calls over a cluster: every shard's footer is read. Raises StoreError where
     something is missing.
     """
-    files = {f.uri.rpartition("/")[2]: f for f in paths.list_files(paths.join(uri, "shards"))}
+    files = files_in(uri, "shards")
     names = [f"{i:08d}.parquet" for i in range(plan.num_shards)]
     absent = [i for i, name in enumerate(names) if name not in files]
     if absent:

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import io
 import json
+import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -41,6 +42,7 @@ WORD_COLUMNS = {
     "captions": pa.list_(pa.string()),
 }
 """Cast to these before a value is looked at: those of some extension types would run code."""
+_NAME = re.compile(r"\d{8,}\.parquet")
 Each = Callable[[Callable[[Any], Any], Iterable[Any]], Iterable[Any]]
 """`map`, or what spreads its calls over a cluster and gives their results in order."""
 _ERROR_SCHEMA = pa.schema([("key", pa.string()), ("stage", pa.string()), ("message", pa.string())])
@@ -56,6 +58,15 @@ def shard_uri(uri: str, index: int) -> str:
 def errors_uri(uri: str, index: int) -> str:
     """Address of the errors of shard `index`; the file exists only where there are errors."""
     return paths.join(uri, "errors", f"{index:08d}.parquet")
+
+
+def files_in(uri: str, folder: str) -> dict[str, paths.FileInfo]:
+    """The files of shards in `folder`, "shards" or "errors", by name.
+
+    Others are left out, such as the temporary file that a killed writer left on a local disk.
+    """
+    found = ((f.uri.rpartition("/")[2], f) for f in paths.list_files(paths.join(uri, folder)))
+    return {name: file for name, file in found if _NAME.fullmatch(name)}
 
 
 def write_shard(
@@ -198,7 +209,7 @@ def captions_of(table: pa.Table) -> list[tuple[str, ...]]:
 
 def read_errors(uri: str, each: Each = map) -> Iterator[dict[str, str]]:
     """Every recorded error (key, stage, message) in shard order; `each` as for `commit`."""
-    files = sorted(f.uri for f in paths.list_files(paths.join(uri, "errors")))
+    files = sorted(file.uri for file in files_in(uri, "errors").values())
     for rows in each(_read_error_files, batched(files, SHARDS_AT_ONCE)):
         yield from rows
 

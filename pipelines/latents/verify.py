@@ -21,6 +21,7 @@ from .shards import (
     LATENT_COLUMNS,
     WORD_COLUMNS,
     captions_of,
+    files_in,
     read_shard_errors,
     shard_uri,
     tensor_values,
@@ -46,13 +47,12 @@ def verify_store(uri: str, on_shard: Callable[[int, int], None] | None = None) -
     if plan.fingerprint != manifest["fingerprint"] or plan.source != manifest["source"]:
         problems.append("plan.parquet is not the plan that the manifest was made from")
     errors: dict[str, set[str]] = {}
-    for file in paths.list_files(paths.join(uri, "errors")):
-        name = file.uri.rpartition("/")[2]
+    for name, file in files_in(uri, "errors").items():
         try:
             errors[name] = {row["key"] for row in read_shard_errors(file.uri)}
         except (pa.ArrowException, KeyError, OSError) as error:
             problems.append(f"errors/{name} is not readable: {error}")
-    there = {f.uri.rpartition("/")[2] for f in paths.list_files(paths.join(uri, "shards"))}
+    there = files_in(uri, "shards").keys()
     names = {entry["name"] for entry in manifest["shards"]}
     problems += [f"shards/{name} is not in the manifest" for name in sorted(there - names)]
     problems += [f"errors/{name} has no shard" for name in sorted(errors.keys() - names)]

@@ -104,6 +104,7 @@ def _planned(uri: str, files: Files) -> Status:
     errors = sum(
         pq.read_metadata(paths.open_input(file.uri)).num_rows
         for file in paths.list_files(paths.join(uri, "errors"))
+        if not file.uri.endswith(paths.TEMPORARY_SUFFIX)
     )
     notes = [f"{plan.num_images:,} images planned, {plan.shard_size:,} a shard"]
     if "manifest.json" in files:

@@ -332,6 +332,22 @@ def test_a_damaged_shard_counts_as_missing_once_its_size_betrays_it(tmp_path):
     assert verify_store(str(tmp_path)) == []
 
 
+@pytest.mark.parametrize("part", [0.5, 1.0])
+def test_temporary_files_of_a_killed_writer_are_no_part_of_the_store(tmp_path, part):
+    plan = ensure_plan(str(tmp_path), records(24), 8, PARTS)
+    for index in range(plan.num_shards):
+        write(str(tmp_path), plan, index, (2, 5))
+        for folder in ("errors", "shards"):
+            file = tmp_path / folder / f"{index:08d}.parquet"
+            data = file.read_bytes()
+            left = file.with_name(f".{file.name}.{index:032x}.tmp")
+            left.write_bytes(data[: int(part * len(data))])
+    assert missing_shards(str(tmp_path), plan) == []
+    assert len(list(read_errors(str(tmp_path)))) == 6
+    assert commit(str(tmp_path), plan, {})["errors"] == 6
+    assert verify_store(str(tmp_path)) == []
+
+
 def test_a_manifest_with_other_statistics_is_found(tmp_path):
     build(str(tmp_path))
     manifest = json.loads((tmp_path / "manifest.json").read_text())

@@ -125,6 +125,7 @@ def test_a_store_says_shards_rate_and_errors(root):
     plan = fill_store(uri, range(1), errors=2)
     assert status(uri)["rate"] is None and "no rate yet" in shown(uri)
     fill_store(uri, range(5), errors=2)
+    paths.write_bytes(paths.join(uri, "errors", ".00000001.parquet.0a.tmp"), b"of a killed job")
     found = status(uri)
     assert (found["done"], found["total"], found["errors"]) == (5, 5, 2)
     assert "manifest.json, which is written last, is not" in shown(uri)
