@@ -48,6 +48,8 @@ class Account:
     num_losses: int = 0
     losses: list[dict[str, str]] = field(default_factory=list)
     """The first losses of planning: address, stage `plan`, message."""
+    lost_files: float = 0.0
+    """Files of many images that cannot be read; a tar counts by the share of its bytes."""
 
     def skip(self, reason: str, uri: str, count: int = 1) -> None:
         """Count `count` files that are not read, `uri` among them."""

@@ -24,9 +24,11 @@ from .account import Account
 from .conventions import caption_column, captions_of, label_of
 from .listing import relative_path
 from .records import ImageRecord, SourceError
-from .row_groups import LARGE_BYTES, column_bytes
+from .row_groups import LARGE_BYTES, column_bytes, is_damage
 
 LISTS = (".csv", ".tsv", ".jsonl", ".parquet")
+FOOTER_READ = 2**16
+"""Bytes of a Parquet file's end that are read at once, as Arrow does."""
 NOT_PARQUET = "not a .parquet file"
 TABLE_FORMAT = "part of a table format's bookkeeping (a name that begins with _)"
 _PARTITION = re.compile(r"([^/=]+)=([^/]*)")
@@ -40,12 +42,12 @@ def plan_parquet(
     account: Account,
     large_groups: dict[str, dict[int, tuple[int, int]]],
 ) -> Iterator[ImageRecord]:
-    """The rows of the Parquet files among `uris`; a file that cannot be read is a recorded loss.
+    """The rows of the Parquet files among `uris`; a file with a damaged footer is a recorded loss.
 
     Notes the large row groups of each file, and their rows, in `large_groups`.
 
-    Raises SourceError for Delta and Iceberg tables, whose Parquet files are not all of the table,
-    and for columns that cannot serve.
+    Raises StorageError where the storage fails, and SourceError for Delta and Iceberg tables, whose
+    Parquet files are not all of the table, for columns that cannot serve and for damaged rows.
     """
     num_read = 0
     for uri in _table_files(uris, data, account):
@@ -53,6 +55,7 @@ def plan_parquet(
             metadata, schema = _footer(uri)
         except SourceError as error:
             account.lose(uri, str(error))
+            account.lost_files += 1
             continue
         num_read += 1
         if large := _large_groups(metadata, data.image_column):
@@ -294,22 +297,44 @@ def _large_groups(metadata: pq.FileMetaData, column: str) -> dict[int, tuple[int
 
 
 def _footer(uri: str) -> tuple[pq.FileMetaData, pa.Schema]:
+    """Raises SourceError for damage, and StorageError where the storage fails.
+
+    Arrow has OSError for both, so the file's end is read before it is parsed.
+    """
     try:
-        with paths.open_input(uri) as file, pq.ParquetFile(file) as parquet:
+        with paths.open_input(uri) as file:
+            end = _end_with_footer(file)
+    except Exception as error:
+        raise paths.storage_error("read", uri, error) from None
+    try:
+        with pq.ParquetFile(pa.BufferReader(end)) as parquet:
             return parquet.metadata, parquet.schema_arrow
     except (pa.ArrowInvalid, OSError) as error:
-        if isinstance(error, paths.StorageError):
-            raise
         raise SourceError(f"{uri} is not readable Parquet: {error}") from None
 
 
+def _end_with_footer(file: pa.NativeFile) -> bytes:
+    """The end of a Parquet file, the footer in it: its length and PAR1 are the last eight bytes."""
+    size = file.size()
+    end: bytes = file.read_at(min(size, FOOTER_READ), max(size - FOOTER_READ, 0))
+    length = int.from_bytes(end[-8:-4], "little") + 8
+    if end.endswith(b"PAR1") and len(end) < length <= size:
+        end = file.read_at(length, size - length)
+    return end
+
+
 def _parquet_rows(uri: str, columns: Sequence[str]) -> Iterator[Values]:
-    with paths.open_input(uri) as file, pq.ParquetFile(file) as parquet:
-        if not columns:
-            yield from ({} for _ in range(parquet.metadata.num_rows))
-            return
-        for batch in parquet.iter_batches(batch_size=8192, columns=list(columns)):
-            yield from batch.to_pylist()
+    try:
+        with paths.open_input(uri) as file, pq.ParquetFile(file) as parquet:
+            if not columns:
+                yield from ({} for _ in range(parquet.metadata.num_rows))
+                return
+            for batch in parquet.iter_batches(batch_size=8192, columns=list(columns)):
+                yield from batch.to_pylist()
+    except (pa.ArrowInvalid, OSError) as error:
+        if is_damage(uri, error):
+            raise SourceError(f"{uri} is not readable Parquet: {error}") from None
+        raise paths.storage_error("read", uri, error) from None
 
 
 def _list_rows(uri: str) -> tuple[list[str], Callable[[Sequence[str]], Iterator[Values]]]:

@@ -131,17 +131,22 @@ def units_of(todo: Sequence[int], streamed: Mapping[int, tuple[str, int]]) -> li
 
 
 def _check_losses(account: Account, allowed: float) -> None:
-    """Raises TooManyErrors where planning lost more members, sidecars and files than is allowed."""
-    if account.num_losses <= allowed * (account.num_images + account.num_losses):
+    """Raises TooManyErrors where planning lost more than is allowed: of what it counts (images,
+    members, sidecars), or of the files, each of which may hold many images.
+    """
+    num_read = account.num_files - account.num_skipped
+    of_all = account.num_losses <= allowed * (account.num_images + account.num_losses)
+    if of_all and account.lost_files <= allowed * num_read:
         return
     first = "\n".join(
         f"  {loss['address']} [plan] {loss['message']}" for loss in account.losses[:10]
     )
+    files = f" ({account.lost_files / num_read:.1%} of the files)" if account.lost_files else ""
     raise TooManyErrors(
         f"{account.num_losses} files, members or sidecars of data.path={account.path} cannot be "
-        f"read, beside {account.num_images} planned images: more than precompute.max_error_rate="
-        f"{allowed:g} allows. Nothing was written. Repair them or raise the rate. "
-        f"The first:\n{first}"
+        f"read{files}, beside {account.num_images} planned images: more than "
+        f"precompute.max_error_rate={allowed:g} allows. Nothing was written. Repair them or "
+        f"raise the rate. The first:\n{first}"
     )
 
 

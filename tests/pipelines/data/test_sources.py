@@ -273,6 +273,53 @@ def test_one_unreadable_parquet_file_costs_what_it_holds(tmp_path):
     assert source.account.losses[0]["address"].endswith("b.parquet")
 
 
+@pytest.mark.parametrize("damage", ["a cut", "a changed footer", "nothing in it"])
+def test_damaged_parquet_is_a_loss_however_arrow_calls_it(tmp_path, damage):
+    for name in ("a", "b"):
+        pq.write_table(pa.table({"image": [encoded()] * 9}), tmp_path / f"{name}.parquet")
+    content = bytearray((tmp_path / "b.parquet").read_bytes())
+    footer = len(content) - 8 - int.from_bytes(content[-8:-4], "little")
+    content[footer : footer + 4] = b"\xff" * 4
+    kept = {"a cut": content[:500], "a changed footer": content, "nothing in it": b""}[damage]
+    (tmp_path / "b.parquet").write_bytes(kept)
+    source = plan(tmp_path)
+    assert source.account.num_images == 9 and source.account.num_losses == 1
+    assert "b.parquet is not readable Parquet" in source.account.losses[0]["message"]
+    assert source.account.lost_files == 1
+
+
+@pytest.mark.parametrize("error", [OSError(5, "Input/output error"), OSError("AWS Error TIMEOUT")])
+def test_a_network_that_fails_while_a_footer_is_read_is_no_loss_of_the_file(
+    tmp_path, monkeypatch, error
+):
+    class Unreachable(io.FileIO):
+        def read(self, size=-1):
+            raise error
+
+    for name in ("a", "b"):
+        pq.write_table(pa.table({"image": [encoded()]}), tmp_path / f"{name}.parquet")
+    open_input = paths.open_input
+    monkeypatch.setattr(
+        paths,
+        "open_input",
+        lambda uri: pa.PythonFile(Unreachable(uri), "r") if "b." in uri else open_input(uri),
+    )
+    with pytest.raises(paths.StorageError, match=r"Cannot read .*b\.parquet"):
+        plan(tmp_path)
+
+
+def test_a_damaged_page_of_labels_is_refused_by_name(tmp_path):
+    table = pa.table({"image": [encoded()] * 9, "label": [f"class {i}" for i in range(9)]})
+    options = {"compression": "none", "use_dictionary": False}
+    pq.write_table(table, tmp_path / "a.parquet", **options)
+    content = bytearray((tmp_path / "a.parquet").read_bytes())
+    place = content.find(b"class 5", content.find(b"class 4"))
+    content[place - 4 : place] = b"\xff\xff\xff\x7f"
+    (tmp_path / "a.parquet").write_bytes(content)
+    with pytest.raises(SourceError, match=r"a\.parquet is not readable Parquet"):
+        plan(tmp_path)
+
+
 def test_a_large_row_group_is_read_once_for_all_who_ask_in_order(tmp_path, monkeypatch):
     monkeypatch.setattr("fae.pipelines.data.reading.LARGE_BYTES", 1000)
     monkeypatch.setattr("fae.pipelines.data.row_groups.STREAM_ROWS", 4)

@@ -493,6 +493,20 @@ def test_a_file_that_vanishes_after_planning_is_an_error_of_that_image(
     assert (error["key"], error["stage"]) == ("coffee 03.jpg", "read")
 
 
+def test_a_damaged_file_of_many_images_counts_by_its_share_of_the_files(tmp_path):
+    (tmp_path / "images").mkdir()
+    for index in range(20):
+        table = pa.table({"image": [b"x"] * 50})
+        pq.write_table(table, tmp_path / "images" / f"{index:02d}.parquet")
+    (tmp_path / "images" / "07.parquet").write_bytes(b"damaged")
+    checkpoint_ = tmp_path / "autoencoder.safetensors"
+    checkpoint_.touch()
+    output = tmp_path / "store"
+    with pytest.raises(TooManyErrors, match=r"\(5.0% of the files\)(.|\n)*07.parquet \[plan\]"):
+        precompute(recipe_for(tmp_path / "images", checkpoint_, output), show_progress=False)
+    assert not output.exists()
+
+
 @pytest.mark.integration
 def test_too_many_errors_commit_nothing_and_lose_nothing(
     photographs, autoencoder, tmp_path, without_ray
