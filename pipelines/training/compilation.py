@@ -37,6 +37,12 @@ decoder took 13 % longer compiled, which is why there is a trial (docs/benchmark
 """
 GAIN = 0.05
 """The share of a step that compiling must save in the trial to stay."""
+SHAPES = 256
+"""So many shapes of a batch are compiled; torch runs further ones uncompiled, and warns.
+
+Torch's own 8 would be used up by captions of 128 tokens, which have a length for every 16. Which
+shapes are compiled would then depend on those that came first, and with them a resumed run's bits.
+"""
 
 
 class Compilation:
@@ -45,7 +51,8 @@ class Compilation:
     `compile: true` does so before the first step. `auto` does so after FIRST_STEPS, if the steps to
     come would take more than WORTH_SECONDS, and goes back after TRIAL_STEPS, if they have not
     become faster by GAIN; the fastest step of each kind counts. Every shape is compiled by itself,
-    so that the kernels do not depend on which shape came first.
+    so that the kernels do not depend on which shape came first. `retains_graph` says that the
+    loss runs backward through the networks more than once.
     """
 
     def __init__(
@@ -56,10 +63,12 @@ class Compilation:
         device: torch.device,
         is_first: bool,
         world_size: int,
+        retains_graph: bool = False,
     ) -> None:
         self._steps, self._modules, self._device = training.steps, tuple(modules), device
         self._uri, self._is_first = paths.join(run_uri, RECORD), is_first
         self._world_size, self._is_compiled = world_size, False
+        self._retains_graph = retains_graph
         self._plain: list[float] = []
         self._compiled: list[float] = []
         self._auto = training.compile == "auto"
@@ -78,6 +87,7 @@ class Compilation:
         first, last = self._record.get("first_step"), self._record.get("last_step")
         compiled = first is not None and first <= step and (last is None or step < last)
         if compiled and not self._is_compiled:
+            _set_compiler(self._retains_graph)
             for module in self._modules:
                 module.compile(dynamic=False)
             self._is_compiled = True
@@ -132,6 +142,18 @@ class Compilation:
         if compiled < (1 - GAIN) * plain:
             return record, f"stays compiled; {said}"
         return record | {"last_step": step}, f"no longer compiled from step {step} on; {said}"
+
+
+def _set_compiler(retains_graph: bool) -> None:
+    """Allow SHAPES shapes, and where it is needed several backward passes of one graph."""
+    import torch._dynamo.config
+    import torch._functorch.config
+
+    torch._dynamo.config.recompile_limit = SHAPES
+    if retains_graph:
+        # Steps before it (losses.adversarial_start) compile backward passes that would overwrite
+        # what the forward pass has kept.
+        torch._functorch.config.donated_buffer = False
 
 
 def _can_compile(device: torch.device) -> bool:

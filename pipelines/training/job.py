@@ -93,13 +93,15 @@ class Adversary:
 class Job:
     """The networks of a training and their losses; `frozen` are those that only compute, by name.
 
-    `model` may be wrapped for data parallelism when `loss` is called with it.
+    `model` may be wrapped for data parallelism when `loss` is called with it. `retains_graph` says
+    that `loss` itself computes gradients.
     """
 
     model: nn.Module
     loss: LossFunction
     adversary: Adversary | None = None
     frozen: Mapping[str, nn.Module] = field(default_factory=dict)
+    retains_graph: bool = False
 
     @property
     def networks(self) -> list[nn.Module]:

@@ -111,7 +111,9 @@ def _train(
         batches_to_come = itertools.chain([first], batches_to_come)
     # After the plan, which would be measured on what is compiled.
     modules = (wrapped, *job.frozen.values())
-    compilation = Compilation(training, run_uri, modules, device, rank == 0, world_size)
+    compilation = Compilation(
+        training, run_uri, modules, device, rank == 0, world_size, job.retains_graph
+    )
     meter.restart()
     while state.step < last_step:
         with meter.waiting():

@@ -168,7 +168,8 @@ def pixel_decoder_job(model: PixelDecoder, objective: Objective) -> Job:
         "lpips": objective.lpips,
     }
     beside = {name: module for name, module in frozen.items() if module is not None}
-    return Job(model, objective.model_loss, adversary, beside)
+    retains_graph = adversary is not None and objective.losses.adaptive
+    return Job(model, objective.model_loss, adversary, beside, retains_graph)
 
 
 def untrained_job(recipe: Recipe) -> UntrainedJob:

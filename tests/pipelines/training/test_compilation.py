@@ -9,6 +9,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,12 +18,16 @@ import torch
 from torch._dynamo.testing import CompileCounter
 
 from fae.pipelines.config.recipe import load_recipe
+from fae.pipelines.config.sections import TrainingSection
 from fae.pipelines.latents.reader import LatentStore
-from fae.pipelines.training import compilation
+from fae.pipelines.training import compilation, pixel_objective
+from fae.pipelines.training.compilation import Compilation
 from fae.pipelines.training.generator import train_generator
+from fae.pipelines.training.state import TrainState
+from fae.pipelines.training.step import train_step
 from fae_core import checkpoint
 from tests.here import train_here
-from tests.tiny import ROOT, save_text_encoder, wait_for
+from tests.tiny import ROOT, SMALLEST_BACKBONE, TINY, save_text_encoder, wait_for
 
 LONG = "a red cat a blue dog a green house a small red cat and a big house"
 
@@ -93,6 +98,47 @@ def weights(run: Path) -> dict[str, torch.Tensor]:
 def assert_same(one: Path, other: Path) -> None:
     for (name, expected), actual in zip(weights(one).items(), weights(other).values(), strict=True):
         assert torch.equal(expected, actual), name
+
+
+def test_every_length_of_long_captions_is_compiled(graphs, tmp_path):
+    model = torch.nn.Linear(1, 1)
+    training = TrainingSection(compile=True)
+    compiled = Compilation(training, str(tmp_path), [model], torch.device("cpu"), True, 1)
+    lengths = range(16, 256 + 1, 16)
+    for step, length in enumerate(lengths):
+        with compiled.step(step):
+            model(torch.zeros(length, 1))
+    assert graphs.frame_count == len(lengths)
+
+
+def test_a_compiled_training_with_an_adaptive_weight_goes_on_when_the_adversary_starts(
+    monkeypatch, tmp_path
+):
+    torch.compiler.reset()
+    # Torch's own compiler without its kernels: what it keeps for the backward pass is the same.
+    eager = functools.partial(torch.compile, backend="aot_eager")
+    monkeypatch.setattr(torch, "compile", eager)
+    losses = ["adaptive=true", "adversarial_start=1", "discriminator_start=0", "augment=false",
+              "discriminator=backbone", "perceptual=backbone"]  # fmt: skip
+    network = ["width=32", "depth=1", "num_heads=2", "training.compile=true"]
+    recipe = load_recipe(
+        "photos-dinov2s",
+        [*TINY, *SMALLEST_BACKBONE, "pixel_decoder.training.precision=fp32"]
+        + [f"pixel_decoder.{setting}" for setting in network]
+        + [f"pixel_decoder.losses.{setting}" for setting in losses],
+    )
+    job, blank = pixel_objective.untrained_job(recipe)
+    training, device = recipe.pixel_decoder.training, torch.device("cpu")
+    state = TrainState(job.model, training, job.adversary)
+    compiled = Compilation(training, str(tmp_path), [job.model], device, True, 1, job.retains_graph)
+    for step in range(2):
+        with compiled.step(step):
+            batch = replace(blank(2), step=step)
+            terms = train_step(
+                state, job.model, job.loss, [batch], training,
+                job.adversary.module, job.adversary.loss,
+            )  # fmt: skip
+    assert terms["adaptive_weight"] > 0
 
 
 @pytest.mark.integration
