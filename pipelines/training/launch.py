@@ -32,6 +32,7 @@ from .job import TrainingError
 from .preemption import NodeLeaving
 from .run_folder import run_folder
 from .run_log import say
+from .step import NonFiniteGradientError
 from .tracking import Tracker, account_note, shared_tracking
 
 RESIZE_SECONDS = 60.0
@@ -219,9 +220,9 @@ def raised_by_worker(error: Exception) -> Exception | None:
     train_error = ray_private.train_error()
 
     failures = list(getattr(error, "worker_failures", {}).values())
-    for failure in map(plain_error, failures):
-        if isinstance(failure, UserError):
-            return failure
+    told = [failure for failure in map(plain_error, failures) if isinstance(failure, UserError)]
+    if told:  # the workers share a gradient, so a NaN ends those too whose losses are finite
+        return min(told, key=lambda failure: isinstance(failure, NonFiniteGradientError))
     for failure in failures:
         cause = failure
         while isinstance(cause, RayTaskError) and isinstance(cause.cause, Exception):

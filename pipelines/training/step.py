@@ -29,6 +29,10 @@ class NonFiniteError(UserError, RuntimeError):
     """Loss or gradient is NaN or infinite; the message names the step and the batch's keys."""
 
 
+class NonFiniteGradientError(NonFiniteError):
+    """The losses are finite, and the gradient, which all workers share, is not."""
+
+
 def learning_rate(step: int, training: TrainingSection) -> float:
     """The rate of optimizer step `step` (from 0): linear warm-up, then constant or a cosine."""
     if step < training.warmup_steps:
@@ -98,7 +102,7 @@ def train_step(
     if not all(sound):
         suspects = [batch for batch, good in zip(batches, sound, strict=False) if not good]
         what = f"loss {float(totals['loss'])}, gradient norm {float(norms[0])}"
-        raise _non_finite(f"Step {state.step}: {what}.", suspects or batches)
+        raise _non_finite(f"Step {state.step}: {what}.", suspects, batches)
     for network in stepping:
         network.optimizer.step()
     state.update_ema()
@@ -106,11 +110,14 @@ def train_step(
     return {**totals, "gradient_norm": norms[0].detach()}
 
 
-def _non_finite(what: str, suspects: Sequence[Batch]) -> NonFiniteError:
-    keys = [key for batch in suspects for key in batch.keys]
+def _non_finite(what: str, suspects: Sequence[Batch], batches: Sequence[Batch]) -> NonFiniteError:
+    """The error of a step where the losses of `suspects` are not finite, or else the gradient."""
+    keys = [key for batch in suspects or batches for key in batch.keys]
     more = f" and {len(keys) - MAX_KEYS_IN_ERROR} more" if len(keys) > MAX_KEYS_IN_ERROR else ""
-    return NonFiniteError(
-        f"{what} The images of this batch: {', '.join(keys[:MAX_KEYS_IN_ERROR])}{more}. "
+    kind = NonFiniteError if suspects else NonFiniteGradientError
+    workers = "" if suspects else " With several workers it may be the images of another worker."
+    return kind(
+        f"{what} The images of this batch: {', '.join(keys[:MAX_KEYS_IN_ERROR])}{more}.{workers} "
         "The last checkpoint is from before this step; look at these images, lower the learning "
         "rate or set the precision to fp32."
     )

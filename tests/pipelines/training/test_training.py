@@ -1,6 +1,7 @@
 """Training without Ray: accumulation, schedule, randomness, resume, split of the data."""
 
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -158,6 +159,31 @@ def test_a_non_finite_loss_stops_before_the_step_and_names_the_images():
         train_step(state, state.model, broken, batches_of(0, 4), training)
     assert "k6" not in str(error.value)
     assert torch.equal(before, parameters(state)) and state.step == 0
+
+
+def test_a_nan_is_told_of_the_worker_whose_images_it_comes_from():
+    from ray.train import WorkerGroupError
+
+    training = section()
+
+    def ends(own: float, of_another: float, key: str) -> Exception:
+        """How a worker ends whose loss has the factor `own`, where the mean has the gradients
+        `of_another` too."""
+        state = new_state(training)
+        for parameter in state.model.parameters():
+            parameter.register_hook(lambda gradient: gradient + of_another)
+        batches = [replace(batch, keys=[key]) for batch in batches_of(0, 1)]
+        scaled = lambda model, batch: {"loss": own * loss(model, batch)["loss"]}  # noqa: E731
+        with pytest.raises(NonFiniteError) as error:
+            train_step(state, state.model, scaled, batches, training)
+        return error.value
+
+    failures = [ends(1.0, math.nan, "good.png"), ends(math.nan, 0.0, "bad.png")]
+    assert "the images of another worker" in str(failures[0])
+    for order in ((0, 1), (1, 0)):
+        workers = {rank: failures[number] for rank, number in enumerate(order)}
+        shown = str(raised_by_worker(WorkerGroupError("", workers)))
+        assert "The images of this batch: bad.png." in shown and "another worker" not in shown
 
 
 @pytest.mark.parametrize(
