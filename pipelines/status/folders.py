@@ -222,8 +222,10 @@ def _is_loss(name: str) -> bool:
 
 
 def _bad_images(files: Files) -> int:
+    """How many the workers have found, each image once: every epoch deals them out anew."""
     logs = [file for name, file in files.items() if name.startswith("bad_images-")]
-    return sum(len(paths.read_bytes(file.uri).splitlines()) for file in logs)
+    lines = [line for file in logs for line in paths.read_bytes(file.uri).splitlines()]
+    return len({json.loads(line)["key"] for line in lines})
 
 
 def _ended(kind: str) -> Callable[[str, Files], Status]:

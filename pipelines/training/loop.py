@@ -99,7 +99,7 @@ def _train(
         ray.train.torch.prepare_model(job.adversary.module) if job.adversary else None
     )
     adversary_loss = job.adversary.loss if job.adversary else None
-    bad_images = BadImages(run_uri, rank)
+    bad_images = BadImages(run_uri, rank, world_size)
     meter = Meter(training.batch_size, world_size)
     validation: dict[str, float] = {}
     notice = Notice()
@@ -127,7 +127,7 @@ def _train(
         meter.add(terms)
         step, last = state.step, state.step == last_step
         if step % training.log_every == 0 or last:
-            metrics = meter.flush() | {"bad_images": float(len(bad_images))}
+            metrics = meter.flush() | {"bad_images": float(bad_images.count())}
             metrics["learning_rate"] = learning_rate(step - 1, training)
             if log:
                 log.add("train", f"step {step}/{training.steps}", metrics, step)

@@ -63,14 +63,20 @@ class Meter:
 class BadImages:
     """The images that this worker could not decode: one JSON line each in the run's folder."""
 
-    def __init__(self, run_uri: str, rank: int) -> None:
+    def __init__(self, run_uri: str, rank: int, world_size: int) -> None:
+        self.world_size = world_size
         self.uri = paths.join(run_uri, f"bad_images-{rank:05d}.jsonl")
         lines = paths.read_bytes(self.uri).decode().splitlines() if paths.exists(self.uri) else []
         self.found = {error["key"]: error for error in map(json.loads, lines)}
         self.saved = len(self.found)
 
-    def __len__(self) -> int:
-        return len(self.found)
+    def count(self) -> int:
+        """How many all workers have found, each image once; all of them call."""
+        if self.world_size == 1:
+            return len(self.found)
+        keys: list[list[str]] = [[] for _ in range(self.world_size)]
+        torch.distributed.all_gather_object(keys, list(self.found))
+        return len(set().union(*keys))
 
     def add(self, errors: list[dict[str, str]]) -> None:
         """Keep the errors of keys that have none yet."""

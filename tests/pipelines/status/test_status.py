@@ -76,7 +76,8 @@ def test_a_run_says_steps_rate_time_left_and_losses_from_its_folder_alone(root):
     log_steps(uri, range(10, 101, 10), images_per_second=32.0)
     for name in ("step_000000040.pt", "step_000000080.json", "step_000000090-1-of-2-ab12.part"):
         paths.write_bytes(paths.join(uri, "checkpoints", name), b"")
-    paths.write_bytes(paths.join(uri, "bad_images-00000.jsonl"), b"{}\n{}\n")
+    for rank, found in enumerate((b'{"key": "a"}\n{"key": "b"}\n', b'{"key": "b"}\n')):
+        paths.write_bytes(paths.join(uri, f"bad_images-0000{rank}.jsonl"), found)
     found = status(uri)
     assert found["kind"] == "training of the autoencoder" and found["state"] == "running"
     assert (found["done"], found["total"], found["unit"]) == (100, 400, "steps")

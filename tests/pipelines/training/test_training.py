@@ -17,8 +17,10 @@ from fae.pipelines.training.checkpoints import Checkpoints
 from fae.pipelines.training.image_feed import step_parts
 from fae.pipelines.training.job import TrainingError, check_batch, parts_of
 from fae.pipelines.training.launch import fit, raised_by_worker
+from fae.pipelines.training.meters import BadImages
 from fae.pipelines.training.state import TrainState, ema_decay, write_content
 from fae.pipelines.training.step import NonFiniteError, learning_rate, train_step
+from tests.workers import on_workers
 
 BATCH = 8
 
@@ -292,6 +294,17 @@ def test_a_lost_worker_is_told_from_an_error_of_the_training_function():
     for lost in (ActorDiedError(), OutOfMemoryError("killed"), starved, unwell):
         assert raised(lost) is raised(echo, lost) is raised(bug, lost) is None
     assert raised(echo) is raised(broken, echo) is raised() is None
+
+
+def count_bad_images(folder: str) -> int:
+    rank = torch.distributed.get_rank()
+    bad_images = BadImages(folder, rank, 2)
+    bad_images.add([{"key": "both.png"}, {"key": f"{rank}.png"}])
+    return bad_images.count()
+
+
+def test_an_image_that_two_workers_cannot_decode_counts_once(tmp_path):
+    assert on_workers(2, count_bad_images, str(tmp_path)) == [3, 3]
 
 
 @pytest.mark.integration
