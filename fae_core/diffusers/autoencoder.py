@@ -13,6 +13,7 @@ from diffusers import ConfigMixin, ModelMixin
 from diffusers.configuration_utils import register_to_config
 from diffusers.models.autoencoders.vae import DecoderOutput, DiagonalGaussianDistribution
 from diffusers.models.modeling_outputs import AutoencoderKLOutput
+from diffusers.utils.accelerate_utils import apply_forward_hook
 from torch import Tensor
 
 from fae_core.backbone import Backbone, load_backbone
@@ -51,6 +52,7 @@ class AutoencoderFAE(ModelMixin, ConfigMixin):
         self.to(torch.get_default_dtype())  # diffusers sets it; tables of positions ignore it
         self._backbone: list[Backbone] = []  # a list: its weights are no part of the state
 
+    @apply_forward_hook  # offloading moves a module before `forward` alone
     def encode(
         self, x: Tensor, return_dict: bool = True
     ) -> AutoencoderKLOutput | tuple[DiagonalGaussianDistribution]:
@@ -70,6 +72,7 @@ class AutoencoderFAE(ModelMixin, ConfigMixin):
         latent_dist = DiagonalGaussianDistribution(tokens.transpose(1, 2).unflatten(2, grid))
         return AutoencoderKLOutput(latent_dist=latent_dist) if return_dict else (latent_dist,)
 
+    @apply_forward_hook
     def decode(
         self, z: Tensor, return_dict: bool = True, **_: Any
     ) -> DecoderOutput | tuple[Tensor]:

@@ -5,11 +5,13 @@ diffusers is imported in the tests alone: its import costs as much as torch's, t
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import re
 import shutil
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -103,6 +105,28 @@ def test_the_installed_class_loads_saves_and_computes_in_bfloat16(published, tmp
             latents, autoencoder.encode(x).latent_dist.mode(), atol=0.05, rtol=0.05
         )
         assert again(x.bfloat16()).sample.shape == x.shape
+
+
+def test_offloading_brings_the_autoencoder_back_before_it_encodes_and_decodes(
+    published, images, monkeypatch
+):
+    from fae_core.diffusers import autoencoder
+
+    # Its hooks are diffusers', which leaves them out where accelerate is not installed.
+    place = "diffusers.utils.accelerate_utils"
+    monkeypatch.setattr(f"{place}.is_accelerate_available", lambda: True)
+    monkeypatch.setattr(f"{place}.accelerate", SimpleNamespace(__version__="1.0.0"), raising=False)
+    spec = importlib.util.spec_from_file_location("with_accelerate", autoencoder.__file__)
+    module = importlib.util.module_from_spec(spec)
+    monkeypatch.setitem(sys.modules, spec.name, module)
+    spec.loader.exec_module(module)
+    vae = module.AutoencoderFAE.from_pretrained(published, subfolder="vae")
+    moved = []
+    vae._hf_hook = SimpleNamespace(pre_forward=moved.append)
+    latents = vae.encode(of_diffusers(images)).latent_dist.mode()
+    assert moved == [vae]
+    vae.decode(latents)
+    assert moved == [vae, vae]
 
 
 def test_other_weights_of_the_backbone_are_refused(published, images):
