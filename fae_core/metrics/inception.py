@@ -42,9 +42,10 @@ class Inception(nn.Module):
     def forward(self, images: Tensor) -> dict[str, Tensor]:
         """`inception` [B, 2048], `spatial` [B, 2023] and `logits` [B, 1008] without bias.
 
-        `images` are uint8 [B, S, S, 3].
+        `images` are uint8 [B, S, S, 3]. GPUs compute in float32 too, not in TF32.
         """
-        pool, logits = self.network(images.permute(0, 3, 1, 2))
+        with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
+            pool, logits = self.network(images.permute(0, 3, 1, 2))
         spatial = self.mixed_6_conv[:, :SPATIAL_CHANNELS].permute(0, 2, 3, 1).flatten(1)
         return {"inception": pool, "spatial": spatial, "logits": logits}
 

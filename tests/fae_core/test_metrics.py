@@ -152,6 +152,17 @@ def test_psnr_and_ssim_are_scikit_images() -> None:
         assert ssim(b, a)[i].item() == pytest.approx(expected, abs=1e-4)
 
 
+def test_ssim_keeps_the_small_variance_of_bright_flat_images() -> None:
+    torch.manual_seed(0)
+    a, b = (0.97 + 0.02 * torch.rand(1, 3, 32, 32) for _ in range(2))
+    x, y = (np.moveaxis(t[0].double().numpy(), 0, -1) for t in (a, b))
+    _, full = structural_similarity(
+        x, y, channel_axis=-1, data_range=1.0, gaussian_weights=True, sigma=1.5,
+        use_sample_covariance=False, full=True,
+    )  # fmt: skip
+    assert ssim(b, a).item() == pytest.approx(full[5:-5, 5:-5].mean(), abs=1e-7)
+
+
 def test_inceptions_features_are_torch_fidelitys_and_its_spatial_ones_are_adms(
     inception_weights: Path,
 ) -> None:
@@ -170,6 +181,18 @@ def test_inceptions_features_are_torch_fidelitys_and_its_spatial_ones_are_adms(
     expected = conv[..., :7].reshape(2, -1)
     assert expected.shape == (2, SPATIAL_DIM) and np.array_equal(ours["spatial"], expected)
     assert ours["spatial"].std() > 0
+
+
+def test_inception_convolves_without_tf32(inception_weights: Path) -> None:
+    inception = load_inception(inception_weights)
+    allowed = []
+    inception.network.Mixed_6c.register_forward_hook(
+        lambda *_: allowed.append(torch.backends.cudnn.allow_tf32)
+    )
+    with torch.backends.cudnn.flags(enabled=True, allow_tf32=True):
+        inception(torch.zeros(1, 32, 32, 3, dtype=torch.uint8))
+        assert torch.backends.cudnn.allow_tf32
+    assert allowed == [False]
 
 
 def test_weights_that_are_not_inceptions_or_not_only_tensors_are_refused(tmp_path: Path) -> None:
