@@ -158,21 +158,22 @@ def discriminator_loss(real_logits: Tensor, fake_logits: Tensor) -> Tensor:
 
 
 def augment(images: Tensor, draws: Tensor) -> Tensor:
-    """DiffAugment (arXiv 2006.10738) of images [B, 3, S, S] by uniform `draws` [B, 5] in [0, 1].
+    """DiffAugment (arXiv 2006.10738) of images [B, 3, S, S] by uniform `draws` [B, 5], all in [0, 1].
 
-    Brightness changes by up to ±0.5, saturation by a factor in [0, 2], contrast by one in
-    [0.5, 1.5]; then the image is shifted by up to an eighth of its size and padded with zeros.
+    Its constants are for images in [-1, 1], as RAE's decoder gives it (arXiv 2510.11690): there,
+    brightness changes by up to ±0.5, saturation by a factor in [0, 2], contrast by one in
+    [0.5, 1.5]; then the image is shifted by up to an eighth of its size and padded with mid-grey.
     Differentiable in the images.
     """
     brightness, saturation, contrast = (draws[:, i].view(-1, 1, 1, 1) for i in range(3))
-    x = images + (brightness - 0.5)
+    x = images * 2.0 - 1.0 + (brightness - 0.5)
     grey = x.mean(dim=1, keepdim=True)
     x = (x - grey) * (2.0 * saturation) + grey
     mean = x.mean(dim=(1, 2, 3), keepdim=True)
     x = (x - mean) * (contrast + 0.5) + mean
     size, reach = images.shape[-1], images.shape[-1] // 8
     offsets = (draws[:, 3:] * (2 * reach + 1)).floor().clamp(max=2 * reach).long()
-    padded = F.pad(x, (reach, reach, reach, reach))
+    padded = F.pad((x + 1.0) / 2.0, (reach, reach, reach, reach), value=0.5)
     along = torch.arange(size, device=images.device)
     rows = (offsets[:, 0, None] + along)[:, None, :, None]
     columns = (offsets[:, 1, None] + along)[:, None, None, :]

@@ -172,7 +172,10 @@ def test_augmentation_is_the_identity_in_the_middle_and_shifts_by_its_draws() ->
     corner[:, 3] = 0.0  # rows from an eighth above
     shifted = augment(x, corner)
     assert torch.allclose(shifted[:, :, 8:], x[:, :, :-8], atol=1e-6)
-    assert not shifted[:, :, :8].any()
+    assert (shifted[:, :, :8] == 0.5).all()
+    brighter = middle.clone()
+    brighter[:, 0] = 1.0
+    assert torch.allclose(augment(x, brighter), x + 0.25, atol=1e-6)
 
 
 def test_the_adaptive_weight_balances_the_gradients() -> None:
