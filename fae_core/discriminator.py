@@ -158,9 +158,9 @@ def discriminator_loss(real_logits: Tensor, fake_logits: Tensor) -> Tensor:
 
 
 def augment(images: Tensor, draws: Tensor) -> Tensor:
-    """DiffAugment (arXiv 2006.10738) of images [B, 3, S, S] by uniform `draws` [B, 5], all in [0, 1].
+    """DiffAugment (arXiv 2006.10738) of `images` [B, 3, S, S] by uniform `draws` [B, 5] in [0, 1].
 
-    Its constants are for images in [-1, 1], as RAE's decoder gives it (arXiv 2510.11690): there,
+    Images are in [0, 1]. The constants are for [-1, 1], as in RAE (arXiv 2510.11690): there,
     brightness changes by up to ±0.5, saturation by a factor in [0, 2], contrast by one in
     [0.5, 1.5]; then the image is shifted by up to an eighth of its size and padded with mid-grey.
     Differentiable in the images.
