@@ -84,7 +84,7 @@ class FAEPipeline(DiffusionPipeline):
         `guidance_scale` is one scale for all times (1 is none), `paper`, or intervals. `latents`
         [n, C, H, W] are the noise to start from, drawn by `generator` if they are not given.
         `output_type` is pil, np, pt, or latent for raw latents. Raises ValueError for a label that
-        is none of the generator's classes.
+        is none of the generator's classes, and for guidance of a generator without a null class.
         """
         device, dit = self._execution_device, self.transformer.dit
         labels = torch.tensor([self._class(label) for label in class_labels], device=device)
@@ -95,6 +95,11 @@ class FAEPipeline(DiffusionPipeline):
             raise ValueError(f"Expected latents {list(shape)}, not {list(latents.shape)}.")
         x = latents.to(device, torch.float32)
         intervals = _intervals(guidance_scale)
+        if dit.config.label_dropout == 0.0 and any(some.scale != 1.0 for some in intervals):
+            raise ValueError(
+                "guidance_scale: this generator was trained without dropped labels "
+                "(label_dropout=0), so no class stands for none. Leave guidance_scale at 1."
+            )
         # The scheduler appends 0 and shifts; its own default ends at 1/1000 before the shift.
         sigmas = np.linspace(1.0, 1.0 / num_inference_steps, num_inference_steps)
         self.scheduler.set_timesteps(sigmas=sigmas.tolist(), device=device)

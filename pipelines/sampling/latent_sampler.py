@@ -84,7 +84,10 @@ class LatentSampler:
     def check(self) -> None:
         """Raises RecipeError where guidance is asked of a generator that has no null class, or a
         guide has nothing to do."""
+        key, none = "guidance", "none"
         guided = any(interval.scale != 1.0 for interval in intervals(self.sample))
+        if isinstance(self.model, StarFlow):
+            key, none, guided = "flow_guidance", "0", self.sample.flow_guidance > 0.0
         if self.guide:
             if not guided:
                 raise RecipeError(
@@ -92,10 +95,12 @@ class LatentSampler:
                     "[{start: 1.0, end: 0.0, scale: 1.5}]."
                 )
             return
-        if guided and isinstance(self.model, DiT) and self.model.config.label_dropout == 0.0:
+        if isinstance(self.model, MMDiT):
+            return
+        if guided and self.model.config.label_dropout == 0.0:
             raise RecipeError(
-                "sample.guidance: this generator was trained without dropped labels "
-                "(label_dropout=0), so no class stands for none. Set sample.guidance=none."
+                f"sample.{key}: this generator was trained without dropped labels "
+                f"(label_dropout=0), so no class stands for none. Set sample.{key}={none}."
             )
 
     def __call__(self, noise: Tensor, labels: Tensor, indices: Sequence[int]) -> Tensor:

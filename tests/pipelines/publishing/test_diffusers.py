@@ -202,6 +202,19 @@ def test_the_pipeline_loads_with_the_folder_s_own_code_and_from_the_hub(
     assert np.array_equal(again([1], 2, latents=noise, output_type="np").images, drawn[0])
 
 
+def test_a_pipeline_without_a_null_class_is_not_guided(published):
+    from fae_core.diffusers import FAEPipeline, FAETransformer2DModel
+
+    config = json.loads((published / "transformer" / "config.json").read_text())["dit_config"]
+    transformer = FAETransformer2DModel({**config, "label_dropout": 0.0})
+    pipeline = FAEPipeline.from_pretrained(published, transformer=transformer)
+    pipeline.set_progress_bar_config(disable=True)
+    for scale in (1.5, "paper"):
+        with pytest.raises(ValueError, match="label_dropout=0"):
+            pipeline([0], 1, guidance_scale=scale)
+    assert len(pipeline([0], 1).images) == 1
+
+
 def test_labels_and_noise_of_a_pipeline_are_checked(published):
     from fae_core.diffusers import FAEPipeline
 

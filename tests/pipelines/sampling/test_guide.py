@@ -201,6 +201,17 @@ def test_a_generator_without_a_null_class_has_a_guide(networks: Path, tmp_path: 
     pictures(recipe_of(networks, *more, f"sample.guide={networks / 'guide.safetensors'}"))
 
 
+def test_a_flow_without_a_null_class_is_not_guided(networks: Path, tmp_path: Path) -> None:
+    marks = checkpoint.load(networks / "generator.safetensors").fingerprints
+    path = tmp_path / "generator.safetensors"
+    settings = {"width": 64, "layers": (1, 1), "num_classes": 2, "label_dropout": 0.0}
+    checkpoint.save(path, StarFlow(StarFlowConfig(4, (4, 4), **settings)), marks)
+    recipe = [f"generator.checkpoint={path}", GUIDED]  # that key is not a flow's
+    ImageSampler(recipe_of(networks, *recipe))
+    with pytest.raises(RecipeError, match=r"label_dropout=0.*Set sample\.flow_guidance=0"):
+        ImageSampler(recipe_of(networks, *recipe, "sample.flow_guidance=1.0"))
+
+
 def test_a_flow_has_no_guide(networks: Path, tmp_path: Path) -> None:
     marks = checkpoint.load(networks / "generator.safetensors").fingerprints
     path = tmp_path / "generator.safetensors"
