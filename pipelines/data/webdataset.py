@@ -27,6 +27,8 @@ from .tables import make_record
 
 COMPRESSED_TAR = (".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst")
 TAR_READ_AHEAD = 2**18
+LONGEST_PADDING = 2**20
+"""Bytes of zeros that may end a tar: tar pads to records of 10 KiB, or of up to 1 MiB (tar -b)."""
 NOT_A_TAR = "not a .tar file"
 
 
@@ -39,6 +41,8 @@ class _Tar:
     captions: dict[str, Any] = field(default_factory=dict)
     parts: Counter[str] = field(default_factory=Counter)
     losses: list[tuple[str, str]] = field(default_factory=list)
+    unread: float = 0.0
+    """The share of its bytes that cannot be read."""
 
 
 def plan_tars(uris: Sequence[str], data: DataSection, account: Account) -> Iterator[ImageRecord]:
@@ -63,6 +67,7 @@ def plan_tars(uris: Sequence[str], data: DataSection, account: Account) -> Itera
             for uri, tar in zip(some, read, strict=True):
                 for address, message in tar.losses:
                     account.lose(address, message)
+                account.lost_files += tar.unread
                 parts += tar.parts
                 num_images += len(tar.images)
                 yield from _records(uri, tar, data, account)
@@ -109,20 +114,44 @@ def _read_tar(uri: str, data: DataSection) -> _Tar:
     from_json: dict[str, dict[str, Any]] = {}
     try:
         # Read ahead: small members lie within one range, and large bodies are not fetched.
-        with (
-            paths.open_input(uri) as file,
-            io.BufferedReader(file, TAR_READ_AHEAD) as buffered,
-            tarfile.open(fileobj=buffered, mode="r:") as tar,
-        ):
-            size = file.size()
-            for member in tar:
-                if member.isreg() and not member.issparse():
-                    _read_member(uri, tar, member, size, data, found, from_json)
-    except tarfile.TarError as error:
-        found.losses.append((uri, f"the tar cannot be read to its end: {error}"))
+        with paths.open_input(uri) as file, io.BufferedReader(file, TAR_READ_AHEAD) as buffered:
+            size, end = file.size(), 0
+            try:
+                with tarfile.open(fileobj=buffered, mode="r:") as tar:
+                    for member in tar:
+                        if member.isreg() and not member.issparse():
+                            _read_member(uri, tar, member, size, data, found, from_json)
+                        end = tar.offset
+                problem = _problem_at(buffered, end, size)
+            except tarfile.TarError as error:
+                problem = str(error)
+            if problem:
+                left = max(size - end, 0)
+                of_all = f" ({left} of {size} bytes are left)" if left else ""
+                message = f"the tar cannot be read to its end{of_all}: {problem}"
+                found.losses.append((uri, message))
+                found.unread = left / size if size else 1.0
+    except OSError as error:
+        raise paths.storage_error("read", uri, error) from None
     for sample, values in from_json.items():
         _take_json(f"{uri}, member {sample}.json", sample, values, data, found)
     return found
+
+
+def _problem_at(file: io.BufferedReader, end: int, size: int) -> str | None:
+    """Why tarfile stopped at byte `end`, None at the end of a whole tar: zeros up to `size`."""
+    if end >= size:
+        return f"it has no end-of-archive block at byte {end} and may be cut there"
+    file.seek(end)
+    rest = file.read(min(size - end, LONGEST_PADDING + 1))
+    if rest[: tarfile.BLOCKSIZE].strip(b"\0"):
+        return f"no header of a member at byte {end}"
+    if rest.strip(b"\0") or len(rest) > LONGEST_PADDING:
+        return (
+            f"an end-of-archive block at byte {end}. Of tars that were joined, only the first is "
+            "read: unpack them (tar --ignore-zeros) and pack them anew"
+        )
+    return None
 
 
 def _read_member(

@@ -463,6 +463,57 @@ def test_a_tar_that_is_cut_short_gives_the_images_before_the_cut(tmp_path):
     assert "0.tar" in source.account.losses[0]["address"]
 
 
+@pytest.mark.parametrize(
+    ("damage", "message", "share"),
+    [
+        ("a header", "6144 of 10240 bytes are left): no header of a member at byte 4096", 0.6),
+        ("zeros", "6144 of 10240 bytes are left): an end-of-archive block at byte 4096", 0.6),
+        ("joined", "10240 of 18432 bytes are left): an end-of-archive block at byte 8192", 5 / 9),
+        ("cut between", "its end: it has no end-of-archive block at byte 4096", 0),
+        ("cut in a header", "100 of 4196 bytes are left): no header of a member", 100 / 4196),
+        ("cut in padding", "its end: unexpected end of data", 0),
+        ("long zeros", "2097152 of 2101248 bytes are left): an end-of-archive block", 512 / 513),
+    ],
+)
+def test_a_tar_that_stops_before_its_end_is_a_loss_that_names_the_byte(
+    tmp_path, damage, message, share
+):
+    whole = make_tar(tmp_path / "w.tar", [(f"{i}.jpg", b"x" * 500) for i in range(8)]).read_bytes()
+    assert len(whole) == 10240 and plan(tmp_path / "w.tar").account.num_losses == 0
+    damaged = {
+        "a header": whole[:4200] + b"?" + whole[4201:],
+        "zeros": whole[:4096] + bytes(512) + whole[4608:],
+        "joined": whole[: 8192 + 1024] + whole[1024:],
+        "cut between": whole[:4096],
+        "cut in a header": whole[:4196],
+        "cut in padding": whole[: 4096 - 5],
+        "long zeros": whole[:4096] + bytes(2**21),
+    }[damage]
+    source = plan(put(tmp_path / "0.tar", damaged))
+    assert source.account.num_images == (8 if damage == "joined" else 4)
+    (loss,) = source.account.losses
+    assert loss["address"].endswith("0.tar") and message in loss["message"]
+    assert source.account.lost_files == pytest.approx(share)
+
+
+@pytest.mark.parametrize("zeros", [512, 1024, 2**20])
+def test_every_padding_that_writers_of_tars_use_is_an_end(tmp_path, zeros):
+    whole = make_tar(tmp_path / "w.tar", [("a.jpg", b"x" * 500)]).read_bytes()
+    source = plan(put(tmp_path / "0.tar", whole[:1024] + bytes(zeros)))
+    assert (source.account.num_images, source.account.num_losses) == (1, 0)
+
+
+def test_a_network_that_fails_within_a_tar_is_no_loss_of_its_rest(tmp_path, monkeypatch):
+    class Unreachable(io.FileIO):
+        def read(self, size=-1):
+            raise OSError(5, "Input/output error")
+
+    path = make_tar(tmp_path / "0.tar", [("a.jpg", b"x" * 500)])
+    monkeypatch.setattr(paths, "open_input", lambda uri: pa.PythonFile(Unreachable(uri), "r"))
+    with pytest.raises(paths.StorageError, match=r"Cannot read .*0\.tar"):
+        plan(path)
+
+
 def test_the_member_that_is_the_image_is_chosen_by_a_setting(tmp_path):
     members = [
         (f"{index:03d}.{part}", encoded(kind=kind))
