@@ -111,13 +111,19 @@ class LeCam(nn.Module):
         self.register_buffer("fake", torch.zeros(()))
 
     def forward(self, real_logits: Tensor, fake_logits: Tensor) -> Tensor:
-        """The penalty, 0-dim, by the running means, which are then updated with this batch."""
+        """The penalty of a batch, 0-dim, by the running means of the steps before."""
         real, fake = real_logits.float().mean(), fake_logits.float().mean()
-        penalty = F.relu(real - self.fake).square() + F.relu(self.real - fake).square()
-        with torch.no_grad():
-            self.real.lerp_(real.detach(), 1.0 - self.decay)
-            self.fake.lerp_(fake.detach(), 1.0 - self.decay)
-        return penalty
+        return F.relu(real - self.fake).square() + F.relu(self.real - fake).square()
+
+    @torch.no_grad()
+    def update(self, real: Tensor, fake: Tensor, share: Tensor) -> None:
+        """Move the running means by a step's logits, all 0-dim.
+
+        `real` and `fake` are sums over the images that a step has, `share` of those planned,
+        divided by the number planned.
+        """
+        self.real.add_(real - share * self.real, alpha=1.0 - self.decay)
+        self.fake.add_(fake - share * self.fake, alpha=1.0 - self.decay)
 
 
 class Discriminator(nn.Module):

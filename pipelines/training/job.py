@@ -81,12 +81,15 @@ def parts_of(training: TrainingSection, rank: int, world_size: int) -> list[Part
 class Adversary:
     """A second network, trained on each micro-batch just after the model's backward pass.
 
-    Its loss is the term `adversary_loss`; no gradient of it may reach the model.
+    Its loss is the term `adversary_loss`; no gradient of it may reach the model. `after_step` is
+    called by every worker in each step that trains it, with the worker's mean terms and the share
+    of its planned images that could be decoded.
     """
 
     module: nn.Module
     loss: AdversaryLoss
     learning_rate: float
+    after_step: Callable[[Mapping[str, Tensor], float], None]
 
 
 @dataclass(frozen=True)

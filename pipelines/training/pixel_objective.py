@@ -7,6 +7,7 @@ say where their terms and constants come from. The trainer is pixel_decoder.py.
 from __future__ import annotations
 
 import functools
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -132,6 +133,16 @@ class Objective:
             "fake_logit": fake.mean().detach(),
         }
 
+    def after_step(self, terms: Mapping[str, Tensor], share: float) -> None:
+        """Move LeCam's running means by the logits of all workers' images."""
+        assert self.adversary is not None
+        real, fake = terms["real_logit"], terms["fake_logit"]
+        sums = torch.stack([real, fake, real.new_full((), share)])
+        if torch.distributed.is_initialized():
+            torch.distributed.all_reduce(sums)
+            sums /= torch.distributed.get_world_size()
+        self.adversary.lecam.update(*sums)
+
     def _augmented(self, images: Tensor, batch: Batch, stream: str) -> Tensor:
         if not self.losses.augment:
             return images
@@ -161,7 +172,9 @@ def pixel_decoder_job(model: PixelDecoder, objective: Objective) -> Job:
     adversary = None
     if objective.adversary is not None:
         rate = objective.losses.discriminator_learning_rate
-        adversary = Adversary(objective.adversary, objective.adversary_loss, rate)
+        adversary = Adversary(
+            objective.adversary, objective.adversary_loss, rate, objective.after_step
+        )
     frozen: dict[str, nn.Module | None] = {
         "backbone": objective.backbone,
         "autoencoder": objective.autoencoder,

@@ -38,6 +38,7 @@ class TrainState:
         self, model: nn.Module, training: TrainingSection, adversary: Adversary | None = None
     ) -> None:
         self.model = model
+        self.adversary = adversary
         self.step = 0
         self.networks = {"model": TrainedNetwork(model, training, training.learning_rate)}
         if adversary:

@@ -103,6 +103,8 @@ def train_step(
         suspects = [batch for batch, good in zip(batches, sound, strict=False) if not good]
         what = f"loss {float(totals['loss'])}, gradient norm {float(norms[0])}"
         raise _non_finite(f"Step {state.step}: {what}.", suspects, batches)
+    if adversary_steps and state.adversary is not None:
+        state.adversary.after_step(totals, sum(batch.weight for batch in batches) / len(batches))
     for network in stepping:
         network.optimizer.step()
     state.update_ema()

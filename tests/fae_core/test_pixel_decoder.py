@@ -156,12 +156,17 @@ def test_hinge_losses_are_their_definition() -> None:
     assert discriminator_loss(real, fake).item() == pytest.approx(0.5 * (0.25 + 0.5))
 
 
-def test_lecam_compares_with_the_means_before_this_batch() -> None:
+def test_lecam_compares_with_the_means_of_the_steps_before() -> None:
     lecam = LeCam(decay=0.9)
-    assert lecam(torch.tensor([2.0]), torch.tensor([-1.0])).item() == pytest.approx(4.0 + 1.0)
+    for _ in range(2):  # micro-batches of one step
+        assert lecam(torch.tensor([2.0]), torch.tensor([-1.0])).item() == pytest.approx(4.0 + 1.0)
+    lecam.update(torch.tensor(2.0), torch.tensor(-1.0), torch.tensor(1.0))
     assert lecam.real.item() == pytest.approx(0.2) and lecam.fake.item() == pytest.approx(-0.1)
     expected = (2.0 + 0.1) ** 2 + (0.2 + 1.0) ** 2
     assert lecam(torch.tensor([2.0]), torch.tensor([-1.0])).item() == pytest.approx(expected)
+    # Half of the images, with the same logits as the running means have.
+    lecam.update(0.5 * lecam.real, 0.5 * lecam.fake, torch.tensor(0.5))
+    assert lecam.real.item() == pytest.approx(0.2) and lecam.fake.item() == pytest.approx(-0.1)
 
 
 def test_augmentation_is_the_identity_in_the_middle_and_shifts_by_its_draws() -> None:

@@ -8,9 +8,11 @@ import pytest
 import torch
 from torch import nn
 
+from fae.pipelines.config.recipe import load_recipe
 from fae.pipelines.config.sections import TrainingSection
 from fae.pipelines.data.order import EpochOrder
 from fae.pipelines.runtime import ray_private
+from fae.pipelines.training import pixel_objective
 from fae.pipelines.training.batches import Batch, random_flips, sample_noise
 from fae.pipelines.training.checkpoint_files import list_checkpoints
 from fae.pipelines.training.checkpoints import Checkpoints
@@ -20,6 +22,7 @@ from fae.pipelines.training.launch import fit, raised_by_worker
 from fae.pipelines.training.meters import BadImages
 from fae.pipelines.training.state import TrainState, ema_decay, write_content
 from fae.pipelines.training.step import NonFiniteError, learning_rate, train_step
+from tests.tiny import SMALLEST_BACKBONE, TINY
 from tests.workers import on_workers
 
 BATCH = 8
@@ -259,6 +262,38 @@ def test_a_step_is_the_same_on_any_number_of_workers(workers):
         gradients.append(torch.cat([p.grad.flatten() for p in state.model.parameters()]))
     expected = torch.cat([p.grad.flatten() for p in whole.model.parameters()])
     torch.testing.assert_close(torch.stack(gradients).mean(0), expected)
+
+
+def lecam_after_a_step(micro_batches: int) -> list[float]:
+    """LeCam's running means after a step on this worker's share of eight images."""
+    settings = ["width=32", "depth=1", "num_heads=2", "training.precision=fp32",
+                "losses.perceptual=backbone", "losses.discriminator_start=0"]  # fmt: skip
+    recipe = load_recipe(
+        "photos-dinov2s", [*TINY, *SMALLEST_BACKBONE, *(f"pixel_decoder.{s}" for s in settings)]
+    )
+    torch.manual_seed(0)
+    images = torch.randint(0, 256, (BATCH, 32, 32, 3), dtype=torch.uint8)
+    images *= torch.arange(2, dtype=torch.uint8).repeat_interleave(BATCH // 2)[:, None, None, None]
+    job, _ = pixel_objective.untrained_job(recipe)
+    distributed = torch.distributed.is_initialized()
+    rank, workers = (torch.distributed.get_rank(), 2) if distributed else (0, 1)
+    training = section(num_workers=workers, accumulation=micro_batches)
+    batches = [
+        Batch(0, {"images": images[p.start : p.stop]}, list(p), [], weight, [])
+        for p, weight in parts_of(training, rank, workers)
+    ]
+    judge = job.adversary
+    train_step(TrainState(job.model, training, judge), job.model, job.loss, batches, training,
+               judge.module, judge.loss)  # fmt: skip
+    return [judge.module.lecam.real.item(), judge.module.lecam.fake.item()]
+
+
+def test_lecams_means_are_those_of_the_whole_step_on_any_number_of_workers():
+    expected = lecam_after_a_step(1)
+    assert expected[0] != expected[1]
+    assert lecam_after_a_step(4) == pytest.approx(expected, rel=1e-5)
+    for means in on_workers(2, lecam_after_a_step, 2):
+        assert means == pytest.approx(expected, rel=1e-5)
 
 
 def test_a_batch_that_does_not_divide_is_refused_with_the_numbers():
