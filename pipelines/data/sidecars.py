@@ -15,6 +15,7 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
@@ -27,6 +28,7 @@ from .listing import ends_with
 from .records import SourceError
 from .tables import refuse_extensions
 
+TEXTS_AT_ONCE = 2**10
 METADATA = ("metadata.jsonl", "metadata.csv", "metadata.parquet")
 
 
@@ -61,9 +63,9 @@ class Sidecars:
             folder = uri[self._start :].rpartition("/")[0]
             try:
                 strangers += self._take_rows(uri, folder, known)
-            except (SourceError, UnicodeDecodeError, ValueError, pa.ArrowException) as error:
-                if isinstance(error, SourceError):
-                    raise
+            except SourceError:
+                raise
+            except (ValueError, csv.Error, pa.ArrowException) as error:
                 self._account.lose(uri, f"the metadata cannot be read: {error}")
         if strangers:
             self._account.unused.append(
@@ -108,33 +110,36 @@ class Sidecars:
         text_stems = pc.replace_substring_regex(
             pc.utf8_slice_codeunits(texts, self._start), r"\.[^./]*$", ""
         )
-        places = pc.index_in(text_stems, value_set=stems)
-        beside = pc.is_valid(places)
-        if not pc.any(beside).as_py():
+        places = pc.index_in(stems, value_set=text_stems)  # of each image's text
+        has_text = pc.is_valid(places)
+        if not pc.any(has_text).as_py():
             return others
-        used = texts.filter(beside)
-        of_image = self._keys.take(places.drop_null()).to_pylist()
+        images, places = self._keys.filter(has_text), places.drop_null()
         with ThreadPoolExecutor(s3.CONNECTIONS) as pool:
-            for key, uri, content in zip(
-                of_image,
-                used.to_pylist(),
-                pool.map(paths.read_bytes, used.to_pylist()),
-                strict=True,
-            ):
-                if key in self.captions:
-                    continue
-                try:
-                    found = captions_of(content.decode("utf-8-sig").strip())
-                except UnicodeDecodeError as error:
-                    self._account.lose(uri, f"the caption is not UTF-8 text (byte {error.start})")
-                    continue
-                if found:
-                    self.captions[key] = found
-                    self.captions_from[".txt files beside the images"] = None
-        rest = texts.filter(pc.invert(beside))
+            for start in range(0, len(images), TEXTS_AT_ONCE):
+                keys = images.slice(start, TEXTS_AT_ONCE).to_pylist()
+                uris = texts.take(places.slice(start, TEXTS_AT_ONCE)).to_pylist()
+                contents = pool.map(paths.read_bytes, uris)
+                for key, uri, content in zip(keys, uris, contents, strict=True):
+                    self._take_text(key, uri, content)
+        unused = np.ones(len(texts), bool)
+        unused[places.to_numpy()] = False
+        rest = texts.filter(pa.array(unused))
         return pa.chunked_array(
             [*others.filter(pc.invert(is_text)).chunks, *rest.chunks], pa.large_string()
         )
+
+    def _take_text(self, key: str, uri: str, content: bytes) -> None:
+        if key in self.captions:
+            return
+        try:
+            found = captions_of(content.decode("utf-8-sig").strip())
+        except UnicodeDecodeError as error:
+            self._account.lose(uri, f"the caption is not UTF-8 text (byte {error.start})")
+            return
+        if found:
+            self.captions[key] = found
+            self.captions_from[".txt files beside the images"] = None
 
 
 def _metadata_columns(
@@ -163,7 +168,8 @@ def _metadata_rows(uri: str, account: Account) -> Iterator[tuple[str, dict[str, 
         for index, row in enumerate(reader):
             yield f"{uri}, row {index}", row
     else:
-        for index, line in enumerate(content.decode("utf-8-sig").splitlines(), 1):
+        lines = content.decode("utf-8-sig").split("\n")  # splitlines would split at U+2028 too
+        for index, line in enumerate(lines, 1):
             if not line.strip():
                 continue
             try:

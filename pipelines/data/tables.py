@@ -3,6 +3,7 @@ records."""
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import difflib
 import io
@@ -353,17 +354,32 @@ def _list_rows(uri: str) -> tuple[list[str], Callable[[Sequence[str]], Iterator[
     except UnicodeDecodeError as error:
         raise SourceError(f"{uri} is not UTF-8 text (byte {error.start}).") from None
     if suffix == "jsonl":
-        objects = [
-            _json_object(line, uri, n) for n, line in enumerate(text.splitlines(), 1) if line
-        ]
+        lines = text.split("\n")  # splitlines would split at U+2028 too
+        objects = [_json_object(line, uri, n) for n, line in enumerate(lines, 1) if line.strip()]
         names = list(dict.fromkeys(name for found in objects for name in found))
         return names, lambda columns: iter(objects)
     reader = csv.DictReader(
         io.StringIO(text, newline=""), delimiter="\t" if suffix == "tsv" else ","
     )
-    return list(reader.fieldnames or []), lambda columns: (
-        {column: row[column] or None for column in columns} for row in reader
-    )
+
+    def csv_rows(columns: Sequence[str]) -> Iterator[Values]:
+        with _csv_explained(reader, uri):
+            yield from ({column: row[column] or None for column in columns} for row in reader)
+
+    with _csv_explained(reader, uri):
+        return list(reader.fieldnames or []), csv_rows
+
+
+@contextlib.contextmanager
+def _csv_explained(reader: csv.DictReader[str], uri: str) -> Iterator[None]:
+    try:
+        yield
+    except csv.Error as error:
+        line = reader.line_num + 1
+        raise SourceError(
+            f"{uri}, line {line}: {error}. Is a quotation mark missing? (A list in JSON lines, "
+            ".jsonl, has texts of any length.)"
+        ) from None
 
 
 def _json_object(line: str, uri: str, number: int) -> Values:

@@ -98,7 +98,8 @@ def read_prompts(recipe: Recipe) -> list[dict[str, Any]]:
 def _read_file(uri: str) -> list[dict[str, Any]]:
     """One prompt a line; of .jsonl the object in each line, as GenEval's file has them."""
     try:
-        lines = paths.read_bytes(uri).decode().splitlines()
+        # Bytes are split at line ends alone, str also at U+2028, which a prompt may hold.
+        lines = [line.decode("utf-8") for line in paths.read_bytes(uri).splitlines()]
     except UnicodeDecodeError:
         raise RecipeError(f"prompts={uri} is not UTF-8 text.") from None
     found = []

@@ -66,7 +66,8 @@ class BadImages:
     def __init__(self, run_uri: str, rank: int, world_size: int) -> None:
         self.world_size = world_size
         self.uri = paths.join(run_uri, f"bad_images-{rank:05d}.jsonl")
-        lines = paths.read_bytes(self.uri).decode().splitlines() if paths.exists(self.uri) else []
+        # Bytes are split at line ends alone, str also at U+2028, which a key may hold.
+        lines = paths.read_bytes(self.uri).splitlines() if paths.exists(self.uri) else []
         self.found = {error["key"]: error for error in map(json.loads, lines)}
         self.saved = len(self.found)
 

@@ -163,6 +163,38 @@ def test_a_broken_line_of_metadata_costs_its_own_image_the_caption(tmp_path):
     assert loss["address"].endswith("metadata.jsonl, line 2") and loss["stage"] == "plan"
 
 
+@pytest.mark.parametrize("end", ["\n", "\r\n"])
+def test_lines_of_json_end_at_line_ends_and_nowhere_else(tmp_path, end):
+    texts = ["plain", "two\u2028parts", "next\u0085line", "a\x7fb\u2029c"]
+    for index in range(len(texts)):
+        put(tmp_path / f"images/{index}.jpg", encoded())
+    for name, column, folder in (("images/metadata", "file_name", ""), ("list", "uri", "images/")):
+        rows = [{column: f"{folder}{i}.jpg", "text": text} for i, text in enumerate(texts)]
+        lines = [json.dumps(row, ensure_ascii=False) for row in rows]
+        put(tmp_path / f"{name}.jsonl", end.join([*lines[:2], "", *lines[2:], ""]))
+    for path in (tmp_path / "images", tmp_path / "list.jsonl"):
+        source = plan(path)
+        assert captions(source) == texts and source.account.num_losses == 0
+
+
+def test_a_text_captions_all_images_of_its_name(tmp_path):
+    for name in ("a.jpg", "a.png", "b.jpg", "b.txt.jpg"):
+        put(tmp_path / name, encoded())
+    put(tmp_path / "a.txt", "a cat")
+    put(tmp_path / "b.txt", "a dog")
+    source = plan(tmp_path)
+    assert captions(source) == ["a cat", "a cat", "a dog", None]
+    assert source.account.num_skipped == 0
+
+
+def test_captions_are_read_a_part_at_a_time(tmp_path, monkeypatch):
+    monkeypatch.setattr("fae.pipelines.data.sidecars.TEXTS_AT_ONCE", 4)
+    for index in range(10):
+        put(tmp_path / f"{index}.jpg", encoded())
+        put(tmp_path / f"{index}.txt", f"caption {index}")
+    assert captions(plan(tmp_path)) == [f"caption {index}" for index in range(10)]
+
+
 def test_texts_beside_images_are_captions(root):
     for name in ("a.jpg", "b.jpg", "c.jpg"):
         paths.write_bytes(paths.join(root, name), encoded())
@@ -539,6 +571,20 @@ def test_labels_that_pandas_wrote_as_floats_are_integers(tmp_path):
     path = put(tmp_path / "list.csv", "uri,label\ni/1.jpg,3.0\ni/2.jpg,\n")
     assert labels(plan(path)) == [3, None]
     assert skipped(plan(tmp_path)) == {"a table or a list": 1}
+
+
+def test_a_csv_field_that_is_too_long_is_named_with_its_line(tmp_path):
+    long = "x" * 140_000
+    path = put(tmp_path / "list.csv", f"uri,text\na.jpg,short\nb.jpg,{long}\n")
+    with pytest.raises(SourceError, match=r"list.csv, line 3: field larger than .*quotation mark"):
+        plan(path)
+    with pytest.raises(SourceError, match=r"line 1: field larger"):
+        plan(put(tmp_path / "head.csv", f"uri,{long}\n"))
+    put(tmp_path / "images/a.jpg", encoded())
+    put(tmp_path / "images/metadata.csv", f"file_name,text\na.jpg,{long}\n")
+    source = plan(tmp_path / "images")
+    assert captions(source) == [None]
+    assert "field larger than" in source.account.losses[0]["message"]
 
 
 @pytest.mark.parametrize("kind", ["csv", "tsv", "jsonl"])

@@ -213,6 +213,9 @@ def test_prompts_are_lines_or_records_or_the_captions_of_images(networks, tmp_pa
     path = tmp_path / "evaluation_metadata.jsonl"
     path.write_text("".join(json.dumps(record) + "\n" for record in geneval))
     assert read_prompts(recipe_of(networks, f"prompts={path}")) == geneval
+    lines = [{"prompt": "a\u2028b"}, {"prompt": "c\u0085d"}]
+    path.write_text("".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
+    assert read_prompts(recipe_of(networks, f"prompts={path}")) == lines
     images = tmp_path / "images"
     images.mkdir()
     for name, text in (("a", "a red cat\n"), ("b", "a dog")):

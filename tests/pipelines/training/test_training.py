@@ -342,6 +342,13 @@ def test_an_image_that_two_workers_cannot_decode_counts_once(tmp_path):
     assert on_workers(2, count_bad_images, str(tmp_path)) == [3, 3]
 
 
+def test_bad_images_of_any_name_are_read_again_on_resuming(tmp_path):
+    bad_images = BadImages(str(tmp_path), 0, 1)
+    bad_images.add([{"key": "a\u2028b.png", "message": "not an image"}])
+    bad_images.save()
+    assert BadImages(str(tmp_path), 0, 1).found == bad_images.found
+
+
 @pytest.mark.integration
 def test_an_error_of_the_training_function_ends_the_run_at_once(tmp_path):
     import ray
