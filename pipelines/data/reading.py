@@ -15,9 +15,10 @@ from ..config.sections import DataSection
 from ..storage import paths, s3
 from .crops import ImageError, decode_records
 from .listing import source_root
+from .parquet_files import refuse_extensions
 from .records import ImageRecord
 from .row_groups import LARGE_BYTES, RowStreams, column_bytes, is_damage
-from .tables import LISTS, beside, parent, refuse_extensions
+from .tables import LISTS, beside, parent
 
 THREADS = s3.CONNECTIONS
 

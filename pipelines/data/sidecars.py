@@ -25,8 +25,8 @@ from ..storage import paths, s3
 from .account import Account
 from .conventions import caption_column, captions_of, label_of
 from .listing import ends_with
+from .parquet_files import refuse_extensions
 from .records import SourceError
-from .tables import refuse_extensions
 
 TEXTS_AT_ONCE = 2**10
 METADATA = ("metadata.jsonl", "metadata.csv", "metadata.parquet")

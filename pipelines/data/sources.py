@@ -19,6 +19,7 @@ from .account import Account
 from .conventions import number_labels
 from .folder import plan_folder
 from .listing import ends_with, in_order, list_addresses
+from .parquet_files import parquet_columns
 from .records import (
     IMAGE_SUFFIXES,
     RECORDS,
@@ -29,7 +30,7 @@ from .records import (
     records_of,
     records_table,
 )
-from .tables import LISTS, parquet_columns, plan_list, plan_parquet
+from .tables import LISTS, plan_list, plan_parquet
 from .webdataset import COMPRESSED_TAR, plan_tars
 
 

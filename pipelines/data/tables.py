@@ -11,7 +11,7 @@ import json
 import os
 import posixpath
 import re
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from itertools import zip_longest
 from typing import Any
 from urllib.parse import unquote
@@ -24,12 +24,11 @@ from ..storage import paths
 from .account import Account
 from .conventions import caption_column, captions_of, label_of
 from .listing import relative_path
+from .parquet_files import footer, parquet_rows, refuse_extensions
 from .records import ImageRecord, SourceError
-from .row_groups import LARGE_BYTES, column_bytes, is_damage
+from .row_groups import LARGE_BYTES, column_bytes
 
 LISTS = (".csv", ".tsv", ".jsonl", ".parquet")
-FOOTER_READ = 2**16
-"""Bytes of a Parquet file's end that are read at once, as Arrow does."""
 NOT_PARQUET = "not a .parquet file"
 TABLE_FORMAT = "part of a table format's bookkeeping (a name that begins with _)"
 _PARTITION = re.compile(r"([^/=]+)=([^/]*)")
@@ -53,7 +52,7 @@ def plan_parquet(
     num_read = 0
     for uri in _table_files(uris, data, account):
         try:
-            metadata, schema = _footer(uri)
+            metadata, schema = footer(uri)
         except SourceError as error:
             account.lose(uri, str(error))
             account.lost_files += 1
@@ -84,29 +83,6 @@ def plan_list(uris: Sequence[str], data: DataSection, account: Account) -> Itera
             raise SourceError(f"{where}: no value in column {data.uri_column!r}.")
         address = _resolve(str(given), parent(uri), where)
         yield columns.record(str(given), address, values, where)
-
-
-def parquet_columns(uri: str) -> list[str]:
-    """Names of the columns of the Parquet file `uri`. Raises SourceError for another file."""
-    return list(_schema(uri).names)
-
-
-def refuse_extensions(schema: pa.Schema, columns: Iterable[str], uri: str) -> None:
-    """Values of Ray's type for Python objects unpickle, and so run, when they are looked at."""
-
-    def extended(kind: pa.DataType) -> bool:
-        inner = [kind.field(i).type for i in range(kind.num_fields)]
-        if pa.types.is_dictionary(kind):
-            inner.append(kind.value_type)
-        return isinstance(kind, pa.BaseExtensionType) or any(map(extended, inner))
-
-    for column in columns:
-        if column in schema.names and extended(schema.field(column).type):
-            raise SourceError(
-                f"{uri}: column {column!r} is of the extension type "
-                f"{schema.field(column).type}, which "
-                "is not read from a source. Store bytes, strings and integers."
-            )
 
 
 def parent(uri: str) -> str:
@@ -230,7 +206,7 @@ def _image_rows(
         account.class_names = class_names
         account.labels_from = f"column {columns.label} (ClassLabel)"
     shared = {name: unquote(value) for name, value in partitions.items()}
-    for row, values in enumerate(_parquet_rows(uri, wanted)):
+    for row, values in enumerate(parquet_rows(uri, wanted)):
         yield columns.record(
             f"{relative}#{row:08d}", f"{uri}#row={row}", shared | values, f"{uri}, row {row}"
         )
@@ -283,10 +259,6 @@ def _require(column: str, field: str, names: Sequence[str], uri: str) -> None:
         )
 
 
-def _schema(uri: str) -> pa.Schema:
-    return _footer(uri)[1]
-
-
 def _large_groups(metadata: pq.FileMetaData, column: str) -> dict[int, tuple[int, int]]:
     found, start = {}, 0
     for group in range(metadata.num_row_groups):
@@ -297,56 +269,15 @@ def _large_groups(metadata: pq.FileMetaData, column: str) -> dict[int, tuple[int
     return found
 
 
-def _footer(uri: str) -> tuple[pq.FileMetaData, pa.Schema]:
-    """Raises SourceError for damage, and StorageError where the storage fails.
-
-    Arrow has OSError for both, so the file's end is read before it is parsed.
-    """
-    try:
-        with paths.open_input(uri) as file:
-            end = _end_with_footer(file)
-    except Exception as error:
-        raise paths.storage_error("read", uri, error) from None
-    try:
-        with pq.ParquetFile(pa.BufferReader(end)) as parquet:
-            return parquet.metadata, parquet.schema_arrow
-    except (pa.ArrowInvalid, OSError) as error:
-        raise SourceError(f"{uri} is not readable Parquet: {error}") from None
-
-
-def _end_with_footer(file: pa.NativeFile) -> bytes:
-    """The end of a Parquet file, the footer in it: its length and PAR1 are the last eight bytes."""
-    size = file.size()
-    end: bytes = file.read_at(min(size, FOOTER_READ), max(size - FOOTER_READ, 0))
-    length = int.from_bytes(end[-8:-4], "little") + 8
-    if end.endswith(b"PAR1") and len(end) < length <= size:
-        end = file.read_at(length, size - length)
-    return end
-
-
-def _parquet_rows(uri: str, columns: Sequence[str]) -> Iterator[Values]:
-    try:
-        with paths.open_input(uri) as file, pq.ParquetFile(file) as parquet:
-            if not columns:
-                yield from ({} for _ in range(parquet.metadata.num_rows))
-                return
-            for batch in parquet.iter_batches(batch_size=8192, columns=list(columns)):
-                yield from batch.to_pylist()
-    except (pa.ArrowInvalid, OSError) as error:
-        if is_damage(uri, error):
-            raise SourceError(f"{uri} is not readable Parquet: {error}") from None
-        raise paths.storage_error("read", uri, error) from None
-
-
 def _list_rows(uri: str) -> tuple[list[str], Callable[[Sequence[str]], Iterator[Values]]]:
     """(column names, a function that gives the rows with some columns) of a list."""
     suffix = uri.lower().rpartition(".")[2]
     if suffix == "parquet":
-        schema = _schema(uri)
+        _, schema = footer(uri)
 
         def rows(columns: Sequence[str]) -> Iterator[Values]:
             refuse_extensions(schema, columns, uri)
-            return _parquet_rows(uri, columns)
+            return parquet_rows(uri, columns)
 
         return list(schema.names), rows
     try:

@@ -320,6 +320,12 @@ def test_damaged_parquet_is_a_loss_however_arrow_calls_it(tmp_path, damage):
     assert source.account.lost_files == 1
 
 
+def test_a_footer_of_any_length_is_read(tmp_path):
+    table = pa.table({"image": [encoded()] * 3}).replace_schema_metadata({"note": "x" * 200_000})
+    pq.write_table(table, tmp_path / "a.parquet")
+    assert plan(tmp_path).account.num_images == 3
+
+
 @pytest.mark.parametrize("error", [OSError(5, "Input/output error"), OSError("AWS Error TIMEOUT")])
 def test_a_network_that_fails_while_a_footer_is_read_is_no_loss_of_the_file(
     tmp_path, monkeypatch, error
