@@ -5,9 +5,8 @@ Both compare embeddings of one space, such as those of CLIP's or SigLIP's towers
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Sequence, Set
 
-import torch
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -25,22 +24,26 @@ def clip_scores(images: Tensor, texts: Tensor) -> Tensor:
 def retrieval_top1(
     queries: Tensor,
     targets: Tensor,
-    query_groups: Sequence[int] | None = None,
-    target_groups: Sequence[int] | None = None,
+    query_groups: Sequence[Set[int]] | None = None,
+    target_groups: Sequence[Set[int]] | None = None,
 ) -> float:
     """Share of the queries [N, D] whose nearest target [M, D] by cosine is a right one.
 
-    A target is right where its group is the query's. Without groups the i-th belongs to the i-th.
-    Of several nearest targets the first counts. Raises ValueError where there is no query or no
-    target.
+    A target is right where one of its groups is one of the query's. Without groups the i-th belongs
+    to the i-th. Of several nearest targets the first counts. Raises ValueError where there is no
+    query or no target.
     """
     if not len(queries) or not len(targets):
         raise ValueError("Retrieval needs images and texts.")
-    wanted = torch.as_tensor(query_groups if query_groups is not None else range(len(queries)))
-    offered = torch.as_tensor(target_groups if target_groups is not None else range(len(targets)))
+    wanted = query_groups if query_groups is not None else [{i} for i in range(len(queries))]
+    offered = target_groups if target_groups is not None else [{i} for i in range(len(targets))]
     queries, targets = F.normalize(queries.float(), dim=-1), F.normalize(targets.float(), dim=-1)
-    right = 0
-    for some, groups in zip(queries.split(ROWS_AT_ONCE), wanted.split(ROWS_AT_ONCE), strict=True):
-        nearest = (some @ targets.T).argmax(dim=1).cpu()
-        right += int((offered[nearest] == groups).sum())
-    return right / len(queries)
+    nearest = [
+        place
+        for some in queries.split(ROWS_AT_ONCE)
+        for place in (some @ targets.T).argmax(dim=1).tolist()
+    ]
+    right = [
+        not groups.isdisjoint(offered[place]) for groups, place in zip(wanted, nearest, strict=True)
+    ]
+    return sum(right) / len(queries)

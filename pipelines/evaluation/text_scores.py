@@ -64,8 +64,8 @@ def score_captions(
     """Those of clip_score, retrieval and retrieval_rebuilt that the recipe asks for.
 
     Retrieval gives image_to_text and text_to_image, shares in [0, 1] whose nearest one is right; by
-    rebuilt features they begin with `rebuilt_`, and the same by true ones with `true_`. All
-    captions of an image are its own, and equal captions are one. num_images counts the decoded
+    rebuilt features they begin with `rebuilt_`, and the same by true ones with `true_`. A
+    text is right for every image that has it among its captions. num_images counts the decoded
     ones. Raises EvaluationError where too many cannot be decoded.
     """
     assert images.records is not None
@@ -110,11 +110,11 @@ def _scores(
     scores: Sequence[str], embeddings: dict[str, Tensor], captions: Sequence[Sequence[str]]
 ) -> Iterator[tuple[str, float]]:
     """Scores by name of embeddings `image` [N, D], `text` [M, D] and, where rebuilt, two more."""
-    # Images of one caption belong together, as do all captions of an image.
+    # A text is right for every image that has it among its captions.
     numbers: dict[str, int] = {}
-    of_image = [numbers.setdefault(several[0], len(numbers)) for several in captions]
-    firsts = np.cumsum([0, *(len(several) for several in captions)])[:-1]
-    of_text = [group for group, several in zip(of_image, captions, strict=True) for _ in several]
+    of_image = [{numbers.setdefault(text, len(numbers)) for text in some} for some in captions]
+    of_text = [{numbers[text]} for some in captions for text in some]
+    firsts = np.cumsum([0, *(len(some) for some in captions)])[:-1]
     texts = embeddings["text"]
     if "clip_score" in scores:
         yield "clip_score", float(clip_scores(embeddings["image"], texts[firsts]).double().mean())

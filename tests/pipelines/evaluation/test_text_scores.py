@@ -98,6 +98,25 @@ def test_the_scores_of_captioned_images_are_those_by_hand(images, towers, tmp_pa
     assert evaluate(recipe, show_progress=False) == found
 
 
+def test_equal_captions_are_one_wherever_they_stand(towers, tmp_path, monkeypatch, without_ray):
+    captions = [["a red cat", "a small cat"], ["a small cat"]]
+    lines = []
+    for index, several in enumerate(captions):
+        pixels = np.full((32, 32, 3), 255 * index, np.uint8)
+        Image.fromarray(pixels).save(tmp_path / f"{index}.png")
+        lines.append(json.dumps({"file_name": f"{index}.png", "text": several}))
+    (tmp_path / "metadata.jsonl").write_text("\n".join(lines))
+    # The second image is its caption, and the first lies nearer to that than to its own first one.
+    of_text = {"a red cat": [1.0, 0.0], "a small cat": [0.0, 1.0]}
+    of_image = [[0.6, 0.8], [0.0, 1.0]]
+    monkeypatch.setattr(Towers, "texts", lambda _, texts: torch.tensor([of_text[t] for t in texts]))
+    monkeypatch.setattr(
+        Towers, "images", lambda _, crops: torch.tensor([of_image[c.max() // 255] for c in crops])
+    )
+    found = evaluate(recipe_of(tmp_path, towers, "[retrieval]"), show_progress=False)
+    assert (found["image_to_text"], found["text_to_image"]) == (1.0, 1.0)
+
+
 def test_rebuilt_features_are_pooled_as_true_ones_are(
     images, towers, tmp_path, monkeypatch, without_ray
 ):
