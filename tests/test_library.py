@@ -4,6 +4,7 @@ MLflow."""
 import dataclasses
 import io
 import re
+import shutil
 import subprocess
 import sys
 import tomllib
@@ -13,12 +14,12 @@ import numpy as np
 import pytest
 import timm
 import torch
-from PIL import Image
+from PIL import Image, ImageCms
 from safetensors.torch import save_file
 
 import fae
 from fae.pipelines.config.recipe import Recipe, RecipeError, load_recipe
-from fae.pipelines.data.crops import ImageError, decode_image
+from fae.pipelines.data.crops import ImageError, center_crop, decode_image
 from fae.pipelines.data.records import ImageRecord
 from fae.pipelines.latents.encoder import LatentEncoder
 from fae.pipelines.latents.manifest import commit
@@ -160,6 +161,27 @@ def test_latents_are_those_that_precompute_stores(runs, pictures, precision):
     latents = model.encode_images(images, batch_size=3)
     assert latents.dtype == torch.float32
     np.testing.assert_array_equal(latents.half().numpy(), stored)
+
+
+def test_crops_are_those_of_the_runs_recipe(runs, pictures, tmp_path):
+    srgb = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
+    red_is_green = srgb.replace(b"rXYZ", b"????").replace(b"gXYZ", b"rXYZ")
+    image = Image.open(io.BytesIO(pictures["rgb.png"]))
+    image.info["icc_profile"] = red_is_green.replace(b"????", b"gXYZ")
+    shutil.copytree(runs / "fae", tmp_path, dirs_exist_ok=True)
+    settings = ("data.decoder=fast", "data.color_profile=srgb", "data.max_pixels=110000")
+    (tmp_path / "recipe.yaml").write_text(run_recipe(*settings).to_yaml())
+    model = fae.FeatureAutoencoder.from_pretrained(tmp_path)
+    plain = fae.FeatureAutoencoder.from_pretrained(runs / "fae")
+    latents = model.encode_images(image)
+    for decoder, colors in (("fast", "srgb"), ("exact", "srgb"), ("fast", "ignore")):
+        crop = center_crop(image, 32, 10**6, decoder, colors)
+        same = torch.equal(latents, plain.encode_images(crop))
+        assert same == ((decoder, colors) == ("fast", "srgb"))
+    strip = Image.new("RGB", (2200, 20))
+    assert len(plain.encode_images(strip)) == 1
+    with pytest.raises(ImageError, match="too long a strip"):
+        model.encode_images(strip)
 
 
 def test_the_precision_is_that_of_the_runs_recipe(runs):

@@ -64,9 +64,9 @@ def score_captions(
     """Those of clip_score, retrieval and retrieval_rebuilt that the recipe asks for.
 
     Retrieval gives image_to_text and text_to_image, shares in [0, 1] whose nearest one is right; by
-    rebuilt features they begin with `rebuilt_`, and the same by true ones with `true_`. A
-    text is right for every image that has it among its captions. num_images counts the decoded
-    ones. Raises EvaluationError where too many cannot be decoded.
+    rebuilt features they begin with `rebuilt_`, and the same by true ones with `true_`. A text is
+    right for every image that has it among its captions. num_images counts the decoded ones. Raises
+    EvaluationError where too many cannot be decoded.
     """
     assert images.records is not None
     size = recipe.evaluate.chunk_size
