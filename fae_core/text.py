@@ -9,10 +9,11 @@ and no code of a repository is run.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import importlib.util
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -68,7 +69,8 @@ class CaptionTokenizer:
         self.spec = spec
         source = text_source(spec)
         try:
-            self.tokenizer: Any = quiet_transformers().AutoTokenizer.from_pretrained(source)
+            with quiet_transformers() as transformers:
+                self.tokenizer: Any = transformers.AutoTokenizer.from_pretrained(source)
         except (OSError, ValueError, ImportError) as error:
             raise _not_loaded(spec, "tokenizer", error) from None
         if self.tokenizer.pad_token is None:
@@ -171,9 +173,10 @@ def load_text_encoder(spec: TextSpec) -> TextEncoder:
     """
     source, config = text_source(spec), _config(spec)
     try:
-        model, report = _model_class(config).from_pretrained(
-            source, use_safetensors=True, dtype=torch.float32, output_loading_info=True
-        )
+        with quiet_transformers():
+            model, report = _model_class(config).from_pretrained(
+                source, use_safetensors=True, dtype=torch.float32, output_loading_info=True
+            )
     except (OSError, ValueError, RuntimeError, ImportError) as error:
         raise _not_loaded(spec, "weights", error) from None
     absent = [name for name in report["missing_keys"] if "pooler" not in name]
@@ -252,7 +255,8 @@ def _config(spec: TextSpec) -> Any:
     """The configuration of the text tower. Raises WeightsError where `spec` does not fit it."""
     source = text_source(spec)
     try:
-        config = quiet_transformers().AutoConfig.from_pretrained(source)
+        with quiet_transformers() as transformers:
+            config = transformers.AutoConfig.from_pretrained(source)
     except (OSError, ValueError) as error:
         raise _not_loaded(spec, "configuration", error) from None
     config = getattr(config, "text_config", None) or config
@@ -272,12 +276,12 @@ def _config(spec: TextSpec) -> Any:
 
 def _model_class(config: Any) -> Any:
     """The class of transformers that gives the token states of such an encoder."""
-    transformers = quiet_transformers()
-    try:
-        # Of models with an encoder and a decoder it is the encoder.
-        return transformers.AutoModelForTextEncoding._model_mapping[type(config)]
-    except KeyError:
-        return transformers.AutoModel._model_mapping[type(config)]
+    with quiet_transformers() as transformers:
+        try:
+            # Of models with an encoder and a decoder it is the encoder.
+            return transformers.AutoModelForTextEncoding._model_mapping[type(config)]
+        except KeyError:
+            return transformers.AutoModel._model_mapping[type(config)]
 
 
 def _not_loaded(spec: TextSpec, what: str, error: Exception) -> WeightsError:
@@ -292,14 +296,28 @@ def _not_loaded(spec: TextSpec, what: str, error: Exception) -> WeightsError:
     return WeightsError(f"{what} of the text encoder {source} did not load: {reason}{advice}")
 
 
-def quiet_transformers() -> Any:
-    """The package, quiet. Raises UserError where it is not installed."""
+@contextlib.contextmanager
+def quiet_transformers() -> Iterator[Any]:
+    """The package, without warnings and progress bars inside the block.
+
+    Raises UserError where it is not installed.
+    """
     try:
         import transformers
+        from huggingface_hub import utils as hub
     except ImportError:
         raise UserError(
             "A text encoder needs the package transformers: pip install 'fae-ray[text]'."
         ) from None
-    transformers.logging.set_verbosity_error()
-    transformers.logging.disable_progress_bar()
-    return transformers
+    logging = transformers.logging
+    verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    hub_bars = not hub.are_progress_bars_disabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()  # the hub's too
+    try:
+        yield transformers
+    finally:
+        logging.set_verbosity(verbosity)
+        if bars:
+            logging.enable_progress_bar()
+        (hub.enable_progress_bars if hub_bars else hub.disable_progress_bars)()

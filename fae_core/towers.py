@@ -100,7 +100,7 @@ def load_towers(folder: str | Path) -> Towers:
 
     Raises WeightsError where there are none, or where their weights are pickled or incomplete.
     """
-    place, transformers = Path(folder), quiet_transformers()
+    place = Path(folder)
     config = place / "config.json"
     if not config.is_file() or not list(place.glob("*.safetensors")):
         raise WeightsError(f"{folder}: no folder with config.json and .safetensors files.")
@@ -110,11 +110,12 @@ def load_towers(folder: str | Path) -> Towers:
             f"{folder} holds a {kind}; needed is a CLIP, a SigLIP or a SigLIP2 of one resolution."
         )
     try:
-        model, report = transformers.AutoModel.from_pretrained(
-            str(place), use_safetensors=True, dtype=torch.float32, output_loading_info=True
-        )
-        tokenizer = transformers.AutoTokenizer.from_pretrained(str(place))
-        processor = transformers.AutoImageProcessor.from_pretrained(str(place))
+        with quiet_transformers() as transformers:
+            model, report = transformers.AutoModel.from_pretrained(
+                str(place), use_safetensors=True, dtype=torch.float32, output_loading_info=True
+            )
+            tokenizer = transformers.AutoTokenizer.from_pretrained(str(place))
+            processor = transformers.AutoImageProcessor.from_pretrained(str(place))
     except (OSError, ValueError, RuntimeError, ImportError) as error:
         reason = " ".join(str(error).split())[:300]
         raise WeightsError(f"The towers in {folder} did not load: {reason}") from None

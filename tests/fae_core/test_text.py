@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 import torch
+import transformers
+from huggingface_hub import utils as hub
 from safetensors.torch import load_file
 from torch.nn import functional as F
 
@@ -71,6 +73,24 @@ def test_neither_length_nor_company_changes_a_captions_states(spec) -> None:
     torch.testing.assert_close(alone[0], together[1], rtol=1e-3, atol=1e-5)
     torch.testing.assert_close(longer[:, :6], together, rtol=1e-3, atol=1e-5)
     assert not longer[:, 6:].any()
+
+
+@pytest.mark.parametrize("enabled", [True, False])
+def test_what_transformers_shows_stays_the_users(bert, enabled) -> None:
+    logging, bars = transformers.logging, (hub.enable_progress_bars, hub.disable_progress_bars)
+    before = logging.get_verbosity()
+    logging.set_verbosity_info()
+    (logging.enable_progress_bar if enabled else logging.disable_progress_bar)()
+    bars[enabled]()  # the hub's are another matter
+    try:
+        CaptionTokenizer(bert)
+        load_text_encoder(bert)
+        assert logging.get_verbosity() == transformers.logging.INFO
+        assert logging.is_progress_bar_enabled() == enabled
+        assert hub.are_progress_bars_disabled() == enabled
+    finally:
+        logging.set_verbosity(before)
+        logging.enable_progress_bar()
 
 
 def test_an_encoder_of_shapes_alone_has_the_same_shapes(spec) -> None:
