@@ -159,6 +159,36 @@ def test_the_ray_up_file_is_what_ray_accepts():
     assert "RAY_AUTH_MODE=token" in str(config["head_start_ray_commands"])
 
 
+def test_the_head_may_start_the_workers_and_they_may_only_use_the_bucket():
+    types = aws()[0]["available_node_types"]
+    names = {
+        kind: each["node_config"]["IamInstanceProfile"]["Name"] for kind, each in types.items()
+    }
+    assert names == {"head": "fae-head", "cpu": "fae-workers", "gpu": "fae-workers"}
+    page = (ROOT / "docs/cluster.md").read_text()
+    found = re.search(r"```json\n(.*?)```", page, re.DOTALL)
+    assert found
+    ec2, pass_role, bucket = json.loads(found[1])["Statement"]
+    # What ray/autoscaler/_private/aws/node_provider.py calls on the head.
+    calls = {"DescribeInstances", "RunInstances", "TerminateInstances", "CreateTags"}
+    assert set(ec2["Action"]) == {f"ec2:{name}" for name in calls}
+    assert pass_role["Action"] == "iam:PassRole" and "fae-workers" in pass_role["Resource"]
+    assert all(action.startswith("s3:") for action in bucket["Action"])
+
+
+def test_ray_chooses_no_machine_image_by_itself():
+    from ray.autoscaler._private.aws.config import _check_ami
+
+    config, _ = aws()
+    _check_ami(config)  # it fills in what is missing
+    types = config["available_node_types"].values()
+    assert {each["node_config"]["ImageId"] for each in types} == {"AMI"}
+
+
+def test_the_image_has_what_the_autoscaler_on_the_head_runs():
+    assert "openssh-client rsync" in (ROOT / "cluster/Dockerfile").read_text()
+
+
 def test_a_typo_in_the_ray_up_file_would_be_found():
     config, schema = aws()
     config["available_node_types"]["cpu"]["min_worker"] = 1
