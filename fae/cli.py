@@ -659,7 +659,10 @@ def publish(
         typer.Option(metavar="OWNER/NAME", help="Send the folder to this repository on the Hub."),
     ] = None,
     private: Annotated[
-        bool, typer.Option("--private", help="If the repository is new, make it private.")
+        bool,
+        typer.Option(
+            "--private", help="Send only to a private repository; a new one becomes private."
+        ),
     ] = False,
     license_name: Annotated[
         str, typer.Option("--license", help="Licence of the weights, as the Hub names it.")

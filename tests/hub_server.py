@@ -131,7 +131,8 @@ class _Handler(BaseHTTPRequestHandler):
         owner = f"{asked['organization']}/" if asked.get("organization") else "me/"
         name = asked["name"] if "/" in asked["name"] else owner + asked["name"]
         if f"{kind}/{name}" in self.state.repositories:
-            self._send({"error": "You already created this repo"}, 409)
+            answer = {"error": "You already created this repo", "url": f"{self.state.url}/{name}"}
+            self._send(answer, 409)
             return
         self.state.repositories[f"{kind}/{name}"] = {}
         if asked.get("private") or asked.get("visibility") == "private":
@@ -191,7 +192,8 @@ class _Handler(BaseHTTPRequestHandler):
             self._send({"error": "no revision"}, 404, {"X-Error-Code": "RevisionNotFound"})
             return
         siblings = [{"rfilename": path} for path in sorted(files)]
-        about = {"id": name, "sha": commit_of(files), "siblings": siblings, "private": False}
+        private = f"{kind}/{name}" in self.state.private
+        about = {"id": name, "sha": commit_of(files), "siblings": siblings, "private": private}
         self._send({**about, "tags": [], "downloads": 0, "likes": 0, "disabled": False})
 
     def tree(

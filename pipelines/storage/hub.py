@@ -12,16 +12,16 @@ import contextlib
 import fnmatch
 import functools
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
-from huggingface_hub import HfApi, HfFileSystem, hf_hub_download
+from huggingface_hub import CommitOperationAdd, HfApi, HfFileSystem, hf_hub_download
 from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 from pyarrow import fs
 
-from .backend import FileInfo
+from .backend import FileInfo, StorageError
 
 # The HTTP library differs between versions of huggingface_hub.
 _HTTP_ERROR = next(kind for kind in HfHubHTTPError.__mro__ if kind.__name__ == "HTTPError")
@@ -127,17 +127,21 @@ def local_copy(uri: str) -> Iterator[Path]:
     yield Path(copy)
 
 
-def upload(folder: Path, repository: str, private: bool, message: str) -> str:
-    """Send the files of `folder` to the model repository OWNER/NAME; returns the commit's address.
+def upload(folder: Path, files: Sequence[str], repository: str, private: bool, message: str) -> str:
+    """Send `files` of `folder` to the model repository OWNER/NAME; returns the commit's address.
 
-    The repository is created if it does not exist. Files that it has and `folder` lacks stay.
+    The repository is created if it does not exist; one that exists keeps its visibility. Files that
+    it has and `files` lacks stay. Raises StorageError for `private` where it is public.
     """
     api = HfApi(endpoint=endpoint(), token=token())
-    # An existing repository keeps its visibility.
     api.create_repo(repository, repo_type="model", private=private, exist_ok=True)
-    commit = api.upload_folder(
-        repo_id=repository, repo_type="model", folder_path=folder, commit_message=message
-    )
+    if private and not api.model_info(repository).private:
+        raise StorageError(
+            f"{repository} is a public repository, and nothing was sent. Make it private in its "
+            "settings on the Hub, push to a new name, or push without --private."
+        )
+    operations = [CommitOperationAdd(name, folder / name) for name in files]
+    commit = api.create_commit(repository, operations, commit_message=message, repo_type="model")
     return str(commit.commit_url)
 
 

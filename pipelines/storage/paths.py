@@ -14,7 +14,7 @@ import contextlib
 import errno
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import pyarrow as pa
@@ -151,15 +151,16 @@ def local_copy(uri: str) -> Iterator[Path]:
         yield path
 
 
-def push(folder: Path, repository: str, private: bool) -> str:
-    """Send the files of a local folder to the Hub's model repository OWNER/NAME.
+def push(folder: Path, files: Sequence[str], repository: str, private: bool) -> str:
+    """Send `files` of a local folder to the Hub's model repository OWNER/NAME.
 
-    Creates the repository if it does not exist. Returns the commit's address. Raises StorageError.
+    Creates the repository if it does not exist. Returns the commit's address. Raises StorageError,
+    also where `private` is asked for and the repository is public.
     """
     from . import hub
 
     with _explained("push to", f"hf://{repository}"):
-        return hub.upload(folder, repository, private, "fae publish")
+        return hub.upload(folder, files, repository, private, "fae publish")
 
 
 def exists(uri: str) -> bool:

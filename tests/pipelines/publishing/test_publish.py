@@ -238,6 +238,34 @@ def test_a_changed_folder_and_a_refused_token_are_not_pushed(
     assert hub.repositories == {}
 
 
+def test_files_that_were_never_published_are_not_pushed(runs, tmp_path, hub: HubServer):
+    output = tmp_path / "published"
+    publish([str(runs / "fae")], str(output))
+    for name in (".env", ".ipynb_checkpoints/notes.txt", "pictures/[a-z]*.png"):
+        (output / name).parent.mkdir(exist_ok=True)
+        (output / name).write_text("private")
+        with pytest.raises(PublishError, match="not in fae.json, and nothing was sent") as raised:
+            push(output, MODEL)
+        assert name in str(raised.value)
+        (output / name).unlink()
+    assert hub.repositories == {}
+    push(output, MODEL)
+    files = {p.relative_to(output).as_posix() for p in output.rglob("*") if p.is_file()}
+    assert set(hub.repositories[f"models/{MODEL}"]) == files
+
+
+def test_private_weights_are_not_sent_to_a_public_repository(runs, tmp_path, hub: HubServer):
+    output = tmp_path / "published"
+    publish([str(runs / "fae")], str(output))
+    hub.add(f"models/{MODEL}", {})
+    with pytest.raises(StorageError, match="is a public repository, and nothing was sent"):
+        push(output, MODEL, private=True)
+    assert hub.repositories[f"models/{MODEL}"] == {}
+    for _ in range(2):
+        push(output, f"{MODEL}-2", private=True)
+    assert f"models/{MODEL}-2" in hub.private
+
+
 def test_a_name_that_is_nowhere_is_explained(hub: HubServer, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(CheckpointError, match="runs/frist: no such file or folder here, and .*Hub"):
