@@ -12,7 +12,6 @@ import json
 import sys
 import time
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 from rich.console import Console
@@ -22,8 +21,9 @@ from ..config import Recipe
 from ..evaluation import evaluate, probe
 from ..latents import precompute, precompute_text
 from ..networks import load_checkpoint
+from ..runtime.lanes import on_this_node
 from ..runtime.places import check_places
-from ..runtime.session import start_ray
+from ..runtime.session import plain_error, start_ray
 from ..sampling import sample
 from ..storage import paths
 from ..training import (
@@ -69,9 +69,7 @@ def run_chain(recipe: Recipe) -> dict[str, dict[str, float]]:
         how = "side by side" if fits else "one after the other"
         _say(f"autoencoder and pixel-decoder: {how} ({why})")
         if fits:
-            # An error of one is raised after the other has ended, so the other's work is kept.
-            with ThreadPoolExecutor(2) as pool:
-                list(pool.map(_run_aloud, together))
+            _run_side_by_side(together)
             todo = [stage for stage in todo if stage not in together]
     for stage in todo:
         _run_aloud(stage)
@@ -162,7 +160,38 @@ def _cluster_resources() -> dict[str, float]:
 
 def _run_aloud(stage: Stage) -> None:
     _say(f"{stage.name}: {stage.uri}")
-    result = run_stage(stage)
+    _say_done(stage, run_stage(stage))
+
+
+def _run_side_by_side(stages: Sequence[Stage]) -> None:
+    """Run the stages at the same time, a process each, which an interrupt ends.
+
+    Threads could not be ended. An error of one is raised after the others have ended, so their
+    work is kept.
+    """
+    import ray
+
+    for stage in stages:
+        _say(f"{stage.name}: {stage.uri}")
+    task: Any = ray.remote(max_calls=1)(run_stage).options(max_retries=0, **on_this_node())
+    running = {task.remote(stage): stage for stage in stages}
+    failed: list[Exception] = []
+    try:
+        while running:
+            (ended,), _ = ray.wait(list(running))
+            try:
+                _say_done(running[ended], ray.get(ended))
+            except Exception as error:
+                failed.append(plain_error(error))
+            del running[ended]
+    finally:
+        for unfinished in running:
+            ray.cancel(unfinished, force=True)
+    if failed:
+        raise failed[0] from None
+
+
+def _say_done(stage: Stage, result: dict[str, Any]) -> None:
     figures = "  ".join(f"{name} {value:.4g}" for name, value in result["metrics"].items())
     _say(f"{stage.name}: done in {result['seconds']:.0f} s  {figures}")
 

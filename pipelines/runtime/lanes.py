@@ -137,13 +137,11 @@ def in_lanes(
     them, and they are busy no more than a driver is.
     """
     import ray
-    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
     # A process ends with its stream (max_calls), and Ray ends what it has started. The actors of a
     # stream that failed would else keep their GPUs for as long as Ray keeps the process.
     lane: Any = ray.remote(max_calls=1)(_gathered).options(
-        num_cpus=0, max_retries=0, num_returns="streaming", scheduling_strategy=here
+        max_retries=0, num_returns="streaming", **on_this_node()
     )
     running: list[Any] = [lane.remote(stream, some) for some in arguments]
     try:
@@ -158,6 +156,15 @@ def in_lanes(
     finally:
         for unfinished in running:
             ray.cancel(unfinished)
+
+
+def on_this_node() -> dict[str, Any]:
+    """Options of a task or actor that runs on the node of this process and holds no CPU of it."""
+    import ray
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+    return {"num_cpus": 0, "scheduling_strategy": here}
 
 
 def _gathered(stream: Callable[..., Iterator[T]], some: tuple[Any, ...]) -> Iterator[list[T]]:

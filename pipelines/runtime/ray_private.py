@@ -44,6 +44,18 @@ def train_error(name: str = "RayTrainError") -> type[Exception]:
     return kind
 
 
+def keep_interrupts(trainer: Any) -> list[Any]:
+    """Keep this process's handler of SIGINT while `trainer`, one of Ray Train's, fits and after.
+
+    Returns a list that will hold the handle of the controller. Ray Train's own handler would end
+    the process with status 0, and stays when the training has ended. In other threads than the
+    main one it sets none, and the list stays empty. Replaced by: a setting of `RunConfig`.
+    """
+    controllers: list[Any] = []
+    trainer._register_sigint_handler = controllers.append
+    return controllers
+
+
 def worker_setup() -> tuple[Any, Any]:
     """(the parser of a worker's command line, the class of its runtime environment).
 

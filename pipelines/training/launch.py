@@ -136,7 +136,8 @@ def fit(
     Where a worker is lost, all resume from the newest checkpoint, up to `training.max_failures`
     times; with `min_workers`, on as many as there is room for. Resuming because there is room for
     more, or because a node will be taken away, is not counted. `callbacks` are Ray Train's, which
-    hear of every validation and checkpoint. Raises what `worker` itself raises, at once.
+    hear of every validation and checkpoint. Raises what `worker` itself raises, at once. An
+    interrupt of the main thread ends the workers.
     """
     import ray
     from ray.train import FailureConfig, RunConfig, ScalingConfig, TrainingFailedError
@@ -178,9 +179,14 @@ def fit(
                 callbacks=list(callbacks),
             ),
         )
+        controllers = ray_private.keep_interrupts(trainer)
         try:
             trainer.fit()
             return
+        except KeyboardInterrupt:
+            for controller in controllers:
+                ray.kill(controller)
+            raise
         except TrainingFailedError as error:
             own = raised_by_worker(error)
             if isinstance(own, NodeLeaving):
