@@ -8,6 +8,7 @@ was stopped comes NAME-2, NAME-3, …
 from __future__ import annotations
 
 import asyncio
+import hashlib
 import os
 import re
 import sys
@@ -28,6 +29,10 @@ CODE = ("fae/cli.py", "fae/pipelines/__init__.py", "fae_core/__init__.py")
 DEFAULT_ADDRESS = "http://127.0.0.1:8265"
 POLL_SECONDS = 1.0
 ANSWER_SECONDS = 10.0
+PATIENCE_SECONDS = 300.0
+"""How long a job server that no longer answers is asked for the state of a job."""
+RECIPE = "fae.recipe"
+"""Key of the job's metadata: SHA-256 of the recipe that its command and file came to."""
 
 
 @dataclass(frozen=True)
@@ -39,6 +44,8 @@ class Submission:
     environment: dict[str, str]
     remarks: list[str]
     submission_id: str
+    recipe_sha256: str
+    """Of the whole recipe as YAML, without passwords: what its file came to."""
 
     def describe(self) -> str:
         """What `--dry-run` prints."""
@@ -77,7 +84,8 @@ def prepare(
         )
     recipe = command.load(root)
     command.refuse_paths_of_this_machine(recipe)
-    return Submission(command, tree, environment, remarks, command.submission_id(recipe))
+    digest = hashlib.sha256(recipe.to_yaml().encode()).hexdigest()
+    return Submission(command, tree, environment, remarks, command.submission_id(recipe), digest)
 
 
 def submit(
@@ -89,7 +97,8 @@ def submit(
     """Start the job unless it runs or is done, and return the exit status.
 
     With `follow` its log is printed until it ends. Raises SubmitError for a server that cannot be
-    reached or refuses the token, and for a running job of the same id with other arguments.
+    reached or refuses the token, and for a running job of the same id with other arguments or
+    another recipe.
     """
     client = connect(address)
     job = _earlier(client, submission)
@@ -147,16 +156,18 @@ def connect(address: str | None = None) -> Any:
 
 
 def follow_job(client: Any, job_id: str) -> int:
-    """Print the job's log until it ends; its exit status (1 if it ended without one)."""
+    """Print the job's log until it ends; its exit status (1 if it ended without one).
+
+    Raises SubmitError where the job server has not answered for PATIENCE_SECONDS.
+    """
+    import aiohttp
+
     try:
         asyncio.run(_print_log(client, job_id))
-    except (RuntimeError, OSError) as error:
+    except (RuntimeError, OSError, aiohttp.ClientError) as error:
         # A proxy that cuts the stream does not end the job.
         print(f"fae: the log's stream broke ({error}); waiting for the job.", file=sys.stderr)
-    while True:
-        details = client.get_job_info(job_id)
-        if details.status.is_terminal():
-            break
+    while not (details := _state(client, job_id)).status.is_terminal():
         time.sleep(POLL_SECONDS)
     if details.status == "SUCCEEDED":
         return 0
@@ -179,15 +190,38 @@ async def _print_log(client: Any, job_id: str) -> None:
         print(lines, end="", flush=True)
 
 
+def _state(client: Any, job_id: str) -> Any:
+    # A port-forward that ends, or a head that starts anew, does not end the job.
+    deadline = time.monotonic() + PATIENCE_SECONDS
+    while True:
+        try:
+            return client.get_job_info(job_id)
+        except (RuntimeError, OSError) as error:
+            if time.monotonic() > deadline:
+                raise SubmitError(
+                    f"{client.get_address()} has not answered for {PATIENCE_SECONDS / 60:g} min "
+                    f"({str(error)[:200]}). {job_id} may run on. Start the port-forward again; the "
+                    f"same command then follows the job.\n{how_to_see(client, job_id)}"
+                ) from None
+        time.sleep(POLL_SECONDS)
+
+
+def _difference(job: Any, submission: Submission) -> str:
+    # What `job` has otherwise; "" for the same work.
+    if job.entrypoint != submission.command.entrypoint:
+        return "other arguments"
+    kept = (job.metadata or {}).get(RECIPE, submission.recipe_sha256)
+    return "" if kept == submission.recipe_sha256 else "another recipe of the same name"
+
+
 def _earlier(client: Any, submission: Submission) -> Any:
     # The newest job of this id that makes a new one needless.
     jobs = _jobs(client, submission.submission_id)
     for job in jobs:
-        same = job.entrypoint == submission.command.entrypoint
-        if not job.status.is_terminal() and not same:
+        if not job.status.is_terminal() and (difference := _difference(job, submission)):
             raise SubmitError(
                 f"{job.submission_id} is {str(job.status).lower()} and writes to the same place "
-                f"with other arguments:\n  {job.entrypoint}\nGive this one another "
+                f"with {difference}:\n  {job.entrypoint}\nGive this one another "
                 f"{' or '.join(f'{key}=' for key in submission.command.places)}, or stop that "
                 f"one:\n{how_to_see(client, job.submission_id)}"
             )
@@ -195,7 +229,7 @@ def _earlier(client: Any, submission: Submission) -> Any:
             return job
     # What only asks may be answered otherwise now.
     if jobs and jobs[0].status == "SUCCEEDED" and submission.command.places:
-        return jobs[0] if jobs[0].entrypoint == submission.command.entrypoint else None
+        return None if _difference(jobs[0], submission) else jobs[0]
     return None
 
 
@@ -224,12 +258,18 @@ def _start(client: Any, submission: Submission, job_id: str) -> str:
             started: str = client.submit_job(
                 entrypoint=submission.command.entrypoint,
                 submission_id=job_id,
+                metadata={RECIPE: submission.recipe_sha256},
                 runtime_env={"working_dir": str(package), "env_vars": submission.environment},
             )
         except RuntimeError as error:
             if "already exists" in str(error):  # another `fae submit` was faster
                 return job_id
             raise SubmitError(f"The job server refused the job: {str(error)[:500]}") from None
+        except OSError as error:
+            raise SubmitError(
+                f"The connection broke while {job_id} was sent ({str(error)[:200]}). The same "
+                "command starts the job, or follows it if it runs."
+            ) from None
     return started
 
 

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import shlex
 import socket
+import threading
 import zipfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import pytest
@@ -17,10 +18,11 @@ from fae.cluster.command import Command
 from fae.cluster.environment import job_environment
 from fae.cluster.errors import SubmitError
 from fae.cluster.kuberay import ray_job
-from fae.cluster.submit import CODE, connect, prepare
+from fae.cluster.submit import CODE, connect, prepare, submit
 from fae.cluster.working_tree import working_tree
 from fae.pipelines.config import RecipeError
 from fae_core.errors import UserError
+from tests.cluster.job_server import JobServer, job_server
 from tests.tiny import ROOT
 
 PRECOMPUTE = ["precompute", "photos-dinov2s", "data.path=s3://b/x", "output=s3://b/latents"]
@@ -369,6 +371,66 @@ def test_an_address_without_a_job_server_is_an_error_at_once(monkeypatch, answer
         said = f"No job server answers at {address}{within}\\. Are host and port right"
         with pytest.raises(SubmitError, match=said):
             connect(address)
+
+
+@pytest.fixture
+def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[JobServer]:
+    monkeypatch.setenv("RAY_API_SERVER_ADDRESS", "")
+    monkeypatch.setenv("RAY_AUTH_MODE", "disabled")
+    monkeypatch.setattr("fae.cluster.submit.POLL_SECONDS", 0.01)
+    monkeypatch.setattr("fae.cluster.submit.PATIENCE_SECONDS", 0.1)
+    with job_server() as server:
+        yield server
+
+
+def submitted(server: JobServer, root: Path, *words: str, follow: bool = False) -> str:
+    said: list[str] = []
+    made = prepare(parse(words), root)
+    assert submit(made, server.address, follow=follow, say=said.append) == 0
+    return "\n".join(said)
+
+
+def test_a_recipe_s_file_that_was_edited_is_other_work(server, tmp_path):
+    (tmp_path / "mine.yaml").write_text("output: s3://b/latents\nseed: 1\n")
+    words = ["precompute", "mine.yaml"]
+    submitted(server, tmp_path, *words)
+    (first,) = server.jobs.values()
+    assert "is pending already" in submitted(server, tmp_path, *words)
+    first["status"] = "SUCCEEDED"
+    (tmp_path / "mine.yaml").write_text("# The same.\noutput: s3://b/latents\nseed: 1\n")
+    assert "has done this already" in submitted(server, tmp_path, *words)
+
+    (tmp_path / "mine.yaml").write_text("output: s3://b/latents\nseed: 2\n")
+    assert f"Submitted {first['submission_id']}-2." in submitted(server, tmp_path, *words)
+    (tmp_path / "mine.yaml").write_text("output: s3://b/latents\nseed: 3\n")
+    with pytest.raises(SubmitError, match="pending and writes to the same place with another reci"):
+        submitted(server, tmp_path, *words)
+
+
+def test_a_job_whose_submission_kept_no_recipe_is_known_by_its_arguments(server, tmp_path):
+    (tmp_path / "mine.yaml").write_text("output: s3://b/latents\n")
+    submitted(server, tmp_path, "precompute", "mine.yaml")
+    (first,) = server.jobs.values()
+    first |= {"metadata": None, "status": "SUCCEEDED"}
+    assert "has done this already" in submitted(server, tmp_path, "precompute", "mine.yaml")
+
+
+def test_a_connection_that_ends_and_comes_back_is_followed_on(server, tmp_path, capsys):
+    (tmp_path / "mine.yaml").write_text("output: s3://b/latents\n")
+    words = ["precompute", "mine.yaml"]
+    submitted(server, tmp_path, *words)
+    (job,) = server.jobs.values()
+    server.dropped = 4  # the log's stream, and the job's state three times
+    threading.Timer(0.1, lambda: job.update(status="SUCCEEDED")).start()
+    submitted(server, tmp_path, *words, follow=True)
+    assert "the log's stream broke" in capsys.readouterr().err and not server.dropped
+
+
+def test_a_connection_that_stays_away_is_said_with_how_to_see_the_job(server, tmp_path):
+    (tmp_path / "mine.yaml").write_text("output: s3://b/latents\n")
+    server.dropped = 10**6
+    with pytest.raises(SubmitError, match=r"may run on(?s:.*)ray job logs --follow --address http"):
+        submitted(server, tmp_path, "precompute", "mine.yaml", follow=True)
 
 
 def test_kuberay_gets_the_command_its_settings_and_no_secret(monkeypatch):
