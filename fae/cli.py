@@ -6,7 +6,6 @@ A function is imported by the command that calls it, so help and mistakes take n
 import json
 import os
 import sys
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -762,12 +761,13 @@ def submit(
     command = Command.parse(words, job_commands())
     if backend == "kuberay":
         from fae.cluster import kuberay
+        from fae.pipelines.storage import paths
 
         document, remarks = kuberay.ray_job(command, env, image)
         for remark in remarks:
             typer.echo(f"note: {remark}", err=True)
         if output:
-            Path(output).write_text(document)
+            paths.write_bytes(output, document.encode())
         if apply and not dry_run:
             raise typer.Exit(kuberay.apply(document))
         if not output:

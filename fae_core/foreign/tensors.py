@@ -43,10 +43,11 @@ def read_tensors(path: str | Path) -> dict[str, Tensor]:
             with torch.serialization.safe_globals([argparse.Namespace]):
                 found = torch.load(path, map_location="cpu", weights_only=True)
     except (SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError) as error:
+        # The error of an empty file says nothing.
+        line = (str(error).splitlines() or [type(error).__name__])[0][:200]
         raise ForeignError(
             f"{path} cannot be read as a file of tensors; Python objects in it are not executed "
-            f"({str(error).splitlines()[0][:200]}). Save its state_dict alone with torch.save, or "
-            "as safetensors."
+            f"({line}). Save its state_dict alone with torch.save, or as safetensors."
         ) from None
     while isinstance(found, Mapping) and (wrapper := _wrapper(found)) is not None:
         found = found[wrapper]

@@ -445,6 +445,13 @@ def test_kuberay_gets_the_command_its_settings_and_no_secret(monkeypatch):
     assert document.count("secretRef") == 3  # head, CPU nodes, GPU nodes
 
 
+def test_kuberay_s_file_may_lie_in_a_folder_that_is_not_there_yet(tmp_path):
+    written = tmp_path / "new" / "job.yaml"
+    words = ["submit", *PRECOMPUTE, "--backend", "kuberay"]
+    result = CliRunner().invoke(app, [*words, "--output", str(written)])
+    assert result.exit_code == 0 and yaml.safe_load(written.read_text())["kind"] == "RayJob"
+
+
 def test_kuberay_has_only_the_recipes_of_its_image():
     with pytest.raises(SubmitError, match="the image's files alone"):
         ray_job(parse(["precompute", "mine.yaml", "output=s3://b/x"]))

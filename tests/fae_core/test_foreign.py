@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 
 from fae_core.foreign.dit import dit_generator
-from fae_core.foreign.tensors import ForeignError
+from fae_core.foreign.tensors import ForeignError, read_tensors
 from fae_core.samplers import sample_ode
 from tests.foreign_networks import (
     CHANNELS,
@@ -79,3 +81,10 @@ def test_what_no_dit_holds_is_refused_in_words(change: Tensors, message: str) ->
 def test_a_width_of_no_known_size_needs_the_heads() -> None:
     with pytest.raises(ForeignError, match="--num-heads"):
         dit_generator(random_tensors(modern=False), "it", num_classes=CLASSES)
+
+
+def test_an_empty_checkpoint_is_refused_in_words(tmp_path: Path) -> None:
+    for name in ("empty.pt", "empty.safetensors"):
+        (tmp_path / name).touch()
+        with pytest.raises(ForeignError, match=rf"{name} cannot be read as a file of tensors"):
+            read_tensors(tmp_path / name)
