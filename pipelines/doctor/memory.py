@@ -9,7 +9,6 @@ MLflow.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from functools import partial
@@ -18,6 +17,7 @@ import torch
 from torch import Tensor
 
 from fae_core.generators.starflow import FlowBlock, StarFlow
+from fae_core.machine import memory_bytes, num_cpus
 from fae_core.precision import autocast, settled_precision
 from fae_core.text import CaptionTokenizer, untrained_text_encoder
 
@@ -96,7 +96,7 @@ def precompute_memory(recipe: Recipe) -> list[Process]:
         size = min(section.batch_size, section.shard_size)
         results = peak_of(lambda n: encoder.encode_batch(crops[n - 1]), size)
     networks, crop = network_bytes(backbone, autoencoder), 3 * side**2
-    free_cpus = _num_cpus() - section.num_actors * section.cpus_per_actor
+    free_cpus = num_cpus() - section.num_actors * section.cpus_per_actor
     driver = {
         "Python": PYTHON,
         "plan": PLAN_RECORD * num_images,
@@ -159,7 +159,7 @@ def training_memory(recipe: Recipe, network: str) -> list[Process]:
             "Python": _decoding(recipe.data),
             "crops of a micro-batch, three times": 3 * needed.micro_batch,
         }
-        num_tasks = requirements.num_decode_tasks(training, _num_cpus())
+        num_tasks = requirements.num_decode_tasks(training, num_cpus())
         processes.append(Process("decode task", num_tasks, tasks))
         processes.append(_object_store("crops", needed.decoded_ahead))
     host = {"Python": PYTHON, **needed.host}
@@ -276,14 +276,10 @@ def _decoding(data: DataSection) -> int:
 
 def _idle_workers() -> Process:
     """Ray keeps as many processes of finished tasks as it has CPUs."""
-    return Process("idle worker", _num_cpus(), {"Python": TASK})
+    return Process("idle worker", num_cpus(), {"Python": TASK})
 
 
 def _object_store(what: str, size: int) -> Process:
     """Blocks that wait between stages: all `size` bytes of them, or as many as Ray Data allows."""
-    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    return Process("object store", 1, {f"{what} that wait": min(size, int(WAITING_SHARE * memory))})
-
-
-def _num_cpus() -> int:
-    return os.cpu_count() or 1
+    held = min(size, int(WAITING_SHARE * memory_bytes()))
+    return Process("object store", 1, {f"{what} that wait": held})

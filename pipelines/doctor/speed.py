@@ -7,7 +7,6 @@ validations, checkpoints, and the start of Ray.
 
 from __future__ import annotations
 
-import os
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -17,6 +16,7 @@ import pyarrow as pa
 import torch
 
 from fae_core.errors import UserError
+from fae_core.machine import num_cpus
 from fae_core.precision import autocast, settled_precision
 from fae_core.text import batch_length, untrained_text_encoder
 
@@ -88,7 +88,7 @@ def _training(recipe: Recipe, network: str) -> Speed:
     rates = {"training": (rate, training.num_workers)}
     if network in requirements.HELD_OUT_IMAGES:
         table = plan_source(recipe.data).table
-        num_tasks = requirements.num_decode_tasks(training, os.cpu_count() or 1)
+        num_tasks = requirements.num_decode_tasks(training, num_cpus())
         rates["decoding"] = (_decode_rate(recipe, table), num_tasks)
     what = f"{training.steps:,} steps of {training.batch_size:,} images"
     return Speed(what, training.steps * training.batch_size, rates)
@@ -109,7 +109,7 @@ def _precompute(recipe: Recipe) -> Speed:
     crops = torch.zeros(size, side, side, 3, dtype=torch.uint8, device=device)
     with torch.inference_mode():
         rate = size / _seconds(lambda: encoder.encode_batch(crops), device)
-    free = (os.cpu_count() or 1) - section.num_actors * section.cpus_per_actor
+    free = num_cpus() - section.num_actors * section.cpus_per_actor
     tasks = max(1, int(free / section.cpus_per_decode))
     rates = {
         "encoding": (rate, section.num_actors),
@@ -159,7 +159,7 @@ def _decode_rate(recipe: Recipe, table: pa.Table) -> float:
 
 def _share(processes: int) -> int:
     """Threads of each of so many processes on this machine's cores."""
-    return max(1, (os.cpu_count() or 1) // processes)
+    return max(1, num_cpus() // processes)
 
 
 def _seconds(call: Callable[[], object], device: torch.device) -> float:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import sys
 import time
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
@@ -25,6 +24,7 @@ from torch import Tensor
 
 from fae_core.checkpoint import CheckpointError
 from fae_core.losses import lpips_distance
+from fae_core.machine import num_cpus
 from fae_core.metrics.frechet import Moments
 from fae_core.metrics.inception import SplitSums, split_numbers
 from fae_core.metrics.reconstruction import psnr, ssim
@@ -266,7 +266,7 @@ def device_of(options: EvaluateSection) -> str:
     """The device of this actor; on a CPU, torch may use all cores of the node."""
     if options.gpus_per_actor > 0:
         return "cuda"
-    torch.set_num_threads(os.cpu_count() or 1)
+    torch.set_num_threads(num_cpus())
     return "cpu"
 
 

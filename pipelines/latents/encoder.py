@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -14,6 +13,7 @@ from torch.nn import functional as F
 
 from fae_core.backbone import Backbone
 from fae_core.checkpoint import CheckpointError
+from fae_core.machine import num_cpus
 from fae_core.precision import autocast, settled_precision
 
 from ..config import Recipe
@@ -59,7 +59,7 @@ class LatentEncoder:
         Raises CheckpointError where its weights are not those of `weights`, too.
         """
         if not gpus:
-            torch.set_num_threads(recipe.precompute.threads_per_actor or os.cpu_count() or 1)
+            torch.set_num_threads(recipe.precompute.threads_per_actor or num_cpus())
         made = cls.of(recipe, "cuda" if gpus else "cpu")
         found = (made.backbone.weights_sha256, made.autoencoder_sha256)
         if found != (weights["backbone weights"], weights["autoencoder weights"]):

@@ -8,7 +8,6 @@ encoder.
 from __future__ import annotations
 
 import json
-import os
 import sys
 import time
 from functools import partial
@@ -17,6 +16,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from fae_core.machine import num_cpus
 from fae_core.precision import autocast, settled_precision
 from fae_core.weights import WeightsError
 
@@ -83,7 +83,7 @@ class EncodeCaptions:
     def __init__(self, recipe: Recipe, plan_id: PlanId, parts: dict[str, str]) -> None:
         section = recipe.precompute
         if not section.gpus_per_actor:
-            torch.set_num_threads(section.threads_per_actor or os.cpu_count() or 1)
+            torch.set_num_threads(section.threads_per_actor or num_cpus())
         self.plan_id, self.batch_size = plan_id, section.batch_size
         self.precision = section.precision
         self.device = torch.device("cuda" if section.gpus_per_actor else "cpu")

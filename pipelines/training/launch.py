@@ -17,6 +17,7 @@ from typing import Any
 import torch
 
 from fae_core.errors import UserError
+from fae_core.machine import num_cpus
 
 from ..config import Recipe, with_absolute_paths
 from ..config.facts import flatten
@@ -113,7 +114,7 @@ def enter_worker(config: dict[str, Any], network: str) -> Worker:
     training: TrainingSection = getattr(recipe, network).training
     context, device = ray.train.get_context(), ray.train.torch.get_device()
     if device.type == "cpu":
-        share = max(1, (os.cpu_count() or 1) // context.get_local_world_size())
+        share = max(1, num_cpus() // context.get_local_world_size())
         torch.set_num_threads(training.threads_per_worker or share)
     is_first = context.get_world_rank() == 0
     run_uri = run_folder(recipe)

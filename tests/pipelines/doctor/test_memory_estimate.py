@@ -22,6 +22,7 @@ from fae.pipelines.networks.untrained import build_autoencoder, build_backbone, 
 from fae.pipelines.storage import s3
 from fae.pipelines.training.memory_plan import MEBI
 from fae.pipelines.training.requirements import checkpoint_size
+from fae_core import machine
 from tests.tiny import SHARD_SIZE, TINY
 
 CROP = 3 * 32 * 32
@@ -87,6 +88,21 @@ def test_precompute_holds_shards_in_tasks_networks_in_actors_and_the_plan_in_the
     assert moved.count == 3
     words = text(list(processes.values()))
     assert f"together on one host: {total(processes.values()) / MEBI:,.0f}" in words
+
+
+def test_in_a_pod_the_cores_and_the_memory_are_the_pod_s(photographs, tmp_path, monkeypatch):
+    (tmp_path / "cpu.max").write_text("3000000 1000000")
+    (tmp_path / "memory.max").write_text("100000")
+    (tmp_path / "own").write_text("0::/")
+    monkeypatch.setattr(machine, "CGROUPS", tmp_path)
+    monkeypatch.setattr(machine, "OWN_CGROUPS", tmp_path / "own")
+    monkeypatch.setattr("os.sched_getaffinity", lambda _: range(64), raising=False)
+    options = [*TINY, f"data.path={photographs}", "data.limit=10", "precompute.cpus_per_decode=1"]
+    recipe = load_recipe("photos-dinov2s", options)
+    processes = {p.name: p for p in precompute_memory(recipe)}
+    assert processes["idle worker"].count == 3
+    assert processes["decode task"].count == 3 - recipe.precompute.cpus_per_actor
+    assert processes["object store"].host == {"crops that wait": 15_000}
 
 
 @pytest.mark.integration
