@@ -46,6 +46,8 @@ class FaultProxy:
         """Bytes that one PUT may have; a larger one is answered 400 EntityTooLarge."""
         self.ignores_ranges = False
         """Answers have the whole object, whatever range was asked for."""
+        self.refusal: tuple[int, str, str] | None = None
+        """(status, code, word): the answer to every request whose path has the word."""
         self.requests: Counter[str] = Counter()
         """By method, and by "METHOD status"."""
         self.bytes_down = 0
@@ -187,6 +189,10 @@ def _handler_of(proxy: FaultProxy) -> type[BaseHTTPRequestHandler]:
                 time.sleep(proxy.latency)
             proxy.pass_or_wait()
             proxy.pass_or_be_held(self.command)
+            if proxy.refusal and proxy.refusal[2] in self.path:
+                status, code, _ = proxy.refusal
+                body = f"<Error><Code>{code}</Code></Error>".encode() * (self.command != "HEAD")
+                return self.answer(status, {"Content-Type": "application/xml"}, body, None)
             fault = proxy.take(self.command, self.path)
             length = int(self.headers.get("Content-Length") or 0)
             if fault == "cut upload":

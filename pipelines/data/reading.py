@@ -41,6 +41,9 @@ def read_records(
 ) -> list[bytes | Exception]:
     """The encoded bytes of each record, or the exception of one that cannot be read.
 
+    An exception is about its image: it is not there, or damaged. Raises StorageError where the
+    storage does not answer, or refuses all that is asked of it here: another run may read them.
+
     Rows of one Parquet file are read together, one row group at a time and only the image column. A
     large row group is streamed; with `streams`, calls for rows in order read it once together. The
     ranges of one tar file share one open file; THREADS threads fetch objects and ranges on S3.
@@ -74,6 +77,9 @@ def read_records(
             fetched = pool.map(lambda uri: _attempt(paths.read_bytes, uri), uris)
             for index, blob in zip(remote, fetched, strict=True):
                 blobs[index] = blob
+    refused = [blob for blob in blobs if isinstance(blob, paths.RefusedError)]
+    if refused and not any(isinstance(blob, bytes) for blob in blobs):
+        raise refused[0]
     return blobs
 
 
@@ -97,7 +103,7 @@ def _attempt(read: Callable[[str], bytes], uri: str) -> bytes | Exception:
     try:
         return read(uri)
     except Exception as error:
-        return error
+        return _of_image(uri, error)
 
 
 def _read_rows(
@@ -130,7 +136,7 @@ def _read_rows(
                     _read_row_group(parquet, group, offsets, column, uri, blobs)
     except Exception as error:
         for _, index in wanted:
-            blobs[index] = _read_error(uri, error)
+            blobs[index] = _of_image(uri, error)
 
 
 def _stream_row_group(
@@ -149,7 +155,7 @@ def _stream_row_group(
             blobs[places.pop(offset)] = _cell_bytes(value, uri)
     except Exception as error:  # what was read before it stays
         for index in places.values():
-            blobs[index] = _read_error(uri, error)
+            blobs[index] = _of_image(uri, error)
 
 
 def _read_row_group(
@@ -164,7 +170,7 @@ def _read_row_group(
         values = parquet.read_row_group(group, columns=[column]).column(column)
     except Exception as error:
         for _, index in offsets:
-            blobs[index] = _read_error(uri, error)
+            blobs[index] = _of_image(uri, error)
         return
     for offset, index in offsets:
         blobs[index] = _cell_bytes(values[offset].as_py(), uri)
@@ -175,9 +181,10 @@ def _cell_bytes(cell: Any, uri: str) -> bytes | Exception:
         # Hugging Face's Image: bytes where they are embedded, else a path beside the file.
         if cell.get("bytes") is None and cell.get("path"):
             try:
-                return paths.read_bytes(beside(str(cell["path"]), parent(uri), uri))
-            except (OSError, ValueError) as error:
+                address = beside(str(cell["path"]), parent(uri), uri)
+            except ValueError as error:
                 return error
+            return _attempt(paths.read_bytes, address)
         cell = cell.get("bytes")
     return cell if isinstance(cell, bytes) else ImageError("no image in this row (null)")
 
@@ -189,7 +196,7 @@ def _read_ranges(
         file = paths.open_input(uri)
     except Exception as error:
         for _, _, index in wanted:
-            blobs[index] = error
+            blobs[index] = _of_image(uri, error)
         return
 
     def read(place: tuple[int, int, int]) -> bytes | Exception:
@@ -197,7 +204,7 @@ def _read_ranges(
         try:
             content: bytes = file.read_at(size, offset)
         except Exception as error:
-            return _read_error(uri, error)
+            return _of_image(uri, error)
         if len(content) < size:
             return ImageError(f"{len(content)} of {size} bytes at {offset} of {uri}")
         return content
@@ -208,7 +215,13 @@ def _read_ranges(
             blobs[index] = content
 
 
-def _read_error(uri: str, error: Exception) -> Exception:
+def _of_image(uri: str, error: Exception) -> Exception:
+    """`error` in words where it is about the image read; else it is raised."""
     if is_damage(uri, error):
         return ImageError(f"{uri} is not readable Parquet: {error}")
-    return paths.storage_error("read", uri, error)
+    if isinstance(error, MemoryError | s3.S3SettingsError):
+        raise error
+    in_words = paths.storage_error("read", uri, error)
+    if isinstance(in_words, paths.FileError | paths.RefusedError):
+        return in_words
+    raise in_words from None

@@ -39,7 +39,8 @@ def is_damage(uri: str, error: Exception) -> bool:
     Arrow raises OSError for some damage, with no errno, as for every failed request to S3.
     """
     arrows = type(error) is OSError and error.errno is None
-    return isinstance(error, pa.ArrowInvalid) or (arrows and not paths.is_remote(uri))
+    of_s3 = uri.startswith("s3://") and "AWS Error" in str(error)
+    return isinstance(error, pa.ArrowInvalid) or (arrows and not of_s3)
 
 
 class RowStreams:

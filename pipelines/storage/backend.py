@@ -21,6 +21,15 @@ class StorageError(UserError, OSError):
     """A path that cannot be read, written or listed; the message says what to check."""
 
 
+class FileError(StorageError):
+    """It is about this file alone: it is not there, for example. Its storage answers."""
+
+
+class RefusedError(StorageError):
+    """Access is denied, or there is no such bucket or repository: for this file alone or for all,
+    which other reads tell."""
+
+
 @dataclass(frozen=True, slots=True)
 class FileInfo:
     """One file or object: its whole address, its bytes, on S3 its ETag, and when it was written.
@@ -45,8 +54,11 @@ class Readable(Protocol):
     def exists(self, uri: str) -> bool: ...
     def list_files(self, uri: str, recursive: bool) -> Iterator[FileInfo]: ...
     def list_folders(self, uri: str) -> list[str]: ...
-    def explain(self, uri: str, error: Exception) -> str:
-        """What failed and what to check, after "Cannot read "; no secret, no request id."""
+    def explain(self, uri: str, error: Exception) -> tuple[type[StorageError], str]:
+        """The kind of error, and what failed and what to check, after "Cannot read ".
+
+        The words hold no secret and no request id.
+        """
         ...
 
 

@@ -18,15 +18,21 @@ from typing import Any
 
 import pyarrow as pa
 from huggingface_hub import CommitOperationAdd, HfApi, HfFileSystem, hf_hub_download
-from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+from huggingface_hub.errors import (
+    HfHubHTTPError,
+    LocalEntryNotFoundError,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
 from pyarrow import fs
 
-from .backend import FileInfo, StorageError
+from .backend import FileError, FileInfo, RefusedError, StorageError
 
 # The HTTP library differs between versions of huggingface_hub.
 _HTTP_ERROR = next(kind for kind in HfHubHTTPError.__mro__ if kind.__name__ == "HTTPError")
 ERRORS: tuple[type[Exception], ...] = (OSError, ValueError, NotImplementedError, _HTTP_ERROR)
 """What a request to the Hub raises when it fails; ValueError for a name that cannot be one."""
+_NO_REPOSITORY = (RepositoryNotFoundError, RevisionNotFoundError)
 
 
 def endpoint() -> str | None:
@@ -145,28 +151,35 @@ def upload(folder: Path, files: Sequence[str], repository: str, private: bool, m
     return str(commit.commit_url)
 
 
-def explain(uri: str, error: Exception) -> str:
-    return f"{uri}: {_advice(error)}"
+def explain(uri: str, error: Exception) -> tuple[type[StorageError], str]:
+    kind, advice = _advice(error)
+    return kind, f"{uri}: {advice}"
 
 
-def _advice(error: Exception) -> str:
+def _advice(error: Exception) -> tuple[type[StorageError], str]:
+    """The kind of `error`, and what to check."""
     status = getattr(getattr(error, "response", None), "status_code", None)
     if status in (401, 403):
-        return (
+        return RefusedError, (
             f"access denied ({status}). Set HF_TOKEN to a token that may read (to push: write) "
             "this repository, and accept its conditions on the Hub if it has some."
         )
     unanswered = isinstance(error, _HTTP_ERROR) and not isinstance(error, HfHubHTTPError)
     if unanswered or isinstance(error, LocalEntryNotFoundError | ConnectionError):
-        return (
+        return StorageError, (
             f"no connection ({type(error).__name__}). Check the network and HF_ENDPOINT; "
             "HF_HUB_OFFLINE=1 allows only files that are in the cache."
         )
     if isinstance(error, FileNotFoundError) or status == 404:
-        return (
+        # The Hub also denies a repository to whom has no token for it.
+        no_repository = isinstance(error, _NO_REPOSITORY) or isinstance(
+            error.__cause__, _NO_REPOSITORY
+        )
+        return RefusedError if no_repository else FileError, (
             "it is not there (404). Check owner, name, revision and path. A private repository "
             "needs HF_TOKEN."
         )
     if isinstance(error, ValueError | NotImplementedError):
-        return "expected hf://OWNER/NAME/PATH or hf://datasets/OWNER/NAME/PATH."
-    return f"the server answered {status}." if status else f"{type(error).__name__}."
+        return FileError, "expected hf://OWNER/NAME/PATH or hf://datasets/OWNER/NAME/PATH."
+    kind = StorageError if isinstance(error, ERRORS) else FileError
+    return kind, f"the server answered {status}." if status else f"{type(error).__name__}."

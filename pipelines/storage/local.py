@@ -17,13 +17,17 @@ from pathlib import Path
 
 from pyarrow import fs
 
-from .backend import FileInfo, StorageError
+from .backend import FileError, FileInfo, StorageError
 
 SHIPPED = "shipped:"
 """How the address of a folder in the package begins: shipped:emoji, for example."""
 TEMPORARY_SUFFIX = ".tmp"
 """Of the hidden files that are renamed; those of a killed process stay."""
 ERRORS: tuple[type[Exception], ...] = (OSError,)
+_OF_ONE_FILE = (
+    *(errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ELOOP, errno.ENAMETOOLONG),
+    *(errno.EACCES, errno.EPERM, errno.EIO),
+)
 
 
 def path_of(uri: str) -> str:
@@ -114,8 +118,9 @@ def list_folders(uri: str) -> list[str]:
         return sorted(e.name for e in entries if e.is_dir(follow_symlinks=False))
 
 
-def explain(uri: str, error: Exception) -> str:
-    return f"{uri}: {advice(error)}"
+def explain(uri: str, error: Exception) -> tuple[type[StorageError], str]:
+    other = isinstance(error, OSError) and error.errno not in _OF_ONE_FILE
+    return StorageError if other else FileError, f"{uri}: {advice(error)}"
 
 
 def advice(error: Exception, place: str = "there") -> str:

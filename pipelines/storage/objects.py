@@ -13,17 +13,19 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, TypeVar
 
+from botocore.exceptions import ParamValidationError
 from pyarrow import fs
 
 from . import local, s3, transfers
-from .backend import FileInfo, StorageError
+from .backend import FileError, FileInfo, RefusedError, StorageError
 from .temporary import temporary_folder
 
 T = TypeVar("T")
 
 ERRORS: tuple[type[Exception], ...] = (OSError, s3.ClientError, s3.BotoCoreError)
 _THERE_ALREADY = ("PreconditionFailed", "412", "ConditionalRequestConflict", "409")
-_DENIED_CODES = ("InvalidAccessKeyId", "SignatureDoesNotMatch")
+_WRONG_KEY = ("InvalidAccessKeyId", "SignatureDoesNotMatch")
+_OLD_TOKEN = ("ExpiredToken", "ExpiredTokenException", "InvalidToken", "TokenRefreshRequired")
 
 
 def arrow(uri: str) -> tuple[fs.FileSystem, str]:
@@ -132,43 +134,68 @@ def split(uri: str) -> tuple[str, str]:
     return bucket, key.rstrip("/")
 
 
-def explain(uri: str, error: Exception) -> str:
+def explain(uri: str, error: Exception) -> tuple[type[StorageError], str]:
     bucket, key = split(uri)
-    return f"bucket {bucket!r}, key {key!r}: {_advice(error, s3.code_of(error))}"
+    kind, advice = _advice(error, s3.code_of(error))
+    return kind, f"bucket {bucket!r}, key {key!r}: {advice}"
 
 
-def _advice(error: Exception, code: str) -> str:
-    text = f"{code} {error}".upper()  # Arrow's errors have no code, but it is in their text
-    if "CREDENTIAL" in text:
-        return "no AWS credentials. Check AWS_PROFILE, AWS_ACCESS_KEY_ID or the machine's role."
+def _advice(error: Exception, code: str) -> tuple[type[StorageError], str]:
+    """The kind of `error`, and what to check."""
+    # Arrow's errors have no code, but it is in their text, behind the key, which may be any word.
+    # What has a number is the machine's own error.
+    said = "" if isinstance(error, OSError) and error.errno else str(error)
+    text = f"{code} {said.rpartition('AWS Error ')[2]}".upper()
+    if "Credential" in type(error).__name__ or "CREDENTIAL" in text:
+        return StorageError, (
+            "no AWS credentials. Check AWS_PROFILE, AWS_ACCESS_KEY_ID or the machine's role."
+        )
+    if code in _OLD_TOKEN or "HTTP STATUS 400" in text:
+        return StorageError, (
+            f"the server answered {code or 400}. The credentials may have expired: renew them."
+        )
     if code == "NoSuchBucket" or "NO_SUCH_BUCKET" in text:
-        return "the bucket does not exist (404). Check its name, AWS_ENDPOINT_URL and the region."
+        return RefusedError, (
+            "the bucket does not exist (404). Check its name, AWS_ENDPOINT_URL and the region."
+        )
     if isinstance(error, FileNotFoundError) or code in ("NoSuchKey", "NotFound", "404"):
-        return local.advice(FileNotFoundError())
-    if code in _DENIED_CODES or any(
+        return FileError, local.advice(FileNotFoundError())
+    if code == "InvalidObjectState" or "INVALID_OBJECT_STATE" in text:
+        return FileError, "the object is archived (InvalidObjectState). Restore it first."
+    if isinstance(error, ParamValidationError):
+        return FileError, "no valid name of a bucket, or key. Expected s3://BUCKET/KEY."
+    retried = "The request was retried for FAE_S3_PATIENCE seconds."
+    if isinstance(error, s3.BotoCoreError):
+        return StorageError, _no_connection(error, retried)
+    if code in _WRONG_KEY or any(
         word in text for word in ("ACCESS_DENIED", "ACCESSDENIED", "FORBIDDEN", "403")
     ):
-        return "access denied (403). Check the credentials and their right to list, read and write."
-    retried = "The request was retried for FAE_S3_PATIENCE seconds."
+        kind = StorageError if code in _WRONG_KEY else RefusedError
+        return kind, (
+            "access denied (403). Check the credentials and their right to list, read and write."
+        )
     if code in ("SlowDown", "ServiceUnavailable") or "HTTP STATUS 503" in text:
-        return (
+        return StorageError, (
             f"the server is too busy (503). {retried} Ask its operator, or read with fewer tasks."
         )
-    if isinstance(error, s3.BotoCoreError) or any(
-        word in text for word in ("NETWORK_CONNECTION", "CURLCODE", "CONNECT TO", "TIMED OUT")
-    ):
-        name = type(error).__name__
-        return (
-            f"no connection ({name}). Check AWS_ENDPOINT_URL, the region and the network. {retried}"
-        )
+    if any(word in text for word in ("NETWORK_CONNECTION", "CURLCODE", "CONNECT TO", "TIMED OUT")):
+        return StorageError, _no_connection(error, retried)
     if code == "RequestTimeTooSkewed":
-        return (
+        return StorageError, (
             "this machine's clock is not the server's (403). Set the clock, with NTP for example."
         )
     if code:
-        return f"the server answered {code}."
+        return StorageError, f"the server answered {code}."
     # A disk is full only where a file waits for its upload or was being read.
-    return local.advice(error, f"in {tempfile.gettempdir()} (or set TMPDIR)")
+    kind = StorageError if isinstance(error, ERRORS) else FileError
+    return kind, local.advice(error, f"in {tempfile.gettempdir()} (or set TMPDIR)")
+
+
+def _no_connection(error: Exception, retried: str) -> str:
+    return (
+        f"no connection ({type(error).__name__}). Check AWS_ENDPOINT_URL, the region and the "
+        f"network. {retried}"
+    )
 
 
 def _info(bucket: str, item: dict[str, Any]) -> FileInfo:

@@ -21,13 +21,15 @@ import pyarrow as pa
 from pyarrow import fs
 
 from . import local
-from .backend import FileInfo, Readable, StorageError, Writable
+from .backend import FileError, FileInfo, Readable, RefusedError, StorageError, Writable
 from .local import SHIPPED, TEMPORARY_SUFFIX
 
 __all__ = [
     "SHIPPED",
     "TEMPORARY_SUFFIX",
+    "FileError",
     "FileInfo",
+    "RefusedError",
     "StorageError",
     "address_of",
     "delete",
@@ -223,10 +225,14 @@ def list_folders(uri: str) -> list[str]:
 
 
 def storage_error(operation: str, uri: str, error: Exception) -> StorageError:
-    """`error` as a StorageError: operation, address, what to check; no secret, no request id."""
+    """`error` as a StorageError: operation, address, what to check; no secret, no request id.
+
+    It is a FileError or RefusedError where the storage answers.
+    """
     if isinstance(error, StorageError):
         return error
-    return StorageError(f"Cannot {operation} {_readable(uri).explain(uri, error)}")
+    kind, words = _readable(uri).explain(uri, error)
+    return kind(f"Cannot {operation} {words}")
 
 
 def _readable(uri: str) -> Readable:

@@ -157,10 +157,10 @@ def test_a_private_data_set_needs_the_token_and_no_error_shows_it(pets, monkeypa
         plan_source(data)
     shown = str(raised.value) + repr(raised.value.__cause__)
     record = ImageRecord("key", f"{SOURCE}/data/train-00000-of-00001.parquet#row=0")
-    (error,) = read_records([record], data)
-    assert isinstance(error, Exception) and "HF_TOKEN" in str(error)
+    with pytest.raises(StorageError, match="HF_TOKEN") as error:
+        read_records([record], data)
     printed = CliRunner().invoke(app, ["plan", "photos-dinov2s", f"data.path={SOURCE}"]).output
-    for text in (shown, str(error), printed):
+    for text in (shown, str(error.value), printed):
         assert secret not in text and TOKEN not in text
 
 

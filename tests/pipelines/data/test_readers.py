@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import csv
 import json
+import resource
 import subprocess
 import sys
 from pathlib import Path
@@ -176,6 +177,19 @@ def test_rows_and_files_that_vanish_fail_alone(tmp_path: Path) -> None:
     assert read[0] == b"0"
     assert "row 1 is gone" in str(read[1])
     assert all(isinstance(item, paths.StorageError) and "404" in str(item) for item in read[2:])
+
+
+def test_a_machine_without_file_descriptors_is_no_error_of_its_images(tmp_path: Path) -> None:
+    put(tmp_path / "a.png", encode(noise(4, 5)))
+    data = DataSection(path=str(tmp_path))
+    records = list_images(data)
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (0, limits[1]))
+    try:
+        with pytest.raises(paths.StorageError, match="Too many open files"):
+            read_records(records, data)
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, limits)
 
 
 def test_a_file_that_is_not_parquet_is_refused(tmp_path: Path) -> None:

@@ -18,6 +18,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import boto3
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
@@ -303,6 +304,91 @@ def test_a_tar_is_planned_and_read_in_ranges(proxy: FaultProxy) -> None:
     before = proxy.bytes_down
     assert read_records(records[2:4], data) == [bytes([2]) * 2_000_000, bytes([3]) * 2_000_000]
     assert proxy.bytes_down - before < 4_100_000
+
+
+@pytest.fixture(params=["objects", "tar", "parquet"])
+def source(request: pytest.FixtureRequest, proxy: FaultProxy) -> Any:
+    """Four images on S3 as objects, in a tar or in Parquet: records, and how they are read."""
+    uri, images = f"s3://faults/source-{request.param}", [bytes([65 + i]) * 9 for i in range(4)]
+    buffer = io.BytesIO()
+    if request.param == "objects":
+        for index, image in enumerate(images):
+            paths.write_bytes(f"{uri}/{index}.jpg", image)
+    elif request.param == "tar":
+        with tarfile.open(fileobj=buffer, mode="w") as tar:
+            for index, image in enumerate(images):
+                info = tarfile.TarInfo(f"{index}.jpg")
+                info.size = len(image)
+                tar.addfile(info, io.BytesIO(image))
+        paths.write_bytes(f"{uri}/s.tar", buffer.getvalue())
+    else:
+        pq.write_table(pa.table({"image": images}), buffer)
+        paths.write_bytes(f"{uri}/s.parquet", buffer.getvalue())
+    data = DataSection(path=uri)
+    records = list_images(data)
+    assert read_records(records, data) == images
+    return records, data
+
+
+@pytest.mark.parametrize(
+    ("status", "code", "words"),
+    [
+        (403, "AccessDenied", "access denied"),
+        (403, "InvalidAccessKeyId", "access denied"),
+        (400, "ExpiredToken", "may have expired"),
+        (503, "SlowDown", "too busy"),
+    ],
+)
+def test_a_storage_that_refuses_all_is_no_error_of_its_images(
+    proxy: FaultProxy,
+    source: Any,
+    monkeypatch: pytest.MonkeyPatch,
+    status: int,
+    code: str,
+    words: str,
+) -> None:
+    monkeypatch.setenv("FAE_S3_PATIENCE", "0")
+    proxy.refusal = (status, code, "/source-")
+    with pytest.raises(paths.StorageError, match=words):
+        read_records(*source)
+
+
+def test_a_storage_that_is_away_is_no_error_of_its_images(
+    proxy: FaultProxy, source: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("FAE_S3_PATIENCE", "0")
+    proxy.stop()
+    with pytest.raises(paths.StorageError, match="no connection"):
+        read_records(*source)
+
+
+@pytest.mark.parametrize("code", ["AccessDenied", "InvalidObjectState", "NoSuchKey"])
+def test_one_object_that_is_denied_archived_or_gone_is_an_error_of_its_image(
+    proxy: FaultProxy, code: str
+) -> None:
+    for name in "abc":
+        paths.write_bytes(f"s3://faults/some/{name}.jpg", name.encode())
+    data = DataSection(path="s3://faults/some")
+    records = list_images(data)
+    proxy.refusal = (404 if code == "NoSuchKey" else 403, code, "/some/b.jpg")
+    first, second, third = read_records(records, data)
+    assert (first, third) == (b"a", b"c") and isinstance(second, paths.StorageError)
+
+
+def test_damage_of_a_file_on_s3_is_an_error_of_its_images(proxy: FaultProxy) -> None:
+    buffer = io.BytesIO()
+    table = pa.table({"image": [random.randbytes(2000) for _ in range(4)]})
+    pq.write_table(table, buffer, row_group_size=2, compression="zstd", use_dictionary=False)
+    paths.write_bytes("s3://faults/damaged/s.parquet", buffer.getvalue())
+    data = DataSection(path="s3://faults/damaged")
+    records = list_images(data)
+    damaged = bytearray(buffer.getvalue())
+    place = pq.ParquetFile(buffer).metadata.row_group(1).column(0).data_page_offset
+    damaged[place : place + 60] = bytes(60)
+    paths.write_bytes("s3://faults/damaged/s.parquet", bytes(damaged))
+    read = read_records(records, data)
+    assert read[:2] == table["image"].to_pylist()[:2]
+    assert all("is not readable Parquet" in str(error) for error in read[2:])
 
 
 def test_a_plan_is_read_by_shards(proxy: FaultProxy) -> None:
