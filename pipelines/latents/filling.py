@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from itertools import islice
 from typing import Any
@@ -18,15 +19,38 @@ from ..config.sections import PrecomputeSection
 from ..runtime.actor_pool import RowStages, run_rows
 from ..runtime.lanes import fan_out
 from ..runtime.progress import Progress
-from .manifest import commit
+from .manifest import commit, missing_shards, read_manifest
 from .plan import Plan
-from .shards import read_errors
+from .shards import THREADS, delete_shard, errors_by_shard, read_errors
 
 SHOWN_ERRORS = 10
+REPAIRABLE = ("read", "decode")
+"""Stages of errors that another source may not have."""
 
 
 class TooManyErrors(UserError, RuntimeError):
     """More images failed than `precompute.max_error_rate` allows; the text shows the first."""
+
+
+def shards_to_run(plan: Plan, section: PrecomputeSection) -> list[int]:
+    """The missing shards. Where an earlier run recorded more errors than are allowed now, the
+    shards with images that could not be read or decoded are deleted first, and so are among them:
+    the source may have been repaired.
+    """
+    missing = missing_shards(plan.uri, plan)
+    if read_manifest(plan.uri, plan.format) is not None:
+        return missing
+    without = set(missing)
+    num_errors, failed = 0, list[int]()
+    for shard, errors in errors_by_shard(plan.uri):
+        if shard not in without:
+            num_errors += len(errors)
+            failed += [shard] * any(error["stage"] in REPAIRABLE for error in errors)
+    if num_errors <= section.max_error_rate * plan.num_images or not failed:
+        return missing
+    with ThreadPoolExecutor(THREADS) as pool:
+        list(pool.map(lambda shard: delete_shard(plan.uri, shard), failed))
+    return sorted([*missing, *failed])
 
 
 def fill_store(
@@ -90,7 +114,7 @@ def _check_error_rate(
     first = "\n".join(f"  {e['key']} [{e['stage']}] {e['message']}" for e in errors)
     raise TooManyErrors(
         f"{num_errors} of {plan.num_images} images could not be encoded, more than "
-        f"precompute.max_error_rate={allowed:g} allows. Nothing was committed. Finished shards "
-        "remain, and the same command resumes from them. Repair the source or raise the rate. "
-        f"The first:\n{first}"
+        f"precompute.max_error_rate={allowed:g} allows. Nothing was committed. Repair the source "
+        "and run the same command again: it reads anew the shards with such images. Or raise the "
+        f"rate: it goes on from the finished shards. The first:\n{first}"
     )

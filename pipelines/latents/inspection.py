@@ -219,7 +219,10 @@ def _photographs(store: LatentStore, keys: list[tuple[int, str]]) -> list[np.nda
     records = [next(r for r in plan.shard(index) if r.key == key) for index, key in keys]
     data = _data_section(store.uri)
     size = int(plan.parts["image size"])
-    images, kept, _ = load_crops(records, size, data)
+    try:
+        images, kept, _ = load_crops(records, size, data)
+    except paths.StorageError:
+        return [None] * len(records)
     found = dict(zip(kept, images, strict=True))
     return [found.get(i) for i in range(len(records))]
 

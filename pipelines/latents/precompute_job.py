@@ -30,8 +30,7 @@ from ..runtime.actor_pool import RowStages
 from ..runtime.places import check_places
 from ..storage import paths
 from .encoder import LatentEncoder
-from .filling import TooManyErrors, fill_store
-from .manifest import missing_shards
+from .filling import TooManyErrors, fill_store, shards_to_run
 from .plan import PLAN, Plan, PlanId, ensure_plan, open_plan
 from .tasks import decode_shard, plan_of, read_shards, store_shard
 
@@ -62,7 +61,7 @@ def precompute(recipe: Recipe, show_progress: bool = True) -> dict[str, Any]:
     streamed = shards_in_large_groups(source.table["uri"], source.large_groups, size)
     del source
     paths.write_bytes(paths.join(output, "recipe.yaml"), written.encode())
-    units = units_of(missing_shards(output, plan), streamed)
+    units = units_of(shards_to_run(plan, section), streamed)
     stages = shard_stages(recipe, plan)
     if any(len(unit) > 1 for unit in units):
         read = partial(read_shards, plan_id=plan.id, data=recipe.data)

@@ -209,14 +209,28 @@ def captions_of(table: pa.Table) -> list[tuple[str, ...]]:
 
 def read_errors(uri: str, each: Each = map) -> Iterator[dict[str, str]]:
     """Every recorded error (key, stage, message) in shard order; `each` as for `commit`."""
-    files = sorted(file.uri for file in files_in(uri, "errors").values())
-    for rows in each(_read_error_files, batched(files, SHARDS_AT_ONCE)):
-        yield from rows
+    return (row for _, rows in errors_by_shard(uri, each) for row in rows)
 
 
-def _read_error_files(uris: Sequence[str]) -> list[dict[str, str]]:
+def errors_by_shard(uri: str, each: Each = map) -> Iterator[tuple[int, list[dict[str, str]]]]:
+    """(shard, its errors) of every shard that has some, in order; `each` as for `commit`."""
+    files = {int(name.partition(".")[0]): f.uri for name, f in files_in(uri, "errors").items()}
+    for some in each(_read_error_files, batched(sorted(files.items()), SHARDS_AT_ONCE)):
+        yield from some
+
+
+def _read_error_files(
+    files: Sequence[tuple[int, str]],
+) -> list[tuple[int, list[dict[str, str]]]]:
     with ThreadPoolExecutor(THREADS) as pool:
-        return [row for rows in pool.map(read_shard_errors, uris) for row in rows]
+        read = pool.map(read_shard_errors, (uri for _, uri in files))
+        return [(shard, rows) for (shard, _), rows in zip(files, read, strict=True)]
+
+
+def delete_shard(uri: str, index: int) -> None:
+    """Delete shard `index` and then its errors: a shard that is there has its errors beside it."""
+    paths.delete(shard_uri(uri, index))
+    paths.delete(errors_uri(uri, index))
 
 
 def read_shard_errors(uri: str) -> list[dict[str, str]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import gc
 import io
 import json
@@ -31,12 +32,12 @@ from benchmarks.memory import MEBI, Watch
 from fae.pipelines.config.recipe import Recipe, RecipeError, load_recipe
 from fae.pipelines.config.sections import DataSection
 from fae.pipelines.data.records import SourceError
-from fae.pipelines.data.sources import plan_images
+from fae.pipelines.data.sources import list_images, plan_images
 from fae.pipelines.doctor.memory import PYTHON, precompute_memory, total
 from fae.pipelines.latents.encoder import LatentEncoder
 from fae.pipelines.latents.filling import TooManyErrors
 from fae.pipelines.latents.plan import ensure_plan, open_plan
-from fae.pipelines.latents.precompute_job import precompute, shard_stages
+from fae.pipelines.latents.precompute_job import fingerprint_parts, precompute, shard_stages
 from fae.pipelines.latents.precompute_text_job import precompute_text
 from fae.pipelines.latents.reader import LatentStore
 from fae.pipelines.latents.shards import read_errors
@@ -50,6 +51,7 @@ from fae.pipelines.runtime.packages import OtherVersions
 from fae.pipelines.runtime.progress import Progress
 from fae.pipelines.runtime.room import NoRoom, Stalled
 from fae.pipelines.storage.claims import StoreMismatch
+from fae.pipelines.storage.paths import StorageError
 from fae_core import checkpoint
 from fae_core.backbone import load_backbone
 from fae_core.checkpoint import CheckpointError
@@ -391,7 +393,6 @@ def write_awkward_images(folder: Path) -> tuple[set[str], dict[str, str]]:
 def test_awkward_images_end_the_same_with_either_decoder(tmp_path):
     from fae.pipelines.data.crops import decode_records
     from fae.pipelines.data.reading import read_records
-    from fae.pipelines.data.sources import list_images
 
     good, bad = write_awkward_images(tmp_path / "images")
     ends = {}
@@ -447,6 +448,53 @@ def test_shards_without_one_good_image_are_stored_with_their_errors(
     assert stored == [f"{index:02d}.jpg" for index in range(9 - num_good, 9)]
 
 
+def test_a_repaired_source_is_read_anew_by_the_same_command(autoencoder, tmp_path, without_ray):
+    images, output = tmp_path / "images", tmp_path / "store"
+    images.mkdir()
+    photo = Image.effect_noise((60, 50), 60).convert("RGB")
+    for index in range(9):
+        photo.save(images / f"{index}.png")
+    recipe = recipe_for(images, autoencoder, output, "precompute.shard_size=3")
+    ensure_plan(str(output), list_images(recipe.data), 3, fingerprint_parts(recipe))
+    (images / "4.png").write_bytes(b"no image")
+    (images / "7.png").rename(tmp_path / "7.png")
+    with pytest.raises(TooManyErrors, match="run the same command again"):
+        precompute(recipe, show_progress=False)
+    photo.save(images / "4.png")
+    with pytest.raises(TooManyErrors, match=r"7.png \[read\]"):
+        precompute(recipe, show_progress=False)
+    (tmp_path / "7.png").rename(images / "7.png")
+    manifest = precompute(recipe, show_progress=False)
+    assert (manifest["stored"], manifest["errors"]) == (9, 0)
+    assert manifest["run"]["shards_encoded"] == 1
+    assert verify_store(str(output)) == []
+
+
+def test_a_source_that_is_away_ends_the_job_and_no_image(
+    autoencoder, tmp_path, without_ray, monkeypatch
+):
+    images, output = tmp_path / "images", tmp_path / "store"
+    images.mkdir()
+    for index in range(9):
+        Image.new("RGB", (20, 20)).save(images / f"{index}.png")
+    more = ["precompute.shard_size=3", "precompute.max_error_rate=1"]
+    recipe = recipe_for(images, autoencoder, output, *more)
+    sound = Path.read_bytes
+
+    def read(path: Path) -> bytes:
+        if path.name == "4.png":
+            raise OSError(errno.ESTALE, os.strerror(errno.ESTALE))
+        return sound(path)
+
+    monkeypatch.setattr(Path, "read_bytes", read)
+    with pytest.raises(StorageError, match="4.png: Stale file handle"):
+        precompute(recipe, show_progress=False)
+    assert list(read_errors(str(output))) == []
+    monkeypatch.setattr(Path, "read_bytes", sound)
+    manifest = precompute(recipe, show_progress=False)
+    assert (manifest["stored"], manifest["errors"]) == (9, 0)
+
+
 @pytest.mark.integration
 def test_one_row_group_for_all_images_gives_the_latents_of_small_groups(
     autoencoder, tmp_path, ray_session
@@ -482,9 +530,6 @@ def test_a_file_that_vanishes_after_planning_is_an_error_of_that_image(
     images, output = tmp_path / "images", tmp_path / "store"
     shutil.copytree(photographs, images)
     recipe = recipe_for(images, autoencoder, output, "precompute.max_error_rate=0.02")
-    from fae.pipelines.data.sources import list_images
-    from fae.pipelines.latents.precompute_job import fingerprint_parts
-
     ensure_plan(str(output), list_images(recipe.data), 8, fingerprint_parts(recipe))
     (images / "coffee 03.jpg").unlink()
     manifest = precompute(recipe, show_progress=False)
