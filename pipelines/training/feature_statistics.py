@@ -1,7 +1,7 @@
 """Exact channel statistics of a backbone's features over the first training images.
 
 The first worker of a run on images makes them once, before its first step; they standardize the
-features that autoencoder and pixel decoder see.
+features that autoencoder and pixel decoder see. Those of latents scale a pixel decoder's noise.
 """
 
 from __future__ import annotations
@@ -25,17 +25,21 @@ SMALLEST_STD = 1e-6
 
 
 def fit_statistics(
-    features: Iterable[np.ndarray], dim: int, run_uri: str, num_components: int | None = None
+    features: Iterable[np.ndarray],
+    dim: int,
+    run_uri: str,
+    num_components: int | None = None,
+    of: str = "feature",
 ) -> None:
-    """Write mean and variance of `features` [n, N, dim] into the run's folder.
+    """Write mean and variance of `features` [n, N, dim] into the run's folder, as `of`_stats.json.
 
     With `num_components`, also the linear PCA with so many. Does nothing, and asks for no feature,
     where they exist already. Raises TrainingError for none, where no image could be decoded, and
     for features that are not finite.
     """
-    if paths.exists(_stats_uri(run_uri)):
+    if paths.exists(_stats_uri(run_uri, of)):
         return
-    say("feature statistics")
+    say(f"{of} statistics")
     stats, covariance = ChannelStats.empty(dim), Covariance(dim)
     for batch in features:
         try:
@@ -53,15 +57,15 @@ def fit_statistics(
         arrays = {name: np.ascontiguousarray(value) for name, value in vars(baseline).items()}
         paths.write_bytes(_baseline_uri(run_uri), safetensors.numpy.save(arrays))
     # Last: its presence says that both are there.
-    paths.write_bytes(_stats_uri(run_uri), json.dumps(stats.to_dict()).encode())
+    paths.write_bytes(_stats_uri(run_uri, of), json.dumps(stats.to_dict()).encode())
 
 
-def read_statistics(run_uri: str) -> tuple[Tensor, Tensor]:
+def read_statistics(run_uri: str, of: str = "feature") -> tuple[Tensor, Tensor]:
     """Mean and standard deviation [D] float32 that `fit_statistics` wrote.
 
     No deviation is below 1e-6.
     """
-    stats = ChannelStats.from_dict(json.loads(paths.read_bytes(_stats_uri(run_uri))))
+    stats = ChannelStats.from_dict(json.loads(paths.read_bytes(_stats_uri(run_uri, of))))
     mean, std = stats.mean, np.maximum(stats.std, SMALLEST_STD)
     return torch.from_numpy(mean).float(), torch.from_numpy(std).float()
 
@@ -71,8 +75,8 @@ def read_baseline(run_uri: str) -> LinearBaseline:
     return LinearBaseline(**safetensors.numpy.load(paths.read_bytes(_baseline_uri(run_uri))))
 
 
-def _stats_uri(run_uri: str) -> str:
-    return paths.join(run_uri, "feature_stats.json")
+def _stats_uri(run_uri: str, of: str) -> str:
+    return paths.join(run_uri, f"{of}_stats.json")
 
 
 def _baseline_uri(run_uri: str) -> str:

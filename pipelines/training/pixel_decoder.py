@@ -8,7 +8,7 @@ that the autoencoder rebuilds. The adversary and its optimizer are part of the r
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -101,8 +101,13 @@ def _worker(config: dict[str, Any]) -> None:
         autoencoder = loaded.module.to(worker.device).requires_grad_(False)
     run_folder.claim_networks(run_uri, marks)
     training = training_features(recipe, section, records, backbone)
+    with_latents = section.stage == "finetune" and section.latent_noise > 0.0
     if worker.is_first:
-        fit_statistics(training.first(section.statistics_images), backbone.dim, run_uri)
+        features = training.first(section.statistics_images)
+        fit_statistics(features, backbone.dim, run_uri)
+        if with_latents and autoencoder is not None:
+            latents = _latents(autoencoder, training.first(section.statistics_images))
+            fit_statistics(latents, autoencoder.config.latent_dim, run_uri, of="latent")
     barrier()
     mean, std = read_statistics(run_uri)
     torch.manual_seed(recipe.seed)
@@ -110,7 +115,10 @@ def _worker(config: dict[str, Any]) -> None:
     adversary = make_adversary(section.losses, backbone)
     # Statistics per channel give the features' root mean square without looking at them again.
     rms = float((mean.square() + std.square()).mean().sqrt())
-    noise_std = noise_scale(section.noise_sigma, rms, section.noise_reference_rms)
+    noise_std: float | Tensor = noise_scale(section.noise_sigma, rms, section.noise_reference_rms)
+    if with_latents:
+        std_of_latents = read_statistics(run_uri, of="latent")[1]
+        noise_std = section.latent_noise * std_of_latents.to(worker.device)
     objective = Objective(section, recipe.seed, backbone, autoencoder, adversary, noise_std)
     validation = None
     if held_out and worker.is_first:
@@ -125,6 +133,16 @@ def _worker(config: dict[str, Any]) -> None:
         validation,
         functools.partial(backbone_fingerprints, recipe, backbone),
     )
+
+
+@torch.no_grad()
+def _latents(
+    autoencoder: FeatureAutoencoder, features: Iterable[np.ndarray]
+) -> Iterator[np.ndarray]:
+    """The latents [n, N, C] of features [n, N, D], batch by batch."""
+    device = autoencoder.feature_mean.device
+    for batch in features:
+        yield autoencoder.encode(torch.from_numpy(batch).to(device)).mode().cpu().numpy()
 
 
 def starting_model(recipe: Recipe, backbone: Backbone, mean: Tensor, std: Tensor) -> PixelDecoder:

@@ -39,7 +39,7 @@ class Objective:
     """The losses of one worker: the model's, then the adversary's on the same images.
 
     `autoencoder` rebuilds the features of stage `finetune`; `noise_std` is that of stage `noisy`,
-    on raw features.
+    on raw features, or that of stage `finetune`, on latents, of each channel [C].
     """
 
     def __init__(
@@ -49,7 +49,7 @@ class Objective:
         backbone: Backbone,
         autoencoder: FeatureAutoencoder | None,
         adversary: Discriminator | None,
-        noise_std: float,
+        noise_std: float | Tensor,
     ) -> None:
         self.section = section
         self.losses = section.losses
@@ -77,8 +77,7 @@ class Objective:
         latents = self.autoencoder.encode(features).mode()
         if self.section.latent_noise:
             noise = sample_noise(self.seed, "latents", batch, tuple(latents.shape[1:]))
-            std = latents.float().std(dim=(0, 1), keepdim=True)
-            latents = latents + self.section.latent_noise * std * noise
+            latents = latents + self.noise_std * noise
         return self.autoencoder.decode(latents)
 
     def model_loss(self, model: nn.Module, batch: Batch) -> dict[str, Tensor]:

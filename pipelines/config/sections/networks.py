@@ -142,8 +142,9 @@ class PixelDecoderSection(Section):
     """Other backbones than DINOv2: the root mean square of DINOv2's features. The noise is scaled
     by this backbone's over it, as the paper scales by the norm."""
     latent_noise: float = Field(0.0, ge=0.0)
-    """Stage finetune: noise on the latents, in units of their standard deviation. A decoder for
-    STARFlow wants the noise that the flow was trained with. Not in the paper."""
+    """Stage finetune: noise on the latents, in units of each channel's standard deviation over the
+    images of `statistics_images`. A decoder for STARFlow wants the noise that the flow was trained
+    with. Not in the paper."""
     flip: bool = True
     """Train on randomly mirrored images; not in the paper."""
     statistics_images: int = Field(4096, gt=0)

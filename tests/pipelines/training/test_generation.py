@@ -24,6 +24,8 @@ from fae.pipelines.data.account import Account
 from fae.pipelines.latents.manifest import commit
 from fae.pipelines.latents.plan import ensure_plan
 from fae.pipelines.latents.shards import write_shard
+from fae.pipelines.networks.loading import backbone_of
+from fae.pipelines.networks.untrained import build_pixel_decoder
 from fae.pipelines.sampling.grid import draw_grid
 from fae.pipelines.sampling.image_sampler import ImageSampler
 from fae.pipelines.sampling.sample_job import sample
@@ -33,8 +35,8 @@ from fae.pipelines.training.pixel_decoder import train_pixel_decoder
 from fae_core import checkpoint
 from fae_core.autoencoder import AutoencoderConfig, FeatureAutoencoder
 from fae_core.checkpoint import CheckpointError
-from tests.here import leave_ray_out
-from tests.tiny import ROOT, save_decoders, wait_for_checkpoint
+from tests.here import leave_ray_out, train_here
+from tests.tiny import ROOT, TINY, save_autoencoder, save_decoders, wait_for_checkpoint
 
 SHAPE = (4, 4, 4)
 NUM_ROWS = 48
@@ -351,6 +353,41 @@ def pixel_overrides(photographs: Path, folder: Path, *more: str) -> list[str]:
         "pixel_decoder.training.log_every=1", "pixel_decoder.training.checkpoint_every=3",
         "pixel_decoder.training.ema_decay=0.9", "tracking.enabled=false", *more,
     ]  # fmt: skip
+
+
+@pytest.mark.integration
+def test_finetuning_with_noise_is_the_same_in_micro_batches_of_any_size_and_resumed(
+    photographs, tmp_path, monkeypatch
+):
+    leave_ray_out(monkeypatch)
+    train_here(monkeypatch)
+    autoencoder, first = (tmp_path / f"{name}.safetensors" for name in ("autoencoder", "first"))
+    more = [
+        *TINY, f"autoencoder.checkpoint={save_autoencoder(autoencoder)}",
+        f"pixel_decoder.start_from={first}", "pixel_decoder.stage=finetune",
+        "pixel_decoder.latent_noise=2", "pixel_decoder.losses.adversarial_weight=0",
+        "pixel_decoder.training.steps=3", "pixel_decoder.training.checkpoint_every=2",
+    ]  # fmt: skip
+    recipe = load_recipe("photos-dinov2s", pixel_overrides(photographs, tmp_path, *more))
+    spec = backbone_of(recipe).spec
+    decoder = build_pixel_decoder(recipe.pixel_decoder, spec, recipe.image_size)
+    torch.nn.init.normal_(decoder.output.weight, std=0.2)
+    checkpoint.save(first, decoder, checkpoint.load(autoencoder).fingerprints)
+    trained = []
+    for accumulation in (1, 4):
+        folder = tmp_path / str(accumulation)
+        values = [*more, f"pixel_decoder.training.accumulation={accumulation}"]
+        recipe = load_recipe("photos-dinov2s", pixel_overrides(photographs, folder, *values))
+        train_pixel_decoder(recipe)
+        trained.append(weights(folder / "test" / "pixel_decoder.safetensors"))
+    for name, expected in trained[0].items():
+        torch.testing.assert_close(trained[1][name], expected, rtol=1e-3, atol=1e-4)
+    # Resumed at step 2.
+    (folder / "test" / "result.json").unlink()
+    (folder / "test" / "pixel_decoder.safetensors").unlink()
+    train_pixel_decoder(recipe)
+    for name, expected in weights(folder / "test" / "pixel_decoder.safetensors").items():
+        assert torch.equal(trained[1][name], expected), name
 
 
 @pytest.mark.faults

@@ -11,6 +11,8 @@ from torch import nn
 from fae.pipelines.config.recipe import load_recipe
 from fae.pipelines.config.sections import TrainingSection
 from fae.pipelines.data.order import EpochOrder
+from fae.pipelines.networks.loading import backbone_of
+from fae.pipelines.networks.untrained import build_autoencoder
 from fae.pipelines.runtime import ray_private
 from fae.pipelines.training import pixel_objective
 from fae.pipelines.training.batches import Batch, random_flips, sample_noise
@@ -20,6 +22,7 @@ from fae.pipelines.training.image_feed import step_parts
 from fae.pipelines.training.job import TrainingError, check_batch, parts_of
 from fae.pipelines.training.launch import fit, raised_by_worker
 from fae.pipelines.training.meters import BadImages
+from fae.pipelines.training.pixel_objective import Objective
 from fae.pipelines.training.state import TrainState, ema_decay, write_content
 from fae.pipelines.training.step import NonFiniteError, learning_rate, train_step
 from tests.tiny import SMALLEST_BACKBONE, TINY
@@ -262,6 +265,29 @@ def test_a_step_is_the_same_on_any_number_of_workers(workers):
         gradients.append(torch.cat([p.grad.flatten() for p in state.model.parameters()]))
     expected = torch.cat([p.grad.flatten() for p in whole.model.parameters()])
     torch.testing.assert_close(torch.stack(gradients).mean(0), expected)
+
+
+def test_the_noise_of_finetuning_is_the_same_in_micro_batches_of_any_size():
+    settings = ["stage=finetune", "latent_noise=0.5", "losses.perceptual=none"]
+    recipe = load_recipe(
+        "photos-dinov2s", [*TINY, *SMALLEST_BACKBONE, *(f"pixel_decoder.{s}" for s in settings)]
+    )
+    backbone = backbone_of(recipe)
+    torch.manual_seed(0)
+    autoencoder = build_autoencoder(recipe.autoencoder, backbone.spec)
+    std = torch.linspace(0.1, 1.0, recipe.autoencoder.latent_dim)
+    objective = Objective(recipe.pixel_decoder, 7, backbone, autoencoder, None, 0.5 * std)
+    features = torch.randn(BATCH, 4, backbone.dim)
+
+    def inputs(size: int) -> torch.Tensor:
+        parts = [range(start, start + size) for start in range(0, BATCH, size)]
+        batches = [
+            Batch(0, {"features": features[p]}, list(p), [], 1.0, []) for p in map(list, parts)
+        ]
+        return torch.cat([objective.inputs(batch["features"], batch) for batch in batches])
+
+    for size in (1, 2):
+        torch.testing.assert_close(inputs(size), inputs(BATCH), rtol=1e-4, atol=1e-5)
 
 
 def lecam_after_a_step(micro_batches: int) -> list[float]:
