@@ -33,6 +33,17 @@ def most_after_scaling() -> dict[str, float]:
     return {name: float(value) for name, value in (found or {}).items()}
 
 
+def has_started_ray() -> bool:
+    """Whether `ray.init` of this process started the Ray that it is connected to, as its head.
+
+    Replaced by: `ray.init` or the runtime context telling it.
+    """
+    import ray._private.worker
+
+    node: Any = ray._private.worker._global_node
+    return node is not None and bool(node.is_head())
+
+
 def train_error(name: str = "RayTrainError") -> type[Exception]:
     """The class `name` of the errors by which Ray Train reports lost workers.
 

@@ -5,7 +5,6 @@ Ray starts actors first and lets everything else wait, without a word. actor_poo
 
 from __future__ import annotations
 
-import os
 import sys
 import threading
 import time
@@ -16,6 +15,7 @@ from fae_core.errors import UserError
 from ..config.sections import ActorPoolSection, DecodingPoolSection
 from . import ray_private
 from .lanes import Room, place
+from .session import on_cluster
 
 SILENT_SECONDS = 120.0
 """Without a row, before the first line says so; the next follow after twice the time each."""
@@ -49,7 +49,7 @@ def check_room(pool: ActorPoolSection) -> None:
         f"{pool.cpus_per_decode:g} of the {cpus:g} CPUs for a task that decodes "
         "(cpus_per_decode). Lower num_actors or cpus_per_actor: the actors would wait for images "
     )
-    if not os.environ.get("RAY_ADDRESS"):
+    if not on_cluster():
         raise NoRoom(f"{text}for ever.")
     print(f"fae: {text}until a node joins.", file=sys.stderr, flush=True)
 

@@ -11,12 +11,13 @@ import os
 import random
 import signal
 import socket
+import sys
 import threading
 from typing import Any
 
 from fae_core.errors import UserError
 
-from .ray_private import AUTHENTICATION_LOGGER, PROGRESS_LOGGER
+from .ray_private import AUTHENTICATION_LOGGER, PROGRESS_LOGGER, has_started_ray
 
 VARIABLES = {
     "RAY_DATA_DISABLE_PROGRESS_BARS": "1",
@@ -32,6 +33,8 @@ HTTP2_GREETING = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + bytes([0, 0, 0, 4, 0, 0, 
 GCS_PORT = "RAY_GCS_SERVER_PORT"
 STATE_API = "RAY_API_SERVER_ADDRESS"
 """Where tasks find the dashboard's state API: by the address of the head, HOST:PORT."""
+ON_CLUSTER = "FAE_ON_CLUSTER"
+"""Tells tasks, actors and a sweep's trials what `on_cluster` is in their driver: 1 or 0."""
 
 
 def start_ray(**local: Any) -> None:
@@ -51,6 +54,7 @@ def start_ray(**local: Any) -> None:
         return
     quiet_logs()
     for_tasks = {key: os.environ[key] for key in VARIABLES}
+    for_tasks[ON_CLUSTER] = str(int(on_cluster()))
     if address := os.environ.get("RAY_ADDRESS"):
         _refuse_silence(address)
         local = {}
@@ -78,6 +82,20 @@ def start_ray(**local: Any) -> None:
         if callable(stop) and threading.current_thread() is threading.main_thread():
             signal.signal(signal.SIGTERM, stop)
     prepare_data()
+
+
+def on_cluster() -> bool:
+    """Whether nodes may join and leave the Ray that this process uses or will start.
+
+    So it is unless the driver has started Ray on its own machine, or will: without RAY_ADDRESS, and
+    without a connection that its caller made.
+    """
+    if os.environ.get("RAY_ADDRESS"):
+        return True
+    if told := os.environ.get(ON_CLUSTER):
+        return told == "1"
+    ray = sys.modules.get("ray")
+    return bool(ray and ray.is_initialized() and not has_started_ray())
 
 
 def prepare_data() -> None:

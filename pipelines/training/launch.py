@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import functools
 import json
-import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -26,7 +25,7 @@ from ..data.account import Account
 from ..data.decoding import DECODE_CPUS
 from ..runtime import ray_private
 from ..runtime.packages import refuse_this_node, versions
-from ..runtime.session import plain_error, quiet_logs, start_ray
+from ..runtime.session import on_cluster, plain_error, quiet_logs, start_ray
 from ..storage import paths
 from .entry import run_worker
 from .job import TrainingError
@@ -59,7 +58,7 @@ def launch(
         "recipe": recipe.model_dump(mode="json"),
         "tracking_uri": recipe.tracking.uri,
         "account": account.to_dict() if account else None,
-        "on_cluster": bool(os.environ.get("RAY_ADDRESS")),
+        "on_cluster": on_cluster(),
         "versions": versions(),
     }
     called = functools.partial(run_worker, worker.__module__, worker.__name__)
@@ -147,7 +146,7 @@ def fit(
     from .collectives import NodeTorchConfig
 
     wanted, cpus = cluster_resources(training)["CPU"], ray.cluster_resources().get("CPU", 0.0)
-    if not os.environ.get("RAY_ADDRESS") and wanted > cpus:
+    if not on_cluster() and wanted > cpus:
         raise TrainingError(
             f"{training.num_workers} workers with {training.cpus_per_worker} CPUs each leave none "
             f"of this machine's {cpus:g} for decoding. Lower cpus_per_worker or num_workers."

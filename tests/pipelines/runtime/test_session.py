@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from fae.pipelines.runtime.session import on_cluster, start_ray
+
 SCRIPT = """
 import os
 import signal
@@ -53,6 +55,32 @@ try:
 except typer.Exit as end:
     sys.exit(end.exit_code)
 """
+
+
+@pytest.mark.parametrize("address", ["", "auto"])
+def test_tasks_and_trials_know_whether_their_driver_is_on_a_cluster(
+    address: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given: dict[str, str] = {}
+    monkeypatch.setenv("RAY_ADDRESS", address)
+    monkeypatch.setattr("ray.init", lambda **all: given.update(all["runtime_env"]["env_vars"]))
+    start_ray()
+    assert on_cluster() == bool(address)
+    # In a task: connected, by Ray itself, and without the driver's environment.
+    monkeypatch.setattr("ray.is_initialized", lambda: True)
+    monkeypatch.delenv("RAY_ADDRESS")
+    for name, value in given.items():
+        monkeypatch.setenv(name, value)
+    assert on_cluster() == bool(address)
+
+
+def test_a_process_that_joined_a_running_ray_itself_is_on_a_cluster(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    assert not on_cluster()
+    monkeypatch.setattr("ray.is_initialized", lambda: True)
+    assert on_cluster()
 
 
 @pytest.mark.integration
