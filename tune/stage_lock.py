@@ -16,6 +16,8 @@ from typing import Any
 import ray
 from ray.exceptions import RayActorError
 
+from fae.pipelines.runtime.lanes import on_this_node
+
 NAMESPACE = "fae-stages"
 
 
@@ -46,9 +48,10 @@ def stage_lock(name: str) -> Iterator[None]:
 
 def _try_lock(name: str) -> Any:
     """The handle of the taken lock, None where another process holds it."""
-    options: Any = {"name": name, "namespace": NAMESPACE, "num_cpus": 0, "max_concurrency": 1000}
+    options: Any = {"name": name, "namespace": NAMESPACE, "max_concurrency": 1000}
     try:
-        lock: Any = ray.remote(_Lock).options(**options).remote()
+        # On another node the lock could be lost while its owner goes on.
+        lock: Any = ray.remote(_Lock).options(**options, **on_this_node()).remote()
     except ValueError:  # what Ray raises for a name that is taken
         return None
     ray.get(lock.ready.remote())

@@ -14,6 +14,7 @@ import sys
 import time
 import urllib.request
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -22,6 +23,7 @@ from fae.tune import search
 from fae.tune.algorithms import make_searcher
 from fae.tune.concurrency import concurrent_trials, cores_of_each, with_shared_cores
 from fae.tune.records import FINISHED
+from fae.tune.stage_lock import stage_lock
 from fae.tune.trials import plan_trial
 from tests.tiny import ROOT
 
@@ -136,6 +138,25 @@ def test_optuna_starts_from_recorded_trials_that_its_space_holds(photographs, tm
             place.joinpath("result.json").write_text(json.dumps(result))
     searcher, missing = make_searcher(recipe, str(tmp_path / "tune" / "s"))
     assert missing == 2 and searcher.suggest("1") == {DIM: 16}, "the interrupted trial comes first"
+
+
+def test_the_lock_of_a_stage_is_lost_only_with_the_node_of_its_owner(monkeypatch):
+    made = {}
+
+    def options(**given):
+        made.update(given)
+        lock = SimpleNamespace(ready=SimpleNamespace(remote=lambda: None))
+        return SimpleNamespace(remote=lambda: lock)
+
+    here = SimpleNamespace(get_node_id=lambda: "a1" * 28)
+    monkeypatch.setattr("ray.remote", lambda _: SimpleNamespace(options=options))
+    monkeypatch.setattr("ray.get", lambda _: None)
+    monkeypatch.setattr("ray.kill", lambda _: None)
+    monkeypatch.setattr("ray.get_runtime_context", lambda: here)
+    with stage_lock("storage/autoencoder-1"):
+        assert (made["name"], made["num_cpus"]) == ("storage/autoencoder-1", 0)
+        place = made["scheduling_strategy"]
+        assert (place.node_id, place.soft) == ("a1" * 28, False)
 
 
 @pytest.mark.faults
