@@ -27,10 +27,13 @@ def settled_precision(
     return "bf16" if wanted == "bf16" else "fp32"
 
 
-def autocast(precision: str, device: torch.device) -> torch.autocast:
-    """A context in which `device` computes in `precision`: auto, fp32 or bf16."""
+def autocast(precision: str, device: torch.device, keeps_casts: bool = True) -> torch.autocast:
+    """A context in which `device` computes in `precision`: auto, fp32 or bf16.
+
+    With `keeps_casts` it keeps the bfloat16 copies of all weights, of which some are used twice.
+    """
     enabled = settled_precision(precision, device.type == "cuda") == "bf16"
-    return torch.autocast(device.type, torch.bfloat16, enabled=enabled)
+    return torch.autocast(device.type, torch.bfloat16, enabled=enabled, cache_enabled=keeps_casts)
 
 
 def autocast_to(weights: torch.dtype, device: torch.device) -> torch.autocast:

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor
@@ -22,14 +23,32 @@ def shard(model: nn.Module) -> None:
 
     Parameters are gathered and gradients reduced in float32, and autocast acts as on a whole model.
     Results therefore differ from DDP's by the order of sums alone, and a run may change between
-    the two.
+    the two. In bf16 the backward pass needs the cast weights of all layers, which each worker
+    keeps: half of the network's bytes, but for layers whose activations are computed again.
     """
-    layers = [
-        layer for group in model.modules() if isinstance(group, nn.ModuleList) for layer in group
-    ]
-    for layer in reversed(layers):  # the innermost first, as torch asks
+    for layer in _layers(model):
         fully_shard(layer)
     fully_shard(model)
+
+
+def gathered_bytes(model: nn.Module) -> int:
+    """Bytes of whole weights and gradients that a worker holds at once of a sharded `model`.
+
+    They are those outside of its layers, and those of two layers: the next one is gathered ahead.
+    """
+    sizes, counted = [], set()
+    for group in (*_layers(model), model):
+        own = [p for p in group.parameters() if p not in counted]
+        counted.update(own)
+        sizes.append(sum(p.nbytes for p in own))
+    *layers, others = sizes
+    return 2 * (others + sum(sorted(layers)[-2:]))
+
+
+def _layers(model: nn.Module) -> list[nn.Module]:
+    """What is sharded by itself, the innermost first, as torch asks."""
+    groups = [group for group in model.modules() if isinstance(group, nn.ModuleList)]
+    return [layer for group in groups for layer in group][::-1]
 
 
 def is_sharded(model: nn.Module) -> bool:
@@ -54,6 +73,20 @@ def gathered(value: Any) -> Any:
     All workers must call it together.
     """
     return mapped(lambda tensor: part_of(tensor, 0, 1), value)
+
+
+@torch.no_grad()
+def gather(model: nn.Module, whole: nn.Module) -> None:
+    """Copy what a sharded `model` holds into `whole`, on a worker where that is another module.
+
+    All workers must call it together. They hold one whole tensor at a time.
+    """
+    wanted = {} if whole is model else whole.state_dict()
+    for name, tensor in model.state_dict().items():
+        full = part_of(tensor, 0, 1)
+        if wanted:
+            wanted[name].copy_(full)
+        del full
 
 
 def rows_of(length: int, part: int, parts: int) -> range:

@@ -18,7 +18,7 @@ from torch import nn
 from . import run_folder
 from .checkpoints import Checkpoints
 from .compilation import Compilation
-from .distributed import gathered, is_sharded, shard
+from .distributed import gather, shard
 from .job import Feed, Job, Validation, parts_of
 from .launch import Worker
 from .memory_plan import memory_plan_of
@@ -135,7 +135,8 @@ def _train(
         validates = step % training.validate_every == 0 and not last
         if validates:
             with state.averaged(), compilation.paused():
-                _gather(model, whole)
+                if sharded:
+                    gather(model, whole)
                 if log and validate:
                     validation = _validate(validate, whole, device, step, log)
         checkpoints.check()
@@ -156,20 +157,13 @@ def _train(
         if leaves:
             raise NodeLeaving(f"a node will be taken away: saved at step {step}")
     state.swap_ema()
-    _gather(model, whole)
+    if sharded:
+        gather(model, whole)
     if log and validate:
         with compilation.paused():
             validation = _validate(validate, whole, device, state.step, log)
         log.metrics_log.save()
     return whole, validation
-
-
-def _gather(model: nn.Module, whole: nn.Module) -> None:
-    """Copy the weights of a sharded `model` into `whole`, rank 0's copy; all workers call it."""
-    if is_sharded(model):
-        weights = gathered(model.state_dict())
-        if whole is not model:
-            whole.load_state_dict(weights)
 
 
 def _validate(

@@ -23,6 +23,7 @@ from ..data.decoding import DECODE_CPUS, WINDOW_BATCHES
 from ..networks.untrained import fake_networks, network_bytes
 from . import autoencoder, checkpoint_files, generator, pixel_decoder, pixel_objective
 from .batches import PREFETCH_BATCHES
+from .distributed import gathered_bytes
 from .launch import cluster_resources
 from .memory_plan import checkpoint_bytes, memory_plan_of
 from .state import TrainState
@@ -102,13 +103,19 @@ def memory_of(recipe: Recipe, network: str) -> TrainingMemory:
         plan = memory_plan_of(job, training, batch)
     batch_bytes = sum(tensor.nbytes for tensor in batch.tensors.values())
     host = {"batches made ahead": (PREFETCH_BATCHES + 2) * batch_bytes}
-    if training.use_gpu:
-        host["network, while its file is written"] = network_bytes(job.model)
+    sharded = training.parallel == "fsdp" and training.num_workers > 1
+    if training.use_gpu or sharded:
+        host["network, whole for its file"] = network_bytes(job.model)
     saved = checkpoint_size(recipe, network)
     parts = checkpoint_parts(recipe, network, saved)
     if parts > 1 or checkpoint_files.in_background(training):
         host["checkpoint, a copy until it is written"] = saved // parts
     step = {**plan.parts, "kept for the backward pass": plan.kept}
+    if sharded:
+        for name in plan.parts:
+            if name.startswith("model: "):
+                step[name] = -(-step[name] // training.num_workers)
+        step["model: layers that are gathered"] = gathered_bytes(job.model)
     if network not in HELD_OUT_IMAGES:
         return TrainingMemory(step, host, 0, 0)
     host["held-out images"] = HELD_OUT_IMAGES[network] * 3 * recipe.image_size**2

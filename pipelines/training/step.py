@@ -19,6 +19,7 @@ from fae_core.precision import autocast
 
 from ..config.sections import TrainingSection
 from .batches import Batch
+from .distributed import is_sharded
 from .job import AdversaryLoss, LossFunction
 from .state import TrainState
 
@@ -73,7 +74,8 @@ def train_step(
     for index, batch in enumerate(batches):
         last = index == len(batches) - 1
         scale = batch.weight / len(batches)
-        lower = autocast(training.precision, batch.device)
+        # A sharded model gathers a layer at a time, so that no worker holds all.
+        lower = autocast(training.precision, batch.device, keeps_casts=not is_sharded(state.model))
         with _synchronized(wrapped, last):
             with lower:
                 terms = loss(wrapped, batch)

@@ -120,3 +120,22 @@ def test_a_plan_on_fake_tensors_is_what_a_real_step_keeps(network, settings, pre
     # The same of networks that never were.
     unallocated = memory_of(recipe, network).step
     assert unallocated == {**plan.parts, "kept for the backward pass": plan.kept}
+
+
+def test_a_sharded_training_holds_its_share_and_two_whole_layers():
+    settings = [*SMALL, "generator.depth=3", "generator.num_heads=1"]
+    settings.append("generator.training.num_workers=4")
+    ddp, fsdp = (
+        memory_of(load_recipe("photos-dinov2s", [*settings, f"generator.training.parallel={kind}"]),
+                  "generator")
+        for kind in ("ddp", "fsdp")
+    )  # fmt: skip
+    job, _ = UNTRAINED_JOBS["generator"](load_recipe("photos-dinov2s", settings))
+    layers = [sum(p.nbytes for p in block.parameters()) for block in job.model.blocks]
+    others = sum(p.nbytes for p in job.model.parameters()) - sum(layers)
+    for name, whole in ddp.step.items():
+        shared = name.startswith("model: ")
+        assert fsdp.step[name] == pytest.approx(whole / 4 if shared else whole, abs=1)
+    gathered = fsdp.step["model: layers that are gathered"]
+    assert gathered == 2 * (others + 2 * layers[0])
+    assert "network, whole for its file" in fsdp.host
