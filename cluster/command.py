@@ -17,6 +17,7 @@ from pathlib import Path
 
 from fae.pipelines.config import Recipe, load_recipe
 from fae.pipelines.config.facts import path_values
+from fae.pipelines.storage import paths
 
 from .environment import refuse_password
 from .errors import SubmitError
@@ -114,6 +115,16 @@ class Command:
         words = re.sub(r"[^a-z0-9]+", "-", f"fae-{self.name}-{shown}".lower()).strip("-")
         return f"{words[:36].strip('-')}-{digest}"
 
+    def shipped_folders(self, recipe: Recipe) -> tuple[str, ...]:
+        """Folders of a working tree that hold the recipe's `shipped:` networks and images."""
+        found = [path.value for path in path_values(recipe).values()]
+        names = {
+            value.removeprefix(paths.SHIPPED).partition("/")[0]
+            for value in found
+            if value.startswith(paths.SHIPPED)
+        }
+        return tuple(sorted(f"fae/shipped/{name}/" for name in names))
+
     def refuse_paths_of_this_machine(self, recipe: Recipe) -> None:
         """Raises SubmitError for relative paths.
 
@@ -139,4 +150,4 @@ def _is_bucket(word: str) -> bool:
 
 
 def _is_shared(path: str) -> bool:
-    return "://" in path or path.startswith("/")
+    return "://" in path or path.startswith(("/", paths.SHIPPED))

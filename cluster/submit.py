@@ -80,10 +80,12 @@ def prepare(
     if command.recipe_is_file and command.recipe not in tree:
         raise SubmitError(
             f"{command.recipe}: not among the files that are sent. Give its path relative to "
-            f"{root}, and see that no .gitignore or .rayignore leaves it out."
+            f"{root}, and see that it is not hidden and no .gitignore or .rayignore leaves it out."
         )
     recipe = command.load(root)
     command.refuse_paths_of_this_machine(recipe)
+    if "fae/__init__.py" in tree and (shipped := command.shipped_folders(recipe)):
+        tree = working_tree(root, max_bytes, shipped)
     digest = hashlib.sha256(recipe.to_yaml().encode()).hexdigest()
     return Submission(command, tree, environment, remarks, command.submission_id(recipe), digest)
 

@@ -1,15 +1,16 @@
 """The working tree as one zip for Ray's job server: which files go in, and a limit on their size.
 
-.gitignore and .rayignore files count in every folder; EXCLUDED counts always. A link to a folder of
-the tree, as `fae/pipelines` of a checkout is, is sent as that folder's files, because unpacking a
-zip makes no links. The zip's bytes depend on the files alone, so Ray uploads equal trees once.
+.gitignore and .rayignore files count in every folder, and in those above up to the repository's
+root; SECRETS, MADE and DATA count always. A link to a folder of the tree, as `fae/pipelines` of a
+checkout is, is sent as that folder's files, because unpacking a zip makes no links. The zip's bytes
+depend on the files alone, so Ray uploads equal trees once.
 """
 
 from __future__ import annotations
 
 import os
 import zipfile
-from collections.abc import Collection, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,15 +21,21 @@ from .errors import SubmitError
 LIMIT = 50_000_000
 """Largest tree [bytes] that is sent without `--max-size`; Ray's own limit is 512 MiB."""
 IGNORE_FILES = (".gitignore", ".rayignore")
-EXCLUDED = (
-    ".git", ".hg", ".svn", ".venv/", "venv/", "env/", "node_modules/", "__pycache__/", ".*_cache/",
-    "*.egg-info/",
+SECRETS = (
+    "*[Cc]redentials*", "[Ss]ecret.*", "[Ss]ecrets.*", "!*.py",
+    ".*", *(f"!{name}" for name in IGNORE_FILES),  # .ssh/, .kube/, .env, .netrc, .bash_history, …
+    "id_rsa*", "id_dsa*", "id_ecdsa*", "id_ed25519*", "*.pem", "*.key", "*.p12", "*.pfx",
+    "auth_token", "kubeconfig*",
+)  # fmt: skip
+MADE = (
+    "venv/", "env/", "node_modules/", "__pycache__/", "*.egg-info/",
     "/build/", "/dist/", "/site/", "/runs/", "/data/", "/latents/", "/samples/", "/fae-demo/",
     "mlruns/", "mlartifacts/", "mlflow.db*", "*.log",
+)  # fmt: skip
+DATA = (
     "*.parquet", "*.safetensors", "*.pt", "*.pth", "*.ckpt", "*.onnx", "*.npy", "*.npz",
     "*.tar", "*.zip",
     "*.jpg", "*.jpeg", "*.png", "*.webp", "*.gif", "*.bmp", "*.tif", "*.tiff",
-    ".env", ".env.*", "*.pem", "*.key", ".aws/", ".netrc", "auth_token",
 )  # fmt: skip
 
 
@@ -57,16 +64,24 @@ class WorkingTree:
                 archive.writestr(entry, source.read_bytes())
 
 
-def working_tree(root: Path, limit: int = LIMIT) -> WorkingTree:
-    """What would be sent of `root`.
+def working_tree(root: Path, limit: int = LIMIT, whole: tuple[str, ...] = ()) -> WorkingTree:
+    """What would be sent of `root`; of its folders `whole`, "a/b/", weights and pictures too.
 
-    Raises SubmitError for no folder, nothing to send, or more than `limit` bytes.
+    Raises SubmitError for no folder, the home folder, nothing to send, or more than `limit` bytes.
     """
     if not root.is_dir():
         raise SubmitError(f"--working-dir {root}: no such folder.")
-    tree = WorkingTree(root, tuple(sorted(_files(root).items())))
+    if Path.home().resolve().is_relative_to(root.resolve()):
+        raise SubmitError(
+            f"--working-dir {root}: your home folder would be sent, with what programs keep there. "
+            "Change to the folder of your code, or give it as --working-dir."
+        )
+    tree = WorkingTree(root, tuple(sorted(_files(root, whole).items())))
     if not tree.files:
-        raise SubmitError(f"--working-dir {root}: holds nothing to send.")
+        raise SubmitError(
+            f"--working-dir {root}: holds nothing to send that no .gitignore or .rayignore leaves "
+            "out."
+        )
     if tree.size > limit:
         largest = sorted(tree.files, key=lambda file: -file[1])[:10]
         lines = "\n".join(f"  {size / 1e6:9.1f} MB  {name}" for name, size in largest)
@@ -78,25 +93,27 @@ def working_tree(root: Path, limit: int = LIMIT) -> WorkingTree:
     return tree
 
 
-def _files(root: Path) -> dict[str, int]:
+def _files(root: Path, whole: tuple[str, ...]) -> dict[str, int]:
     # Paths relative to `root`, and sizes [bytes].
-    rules, top = _Rules(), root.resolve()
+    rules, top = _Rules(root, whole), root.resolve()
     files: dict[str, int] = {}
     links: dict[str, Path] = {}
     for folder, folders, names in os.walk(root):
         inside = "" if Path(folder) == root else f"{Path(folder).relative_to(root).as_posix()}/"
-        rules.read(root, inside, names)
+        rules.read(Path(folder), inside)
         folders[:] = [name for name in folders if not rules.leave_out(f"{inside}{name}/")]
-        for name in folders:
-            if (Path(folder) / name).is_symlink():
-                links[inside + name] = (Path(folder) / name).resolve()
-        for name in names:
-            file = Path(folder) / name
-            if rules.leave_out(inside + name) or not file.is_file():
-                continue
-            # A link is followed only inside the tree: what is outside was not asked to be sent.
-            if file.resolve().is_relative_to(top):
-                files[inside + name] = file.stat().st_size
+        for name in [*folders, *names]:
+            path = Path(folder) / name
+            if path.is_symlink():
+                if path.exists():  # neither broken nor a circle
+                    links[inside + name] = path.resolve()
+            elif path.is_file() and not rules.leave_out(inside + name):
+                files[inside + name] = path.stat().st_size
+    # A link is followed only to what is sent anyway, files first: folders may hold linked ones.
+    for link, target in links.items():
+        if target.is_relative_to(top) and not rules.leave_out(link):
+            size = files.get(target.relative_to(top).as_posix())
+            files |= {} if size is None else {link: size}
     return files | {
         path: size
         for link, target in links.items()
@@ -117,27 +134,44 @@ def _linked(files: dict[str, int], link: str, target: Path, top: Path) -> Iterat
 
 
 class _Rules:
-    """The ignore files read so far; each matches paths relative to its folder, as in git."""
+    """The ignore files read so far; each matches paths relative to its folder, as in git.
 
-    def __init__(self) -> None:
-        self.specs: dict[str, GitIgnoreSpec] = {"": GitIgnoreSpec.from_lines(EXCLUDED)}
+    They only add to what is left out: no `!pattern` of the tree brings a secret back.
+    """
 
-    def read(self, root: Path, folder: str, names: Collection[str]) -> None:
-        """Take in those of IGNORE_FILES that are among the `names` of `folder`, "" or "a/b/"."""
+    def __init__(self, root: Path, whole: tuple[str, ...]) -> None:
+        self.whole = whole
+        self.always = GitIgnoreSpec.from_lines([*SECRETS, *MADE])
+        self.data = GitIgnoreSpec.from_lines(DATA)
+        self.read_specs: list[tuple[str, str, GitIgnoreSpec]] = []
+        top = root.resolve()
+        chain = [top, *top.parents]
+        depth = next((n for n, folder in enumerate(chain) if (folder / ".git").exists()), 0)
+        for folder in chain[1 : depth + 1]:
+            self.read(folder, "", f"{top.relative_to(folder).as_posix()}/")
+
+    def read(self, folder: Path, inside: str, above: str = "") -> None:
+        """Take in the ignore files of `folder`.
+
+        It is `inside` the tree, "" or "a/b/", or it is the one in which the tree is at `above`.
+        """
         lines = [
             line
             for name in IGNORE_FILES
-            if name in names
-            for line in (root / folder / name).read_text(errors="replace").splitlines()
+            if (folder / name).is_file()
+            for line in (folder / name).read_text(errors="replace").splitlines()
         ]
         if lines:
-            # EXCLUDED comes last: no `!pattern` of the tree brings a secret back.
-            self.specs[folder] = GitIgnoreSpec.from_lines(lines if folder else [*lines, *EXCLUDED])
+            self.read_specs.append((inside, above, GitIgnoreSpec.from_lines(lines)))
 
     def leave_out(self, path: str) -> bool:
-        """Whether a folder above `path` has a rule against it; a folder's path ends with /."""
+        """Whether any rule is against `path`; a folder's path ends with /."""
+        if self.always.match_file(path):
+            return True
+        if not path.startswith(self.whole) and self.data.match_file(path):
+            return True
         return any(
-            spec.match_file(path.removeprefix(folder))
-            for folder, spec in self.specs.items()
-            if path.startswith(folder)
+            spec.match_file(above + path.removeprefix(inside))
+            for inside, above, spec in self.read_specs
+            if path.startswith(inside)
         )

@@ -1,6 +1,7 @@
 """The latent store without Ray: plan, shards, manifest, verification, and the readers."""
 
 import dataclasses
+import hashlib
 import json
 import os
 import shutil
@@ -21,7 +22,7 @@ from fae.pipelines.latents.reader import NO_LABEL, LatentBatch, LatentStore
 from fae.pipelines.latents.shards import read_errors, write_shard
 from fae.pipelines.latents.tasks import plan_of, store_shard
 from fae.pipelines.latents.verify import verify_store
-from fae.pipelines.storage import paths
+from fae.pipelines.storage import objects, paths
 from fae.pipelines.storage.claims import StoreError, StoreMismatch
 
 SHAPE = (3, 4, 4)
@@ -321,6 +322,44 @@ def test_verify_finds_any_flipped_byte(tmp_path_factory, place):
     assert len(problems) == 1 and problems[0].startswith(
         "shards/00000001.parquet has the right size"
     )
+
+
+@pytest.fixture
+def encrypted(root, monkeypatch):
+    """A store on S3 whose ETags are no MD5, as with SSE-KMS; and a function that renews one."""
+    renewed = set()
+    real = objects._etag
+
+    def etag(answer):
+        mark = "renewed" if answer.get("Key", "").rpartition("/")[2] in renewed else "first"
+        return hashlib.md5(f"{mark}{real(answer)}".encode()).hexdigest()
+
+    monkeypatch.setattr(objects, "_etag", etag)
+    store = build(paths.join(root, "store"))
+    return store.uri, renewed.add
+
+
+@pytest.mark.parametrize("root", ["s3"], indirect=True)
+def test_an_etag_that_is_no_md5_is_no_damage(encrypted):
+    uri, _ = encrypted
+    assert verify_store(uri) == []
+    shard = paths.join(uri, "shards", "00000002.parquet")
+    data = bytearray(paths.read_bytes(shard))
+    data[len(data) // 3] ^= 1
+    paths.write_bytes(shard, bytes(data))
+    (problem,) = verify_store(uri)
+    assert problem.startswith("shards/00000002.parquet is not readable")
+
+
+@pytest.mark.parametrize("root", ["s3"], indirect=True)
+def test_a_shard_that_is_encoded_again_with_another_etag_is_committed(encrypted):
+    uri, renew = encrypted
+    plan = open_plan(uri)
+    renew("00000002.parquet")
+    assert missing_shards(uri, plan) == [2]
+    write(uri, plan, 2)
+    assert commit(uri, plan, {}) == LatentStore.open(uri).manifest
+    assert missing_shards(uri, plan) == [] and verify_store(uri) == []
 
 
 def test_a_damaged_shard_counts_as_missing_once_its_size_betrays_it(tmp_path):
