@@ -129,7 +129,8 @@ class Compilation:
             record = {"decided": False, "first_step": step, "plain_seconds": fastest}
             return record, f"compiled from step {step} on; {why}"
         if to_come > WORTH_SECONDS:
-            why = "this machine has no C++ compiler with Python's headers"
+            language = "C++" if self._device.type == "cpu" else "C"
+            why = f"this machine has no {language} compiler with Python's headers"
         return {"decided": True}, f"not compiled; {why}"
 
     def _after_trial(self, step: int) -> tuple[dict[str, Any], str]:
@@ -157,7 +158,9 @@ def _set_compiler(retains_graph: bool) -> None:
 
 
 def _can_compile(device: torch.device) -> bool:
-    """Whether torch finds what it needs for kernels of a CPU."""
-    compiler = shutil.which(os.environ.get("CXX", "g++")) or shutil.which("clang++")
+    """Whether torch finds the compiler that it needs: for a CPU C++, for a GPU Triton's C."""
+    on_cpu = device.type == "cpu"
+    variable, usual, other = ("CXX", "g++", "clang++") if on_cpu else ("CC", "gcc", "clang")
+    compiler = shutil.which(os.environ.get(variable, usual)) or shutil.which(other)
     headers = Path(sysconfig.get_path("include"), "Python.h")
-    return device.type != "cpu" or (compiler is not None and headers.is_file())
+    return compiler is not None and headers.is_file()

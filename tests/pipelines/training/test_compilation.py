@@ -205,6 +205,30 @@ def test_without_a_compiler_a_long_run_goes_on_uncompiled(
     assert "no C++ compiler" in capsys.readouterr().out and graphs.frame_count == 0
 
 
+@pytest.mark.parametrize(
+    ("device", "there", "said"),
+    [
+        ("cuda", "gcc", "compiled from step 5"),
+        ("cuda", "g++", "no C compiler"),
+        ("cpu", "g++", "compiled from step 5"),
+        ("cpu", "gcc", "no C++ compiler"),
+    ],
+)
+def test_a_gpu_needs_a_compiler_of_c_and_a_cpu_one_of_cpp(
+    device, there, said, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.setattr(compilation, "WORTH_SECONDS", 0.0)
+    monkeypatch.setattr("shutil.which", lambda name: name if name == there else None)
+    for variable in ("CC", "CXX"):
+        monkeypatch.delenv(variable, raising=False)
+    training = load_recipe("photos-dinov2s", ["generator.training.compile=auto"]).generator.training
+    decides = compilation.Compilation(training, str(tmp_path), [], torch.device(device), True, 1)
+    for step in range(compilation.FIRST_STEPS + 1):
+        with decides.step(step):
+            pass
+    assert said in capsys.readouterr().out
+
+
 @pytest.mark.faults
 def test_a_compiled_run_that_was_stopped_ends_at_the_same_bits(
     store, encoder, tmp_path, monkeypatch
