@@ -102,7 +102,8 @@ class FAEPipeline(DiffusionPipeline):
             )
         # The scheduler appends 0 and shifts; its own default ends at 1/1000 before the shift.
         sigmas = np.linspace(1.0, 1.0 / num_inference_steps, num_inference_steps)
-        self.scheduler.set_timesteps(sigmas=sigmas.tolist(), device=device)
+        # On the CPU: reading a time from a GPU would wait for all steps before.
+        self.scheduler.set_timesteps(sigmas=sigmas.tolist(), device="cpu")
         for timestep in self.progress_bar(self.scheduler.timesteps):
             t = float(timestep) / NUM_TIMESTEPS
             scale = scale_at(round(t, 6), intervals)  # float32 rounds an interval's end

@@ -22,6 +22,7 @@ import fae
 from fae.cli import app
 from fae.pipelines.publishing import PublishError, publish, push
 from fae_core.draws import normal_draws
+from tests.fake_gpu import GPU, FakeGPU
 from tests.hub_server import HubServer
 
 ROOT = Path(__file__).parents[3]
@@ -166,6 +167,29 @@ def test_the_pipeline_draws_the_images_of_fae_sample(published, guidance, shift)
     drawn = np.stack([np.asarray(image) for image in drawn]).astype(int)
     assert wanted.std() > 10 and np.abs(wanted[0].astype(int) - wanted[3]).max() > 10
     assert np.abs(drawn - wanted).max() <= 1
+
+
+def test_the_pipeline_does_not_wait_for_the_gpu_in_its_steps(published, monkeypatch):
+    from fae_core.diffusers import FAEPipeline
+
+    gpu, pipeline = FakeGPU(), FAEPipeline.from_pretrained(published)
+    pipeline.set_progress_bar_config(disable=True)
+    for network in (pipeline.transformer, pipeline.vae):
+        gpu.place(network)
+    scheduler = pipeline.scheduler
+    scheduler.set_timesteps(sigmas=[1.0, 0.5])
+
+    def placed(sigmas: list[float], device: str) -> None:
+        for name in ("timesteps", "sigmas"):
+            setattr(scheduler, name, gpu.mode.from_tensor(getattr(scheduler, name)).to(device))
+
+    monkeypatch.setattr(scheduler, "set_timesteps", placed)
+    monkeypatch.setattr(scheduler, "index_for_timestep", lambda *_: 0)
+    noise = gpu.tensor(torch.zeros(2, 8, 2, 2))
+    with gpu.running() as waits:
+        images = pipeline([0, 1], 2, latents=noise, output_type="pt").images
+    assert images.device == GPU
+    assert set(waits.operations) == {"copy to cuda"}  # of labels and statistics
 
 
 def test_the_pipeline_loads_with_the_folder_s_own_code_and_from_the_hub(
