@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -79,7 +80,7 @@ class LatentEncoder:
             # A copy, because arrays from Ray's object store are read-only and tensors are not.
             yield from (torch.from_numpy(piece.copy()) for piece in pieces)
             return
-        stream = torch.cuda.Stream(self.device)
+        stream = self._copies
 
         def send(piece: np.ndarray) -> tuple[Tensor, Tensor]:
             pinned = torch.empty(piece.shape, dtype=torch.uint8, pin_memory=True)
@@ -95,6 +96,11 @@ class LatentEncoder:
             (batch, _pinned), following = following, next(sent, None)
             batch.record_stream(current)
             yield batch
+
+    @functools.cached_property
+    def _copies(self) -> torch.cuda.Stream:
+        """The stream of the copies to the GPU, one for all: torch keeps freed memory by stream."""
+        return torch.cuda.Stream(self.device)
 
     def posterior(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """Mean and logvar, each float16 [b,C,H,W], of uint8 crops [b,S,S,3] on the device."""

@@ -4,11 +4,13 @@ Every tensor is on the device, and the processor waits for it only where it must
 """
 
 import atexit
+import contextlib
 import functools
 import shutil
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -20,6 +22,7 @@ from fae.pipelines.latents.encoder import LatentEncoder
 from fae.pipelines.networks.loading import backbone_of
 from fae.pipelines.networks.text_encoder import CaptionEncoder, text_spec
 from fae.pipelines.networks.untrained import (
+    backbone_spec,
     build_autoencoder,
     build_generator,
     build_pixel_decoder,
@@ -293,3 +296,23 @@ def test_encoding_waits_for_the_device_once_a_column(
         latents = encoder.encode(np.zeros((12, 32, 32, 3), np.uint8), 3)
     assert waits.operations == ["copy to cpu"] * len(columns)
     assert {tuple(values.shape) for values in latents.values()} == {(12, *LATENT_SHAPE)}
+
+
+def test_images_are_copied_while_the_gpu_computes_by_one_stream(
+    gpu: FakeGPU, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe, streams = recipe_with(), []
+    networks = backbone_of(recipe), build_autoencoder(recipe.autoencoder, backbone_spec(recipe))
+    encoder = LatentEncoder(*networks, "", ["mean"], "bf16", GPU)
+    monkeypatch.setattr(torch.cuda, "Stream", lambda device: streams.append(device))
+    monkeypatch.setattr(torch.cuda, "stream", lambda _: contextlib.nullcontext())
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda _: Mock())
+    monkeypatch.setattr(torch.Tensor, "record_stream", lambda *_: None)
+    monkeypatch.setattr(torch.Tensor, "numpy", lambda tensor: np.empty(tuple(tensor.shape)))
+    images = np.zeros((5, 32, 32, 3), np.uint8)
+    with gpu.running() as waits:
+        sent = [list(encoder.micro_batches(images, 2)) for _ in range(3)]
+    assert [[len(batch) for batch in batches] for batches in sent] == [[2, 2, 1]] * 3
+    assert {batch.device for batches in sent for batch in batches} == {GPU}
+    assert waits.operations == []
+    assert streams == [GPU]
