@@ -94,6 +94,22 @@ def encode_from_store(
     return encode
 
 
+def encoded_once(encode: Encode, texts: Sequence[str]) -> Encode:
+    """What encodes `texts` and the empty one by the states that `encode` gives them here, once.
+
+    It does not keep `encode`, whose encoder may be larger than the network that is trained.
+    """
+    known = [*texts, ""]
+    states, mask = encode(known)
+    row_of = {text: row for row, text in enumerate(known)}
+
+    def encoded(some: Sequence[str]) -> tuple[Tensor, Tensor]:
+        rows = [row_of[text] for text in some]
+        return states[rows], mask[rows]
+
+    return encoded
+
+
 def blank_captions(num: int, length: int, width: int | None = None) -> dict[str, Tensor]:
     """Tensors like those of `CaptionFeed`, of `num` captions that fill all `length` tokens, or with
     a `width` like those of `StateFeed`.

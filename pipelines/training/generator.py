@@ -41,13 +41,14 @@ from .captions import (
     check_captions,
     claim_text_encoder,
     encode_from_store,
+    encoded_once,
     stored_marks,
 )
 from .job import Job, UntrainedJob, check_batch
 from .latent_feed import blank_latents, latent_feed, needed_columns
 from .launch import Worker, enter_worker, launch
 from .loop import run_job
-from .preview import Preview, some_captions
+from .preview import Preview, preview_prompts, some_captions
 from .run_log import say
 
 
@@ -248,7 +249,7 @@ def _text_of(worker: Worker, store: LatentStore) -> _Text:
     claim_text_encoder(worker.run_uri, stored_marks(states, worker.training))
     encode: Encode | None = None
     if worker.is_first and has_prompts(recipe):
-        encode = CaptionEncoder.load(spec).to(worker.device)
+        encode = encoded_once(CaptionEncoder.load(spec).to(worker.device), preview_prompts(recipe))
     elif worker.is_first:
         encode = encode_from_store(states, store, some_captions(store), worker.device)
     stored = StateFeed(states, spec.max_length, recipe.text.dropout)

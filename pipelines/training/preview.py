@@ -51,7 +51,7 @@ class Preview:
         else:
             texts = list(some_captions(store).values())
             if has_prompts(recipe):
-                texts = [record["prompt"] for record in read_prompts(recipe)[:GRID_ROWS]]
+                texts = preview_prompts(recipe)
             self.prompts = Prompts(texts, encode)
             self.names = [self.prompts.name(row) for row in range(len(texts))]
 
@@ -73,6 +73,11 @@ class Preview:
         rows = [tiles[i : i + GRID_COLUMNS] for i in range(0, len(tiles), GRID_COLUMNS)]
         figure = picture_grid(rows, [""] * GRID_COLUMNS, names_of_rows=self.names)
         return {"sample_std": float(model.normalize(latents).std())}, figure
+
+
+def preview_prompts(recipe: Recipe) -> list[str]:
+    """The recipe's prompts that the preview draws, one a row."""
+    return [record["prompt"] for record in read_prompts(recipe)[:GRID_ROWS]]
 
 
 def some_captions(store: LatentStore) -> dict[int, str]:

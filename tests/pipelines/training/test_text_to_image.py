@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import shutil
+import weakref
 from dataclasses import replace
 from pathlib import Path
 
@@ -15,9 +17,10 @@ from fae.pipelines.config.sections import GeneratorSection, GeneratorTraining, T
 from fae.pipelines.doctor.memory import training_memory
 from fae.pipelines.latents.precompute_text_job import precompute_text
 from fae.pipelines.latents.reader import LatentStore
+from fae.pipelines.networks.text_encoder import CaptionEncoder
 from fae.pipelines.networks.untrained import build_generator
 from fae.pipelines.storage.claims import StoreError
-from fae.pipelines.training.captions import CaptionFeed, check_captions
+from fae.pipelines.training.captions import CaptionFeed, check_captions, encoded_once
 from fae.pipelines.training.generator import generator_job, train_generator
 from fae.pipelines.training.latent_feed import blank_latents, latent_feed
 from fae_core import checkpoint
@@ -226,6 +229,18 @@ def test_training_on_stored_states_ends_at_the_same_bits_and_loads_no_encoder(
         for folder in (expected, tmp_path / "test")
     )
     assert found == other
+
+
+def test_a_previews_encoder_is_freed_when_it_has_encoded_the_prompts(encoder):
+    whole = CaptionEncoder.load(TextSpec("", str(encoder), LENGTH))
+    prompts = ["a red cat", "a house", "a red cat"]
+    wanted = whole(["a house", "", "a red cat"])
+    once, alive = encoded_once(whole, prompts), weakref.ref(whole.encoder)
+    del whole
+    gc.collect()
+    assert alive() is None
+    for found, expected in zip(once(["a house", "", "a red cat"]), wanted, strict=True):
+        torch.testing.assert_close(found, expected)
 
 
 def test_states_of_another_encoder_or_of_other_captions_are_refused_before_a_run_is_claimed(
