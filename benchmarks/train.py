@@ -16,6 +16,7 @@ generator.training.batch_size=64.
 from __future__ import annotations
 
 import argparse
+import gc
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -249,6 +250,7 @@ def main() -> None:
             rows.append(measure(name, case, arguments.steps, rate, device))
             print("  ".join(rows[-1]), flush=True)
             del case
+            gc.collect()  # what is compiled refers to itself, and would stay on the device
     after = matrix_rate(device, dtype)
     print(f"\n{describe()}")
     print(

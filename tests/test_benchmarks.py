@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import subprocess
 import sys
 from argparse import Namespace
@@ -10,15 +11,17 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torch._dynamo.testing import CompileCounter
 
-from benchmarks import layers, protocol_images, protocols, scale, store
+from benchmarks import device, layers, protocol_images, protocols, scale, store
 from benchmarks.environment import run
 from benchmarks.processor_time import seconds_by
 from fae.pipelines.config import validate_recipe
 from fae.pipelines.config.recipe import load_recipe
 from fae.pipelines.latents.reader import LatentStore
 from fae.pipelines.latents.verify import verify_store
-from tests.tiny import wait_for
+from fae.pipelines.training.requirements import memory_of
+from tests.tiny import SMALLEST_BACKBONE, TINY, wait_for
 
 
 def test_a_process_is_full_where_its_fit_says_that_it_is_busy_all_the_time():
@@ -89,6 +92,26 @@ def test_every_row_of_protocols_is_another_sampler_that_the_recipe_takes():
         for name, keys in rows.items()
     ]
     assert all(a != b for i, a in enumerate(sections) for b in sections[:i])
+
+
+def test_encoding_is_measured_at_more_batch_sizes_than_torch_compiles_a_function_for(monkeypatch):
+    counter = CompileCounter()
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend=counter))
+    monkeypatch.setattr(torch._dynamo.config, "recompile_limit", 1)
+    monkeypatch.setattr(device, "seconds", lambda work, *_: work() or 1.0)
+    monkeypatch.setattr(device, "matrix_rate", lambda *_: 1e12)
+    recipe = load_recipe("photos-dinov2s", [*TINY, *SMALLEST_BACKBONE])
+    rows = device.encode(recipe, [2, 3], torch.device("cpu"))
+    assert [row[1:3] for row in rows] == [["2", "no"], ["3", "no"], ["2", "yes"], ["3", "yes"]]
+    assert counter.frame_count == 2
+
+
+@pytest.mark.integration
+@pytest.mark.parametrize("kind", ["dit", "starflow"])
+def test_the_generators_of_the_papers_size_train_on_a_gpu_of_80_gb(kind):
+    keys = [f"generator.kind={kind}", "generator.training.use_gpu=true"]
+    recipe = load_recipe("photos-dinov2s", [*device.PAPER_TRAIN, *device.BF16, *keys])
+    assert sum(memory_of(recipe, "generator").step.values()) < 70e9
 
 
 @pytest.mark.integration
