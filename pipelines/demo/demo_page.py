@@ -52,8 +52,9 @@ def demo_page(found: Found, seconds: float) -> bytes:
 
 
 _COMMANDS = (
-    "The demo ran the first command twice: it killed the first run and started it again. All three "
-    "take s3:// addresses, and run on a cluster with RAY_ADDRESS or fae submit."
+    "The demo ran the first command twice: it killed the first run and started it again. The first "
+    "two take s3:// addresses, and run on a cluster with RAY_ADDRESS or fae submit. So does the "
+    "third with output= in place of --grid."
 )
 
 

@@ -57,6 +57,57 @@ def test_code_and_recipes_are_sent_and_data_weights_and_secrets_are_not(tmp_path
     assert found == sorted([*sent, "deep/a.JPEG"])  # like git, patterns mind the case
 
 
+def test_what_programs_keep_in_hidden_files_and_keys_by_their_names_is_not_sent(tmp_path):
+    kept = [
+        ".ssh/config", ".kube/config", ".docker/config.json", ".cache/x", ".git-credentials",
+        ".pypirc", ".pgpass", ".s3cfg", ".boto", ".envrc", ".config/gcloud/x", ".bash_history",
+        "credentials.json", "gcp-credentials.yaml", "secrets.yaml", "secret.json", "id_rsa",
+        "keys/id_ed25519", "id_ecdsa_sk", "cert.p12", "kubeconfig.yaml", "a/.hidden/b.py",
+    ]  # fmt: skip
+    sent = ["storage/secrets.py", "id_mapping.py", "my_credentials.py", ".rayignore"]
+    found = [name for name, _ in working_tree(tree(tmp_path, *sent, *kept)).files]
+    assert found == sorted(sent)
+
+
+def test_a_link_to_a_file_that_is_left_out_is_left_out_too(tmp_path):
+    root = tree(tmp_path, ".env", "b/plain.txt", "b/private.txt", "c/x.py")
+    (root / "b" / ".gitignore").write_text("private.txt\n")
+    for link, target in {
+        "a-settings.txt": ".env", "a-private.txt": "b/private.txt", "a-plain.txt": "b/plain.txt",
+    }.items():  # fmt: skip
+        (root / link).symlink_to(target)
+    found = {name for name, _ in working_tree(root).files}
+    assert found == {"a-plain.txt", "b/plain.txt", "b/.gitignore", "c/x.py"}
+
+
+def test_ignore_files_above_count_up_to_the_repository_s_root(tmp_path):
+    root = tree(tmp_path / "outer" / "repository", ".git/HEAD", "sub/deep/a.py", "sub/deep/b.txt")
+    (tmp_path / "outer" / ".gitignore").write_text("*.py\n")
+    (root / ".gitignore").write_text("/sub/deep/b.txt\n")
+    assert [name for name, _ in working_tree(root / "sub").files] == ["deep/a.py"]
+    (root / "sub" / ".rayignore").write_text("a.py\n")
+    with pytest.raises(SubmitError, match=r"nothing to send that no \.gitignore"):
+        working_tree(root / "sub" / "deep")
+
+
+def test_the_home_folder_is_never_sent(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tree(tmp_path / "me", "a.py", "code/b.py")))
+    for root in (tmp_path / "me", tmp_path):
+        with pytest.raises(SubmitError, match="your home folder would be sent"):
+            working_tree(root)
+    assert [name for name, _ in working_tree(tmp_path / "me" / "code").files] == ["b.py"]
+
+
+def test_shipped_networks_are_sent_with_a_checkout_whose_recipe_names_them():
+    words = [*PRECOMPUTE, "autoencoder.checkpoint=shipped:emoji"]
+    sent = {name for name, _ in prepare(parse(words), ROOT).tree.files}
+    assert "fae/shipped/emoji/autoencoder.safetensors" in sent
+    assert not any("fae/shipped/emoji-images" in name and name.endswith(".webp") for name in sent)
+    words = [*PRECOMPUTE, "data.path=shipped:emoji-images/train"]
+    sent = {name for name, _ in prepare(parse(words), ROOT).tree.files}
+    assert sum("fae/shipped/emoji-images" in n and n.endswith(".webp") for n in sent) == 300
+
+
 def test_ignore_files_of_every_folder_count_but_bring_no_secret_back(tmp_path):
     tree(
         tmp_path, "a/keep.txt", "a/drop.txt", "a/b/drop.txt", "drop.txt", "c/secret.pem", "d/x.tmp"
