@@ -13,12 +13,12 @@ from typing import Any, Literal, TypeAlias
 
 import numpy as np
 import torch
-from omegaconf import OmegaConf
 from PIL import Image
 from torch import Tensor
 
 from fae.pipelines.config import validate_recipe
-from fae.pipelines.config.sections import BackboneSection, DataSection, PrecomputeSection
+from fae.pipelines.config.facts import recipe_for_any_images
+from fae.pipelines.config.sections import DataSection
 from fae.pipelines.data.crops import center_crop
 from fae.pipelines.data.records import class_number
 from fae.pipelines.networks import features_of, load_checkpoint
@@ -93,17 +93,17 @@ class FeatureAutoencoder:
         if there is none. Images are cropped as the recipe's section `data` says.
 
         Raises CheckpointError if the weights of the backbone are not those that the autoencoder
-        was trained on (SHA-256), or if the pixel decoder was trained on another backbone; and
-        WeightsError if the weights cannot be loaded.
+        was trained on (SHA-256), or if the pixel decoder was trained on another backbone;
+        WeightsError if the weights cannot be loaded; and RecipeError if the recipe has values for
+        these that are not known here.
         """
         uri = _address(path)
         loaded = load_checkpoint(uri, "autoencoder")
         if pixel_decoder is None and not uri.endswith(".safetensors"):
-            beside = paths.join(uri, FILES["pixel_decoder"])
-            pixel_decoder = beside if paths.exists(beside) else None
-        settings = _recipe_beside(uri)
-        weights = backbone_weights or settings("backbone.weights", BackboneSection().weights)
-        backbone = _backbone(uri, loaded, weights)
+            here = paths.join(uri, FILES["pixel_decoder"])
+            pixel_decoder = here if paths.exists(here) else None
+        beside = recipe_for_any_images(uri)
+        backbone = _backbone(uri, loaded, backbone_weights or beside.backbone.weights)
         place = torch.device(device)
         decoder = None
         if pixel_decoder is not None:
@@ -111,15 +111,9 @@ class FeatureAutoencoder:
             pixels = load_checkpoint(decoder_uri, "pixel_decoder")
             decoder = LatentDecoder.join(loaded, pixels, decoder_uri, place)
         loaded.module.to(place)
-        default = settings("precompute.precision", PrecomputeSection().precision)
-        chosen = settled_precision(precision or default, place.type == "cuda")
-        defaults = DataSection()
-        crops = {
-            key: settings(f"data.{key}", str(getattr(defaults, key)))
-            for key in ("max_pixels", "decoder", "color_profile")
-        }
-        data = validate_recipe({"data": crops}, source=f"The recipe of {uri}").data
-        return cls(backbone.to(place), loaded, decoder, place, chosen, data)
+        asked = precision or beside.precompute.precision
+        chosen = settled_precision(asked, place.type == "cuda")
+        return cls(backbone.to(place), loaded, decoder, place, chosen, beside.data)
 
     @torch.no_grad()
     def features(self, images: Images, batch_size: int = 32) -> Tensor:
@@ -290,20 +284,6 @@ def _address(path: str | Path) -> str:
         return paths.address_of(str(path))
     except StorageError as error:
         raise CheckpointError(str(error)) from None
-
-
-def _recipe_beside(uri: str) -> Callable[[str, str], str]:
-    """Function of (key, default): the value in the recipe.yaml beside the checkpoint `uri`."""
-    folder = uri.rpartition("/")[0] if uri.endswith(".safetensors") else uri
-    recipe_uri = paths.join(folder, "recipe.yaml")
-    text = paths.read_bytes(recipe_uri).decode() if paths.exists(recipe_uri) else ""
-    values = OmegaConf.create(text)
-
-    def value(key: str, default: str) -> str:
-        found = OmegaConf.select(values, key)
-        return default if found is None else str(found)
-
-    return value
 
 
 def _backbone(uri: str, loaded: Loaded, weights: str) -> Backbone:

@@ -9,12 +9,22 @@ from __future__ import annotations
 from collections.abc import Collection, Iterator, Mapping
 from typing import Any, Literal, NamedTuple
 
+from omegaconf import OmegaConf
+
 from ..storage import paths
-from .recipe import Recipe
+from .recipe import Recipe, RecipeError, validate_recipe
 from .sections import Section
 from .sections.keys import RecipeKey, flatten, keys_of, set_value, value_at
 
 Values = Mapping[str, Any]
+FOR_ANY_IMAGES = (
+    "backbone.weights",
+    "precompute.precision",
+    "data.max_pixels",
+    "data.decoder",
+    "data.color_profile",
+)
+"""Keys of a training's recipe that hold for other images too."""
 
 
 class PathValue(NamedTuple):
@@ -58,6 +68,29 @@ def path_values(recipe: Recipe) -> dict[str, PathValue]:
         if value and value not in key.place.words:
             found[key.name] = PathValue(key.place.role, value)
     return found
+
+
+def recipe_for_any_images(checkpoint: str) -> Recipe:
+    """FOR_ANY_IMAGES of the recipe.yaml beside `checkpoint`, a file or folder; else defaults.
+
+    The other keys are about the training's own images, and another version may have written them.
+    Raises RecipeError where the file is no YAML or a value is not known here, and StorageError.
+    """
+    folder = checkpoint.rpartition("/")[0] if checkpoint.endswith(".safetensors") else checkpoint
+    uri = paths.join(folder or ".", "recipe.yaml")
+    if not paths.exists(uri):
+        return Recipe()
+    try:
+        read: Any = OmegaConf.to_container(OmegaConf.create(paths.read_bytes(uri).decode()))
+        values = flatten(read)
+    except Exception as error:
+        raise RecipeError(f"{uri} is no recipe: {error}") from None
+    kept: dict[str, dict[str, Any]] = {}
+    for name in FOR_ANY_IMAGES:
+        if values.get(name) is not None:
+            section, _, key = name.partition(".")
+            kept.setdefault(section, {})[key] = values[name]
+    return validate_recipe(kept, source=uri)
 
 
 def with_absolute_paths(recipe: Recipe) -> Recipe:

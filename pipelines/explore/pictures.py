@@ -12,7 +12,8 @@ import numpy as np
 from fae_core.backbone_presets import parse_backbone_label
 from fae_core.errors import UserError
 
-from ..config import Recipe, load_recipe
+from ..config import Recipe, RecipeError, load_recipe
+from ..config.facts import recipe_for_any_images
 from ..data import plan_source
 from ..data.reading import load_crops
 from ..data.records import ImageRecord, class_name, records_of
@@ -62,21 +63,14 @@ def pictures_of(places: Sequence[str], autoencoder: str | None, limit: int) -> P
 
 
 def recipe_of(autoencoder: str) -> Recipe:
-    """A recipe for the checkpoint `autoencoder`: the one beside it, or one for its backbone."""
+    """A recipe for the checkpoint `autoencoder` and its backbone, for images of any source."""
     loaded = load_checkpoint(autoencoder, "autoencoder")
-    folder = autoencoder.rpartition("/")[0] if autoencoder.endswith(".safetensors") else autoencoder
-    beside = paths.join(folder or ".", "recipe.yaml")
-    if paths.exists(beside):
-        recipe = _read_recipe(beside)
-    else:
-        recipe = Recipe()
-        label = loaded.fingerprints["backbone"].rpartition(":")[0]
-        name, size, layers = parse_backbone_label(label)
-        recipe.backbone.name, recipe.backbone.image_size = name, size
-        recipe.backbone.layers = layers
+    recipe = recipe_for_any_images(autoencoder)
+    label = loaded.fingerprints["backbone"].rpartition(":")[0]
+    name, size, layers = parse_backbone_label(label)
+    recipe.backbone.name, recipe.backbone.image_size, recipe.backbone.layers = name, size, layers
     recipe.image_size = int(loaded.fingerprints["image_size"])
     recipe.autoencoder.checkpoint = autoencoder
-    recipe.data.path = recipe.data.limit = None
     return recipe
 
 
@@ -162,4 +156,7 @@ def _read_recipe(uri: str) -> Recipe:
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "recipe.yaml"
         path.write_bytes(paths.read_bytes(uri))
-        return load_recipe(str(path))
+        try:
+            return load_recipe(str(path))
+        except RecipeError as error:
+            raise RecipeError(str(error).replace(str(path), uri)) from None

@@ -4,6 +4,7 @@ touch."""
 import base64
 import json
 import re
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +12,7 @@ import pytest
 from typer.testing import CliRunner
 
 from fae.cli import app
-from fae.pipelines.config.recipe import load_recipe
+from fae.pipelines.config.recipe import RecipeError, load_recipe
 from fae.pipelines.data.sources import plan_source
 from fae.pipelines.explore import exploration, explore_job, pictures
 from fae.pipelines.explore.pictures import ExploreError
@@ -113,11 +114,36 @@ def test_a_store_knows_its_networks(made, tmp_path):
     store = str(tmp_path / "store")
     ensure_plan(store, source.table, 8, {"backbone": "b"}, source.account.to_dict())
     (tmp_path / "store" / "recipe.yaml").write_text(recipe.to_yaml())
+    (tmp_path / "store" / "recipe.yaml").write_text("a_key_of_another_version: 1")
+    with pytest.raises(RecipeError, match="store/recipe.yaml:\n  unknown key"):
+        pictures.pictures_of([store], None, 4)
+    (tmp_path / "store" / "recipe.yaml").write_text(recipe.to_yaml())
     page = tmp_path / "of_store.html"
     result = CliRunner().invoke(app, ["explore", store, "-o", str(page), "--images", "4"])
     assert result.exit_code == 0, (result.output, result.exception)
     data = data_of(page)
     assert len(data["images"]) == 4 and "cats" in data["labels"]
+
+
+def test_how_a_training_read_its_images_does_not_matter_to_others(made, tmp_path):
+    recipe = load_recipe(
+        "photos-dinov2s",
+        [*TINY, *SMALLEST_BACKBONE, "data.format=webdataset", "data.suffixes=[.tiff]",
+         "data.label_column=null", "data.limit=1", "data.decoder=fast", "data.max_pixels=1234567",
+         "precompute.precision=fp32"],
+    )  # fmt: skip
+    shutil.copytree(made / "run", tmp_path / "run")
+    text = recipe.to_yaml() + "a_key_of_another_version: 1\n"
+    (tmp_path / "run" / "recipe.yaml").write_text(text)
+    network = str(tmp_path / "run" / "autoencoder.safetensors")
+    shown = pictures.pictures_of([str(made / "images")], network, 10)
+    assert len(shown.keys) == 10 and "cats" in shown.labels
+    data, precision = shown.recipe.data, shown.recipe.precompute.precision
+    assert (data.decoder, data.max_pixels, precision) == ("fast", 1234567, "fp32")
+    text = text.replace("decoder: fast", "decoder: tomorrow")
+    (tmp_path / "run" / "recipe.yaml").write_text(text)
+    with pytest.raises(RecipeError, match=r"run/recipe.yaml:\n  data.decoder: given 'tomorrow'"):
+        pictures.pictures_of([str(made / "images")], network, 10)
 
 
 @pytest.mark.parametrize(
