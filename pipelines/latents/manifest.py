@@ -80,7 +80,8 @@ def commit(uri: str, plan: Plan, run: Mapping[str, Any], each: Each = map) -> di
     """Check that every planned image is in exactly one place, then write the manifest; returns it.
 
     What depends on when and where it ran is under "run"; the rest depends on images, model and
-    recipe alone. Where a manifest is there already its content must be the same. `each` is `map`,
+    recipe alone. Where a manifest is there already its content must be the same; only an ETag that
+    is no MD5 may differ, and is then replaced. `each` is `map`,
     or spreads its calls over a cluster: every shard's footer is read. Raises StoreError where
     something is missing.
     """
@@ -141,12 +142,32 @@ def commit(uri: str, plan: Plan, run: Mapping[str, Any], each: Each = map) -> di
     except FileExistsError:
         existing = read_manifest(uri, plan.format) or {}
         differing = [key for key in manifest if manifest[key] != existing.get(key)]
+        if differing == ["shards"] and _differ_in_etags(uri, entries, existing["shards"]):
+            renewed = existing | {"shards": entries}
+            paths.write_bytes(paths.join(uri, "manifest.json"), encode_manifest(renewed))
+            return renewed
         if differing:
             raise StoreMismatch(
                 f"{uri}/manifest.json exists and differs in: {', '.join(differing)}. The store "
                 "changed after it was finished; `fae inspect --verify` finds what changed."
             ) from None
         return existing
+
+
+def _differ_in_etags(
+    uri: str, now: Sequence[dict[str, Any]], then: Sequence[dict[str, Any]]
+) -> bool:
+    """Whether the entries differ in ETags alone, of objects whose ETags are no MD5.
+
+    Encrypted with a KMS or customer key, the same bytes have another ETag whenever they are
+    written.
+    """
+    if [entry | {"etag": ""} for entry in now] != [entry | {"etag": ""} for entry in then]:
+        return False
+    written = [a for a, b in zip(now, then, strict=True) if a["etag"] != b["etag"]]
+    contents = (paths.read_bytes(paths.join(uri, "shards", entry["name"])) for entry in written)
+    digests = (hashlib.md5(data, usedforsecurity=False).hexdigest() for data in contents)
+    return all(digest != entry["etag"] for digest, entry in zip(digests, written, strict=True))
 
 
 def _latent_contents(
