@@ -15,7 +15,7 @@ import struct
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Literal
@@ -48,6 +48,8 @@ class FaultProxy:
         """Answers have the whole object, whatever range was asked for."""
         self.refusal: tuple[int, str, str] | None = None
         """(status, code, word): the answer to every request whose path has the word."""
+        self.last_headers: Mapping[str, str] = {}
+        """Of the last request."""
         self.requests: Counter[str] = Counter()
         """By method, and by "METHOD status"."""
         self.bytes_down = 0
@@ -185,6 +187,7 @@ def _handler_of(proxy: FaultProxy) -> type[BaseHTTPRequestHandler]:
 
         def forward(self) -> None:
             proxy.count(self.command)
+            proxy.last_headers = self.headers
             if proxy.latency:
                 time.sleep(proxy.latency)
             proxy.pass_or_wait()

@@ -38,10 +38,10 @@ def check_bucket(uri: str, fix: bool = False, abort_uploads: bool = False) -> It
     if not bucket:
         yield Finding("problem", "bucket", f"{uri} names no bucket. Expected s3://BUCKET/PREFIX.")
         return
-    client = s3.client()
     folder = f"{prefix}/" if prefix else ""
     probe = f"{folder}.fae-doctor-{uuid.uuid4().hex}"
     try:
+        client = s3.client()
         answer = client.list_objects_v2(Bucket=bucket, Prefix=folder, MaxKeys=1)
     except (ClientError, BotoCoreError) as error:
         if isinstance(error, ClientError):

@@ -8,11 +8,11 @@ number of seconds during which an operation is retried (default 180).
 
 from __future__ import annotations
 
-import functools
 import logging
 import math
 import os
 import random
+import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -29,6 +29,7 @@ from botocore.exceptions import (
     ClientError,
     HTTPClientError,
     IncompleteReadError,
+    NoCredentialsError,
     SSLError,
 )
 from botocore.exceptions import ConnectionError as BotoConnectionError
@@ -60,6 +61,10 @@ _BUSY_STATUS = (429, 500, 502, 503, 504)
 _BUSY_CODES = ("SlowDown", "RequestTimeout", "InternalError", "ServiceUnavailable", "Throttling")
 _PASSING = (HTTPClientError, BotoConnectionError, IncompleteReadError)
 _TRUE = ("1", "true", "yes", "on")
+_CREDENTIALS = (
+    *("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN", "AWS_PROFILE"),
+    *("AWS_SHARED_CREDENTIALS_FILE", "AWS_CONFIG_FILE"),
+)
 
 T = TypeVar("T")
 
@@ -70,7 +75,7 @@ class S3SettingsError(UserError, ValueError):
 
 @dataclass(frozen=True)
 class Settings:
-    """Where S3 is and how to call it; hashable, because it is the key of the cached clients."""
+    """Where S3 is and how to call it; hashable, because it is the key of the kept clients."""
 
     endpoint: str | None
     region: str | None
@@ -98,13 +103,16 @@ class Settings:
 
 
 def client() -> Any:
-    """The boto3 client of this environment. Its own retries are off: call it in `with_retries`."""
-    return _client(Settings.from_environment())
+    """The boto3 client of this environment. Its own retries are off: call it in `with_retries`.
+
+    Raises botocore's NoCredentialsError, unless AWS_NO_SIGN_REQUEST is set.
+    """
+    return _kept("client", _client)
 
 
 def arrow_filesystem() -> fs.S3FileSystem:
     """Arrow's file system of this environment; it retries for as long as `with_retries` does."""
-    return _arrow(Settings.from_environment())
+    return _kept("arrow", _arrow)
 
 
 def with_retries(operation: str, request: Callable[[], T]) -> T:
@@ -158,7 +166,22 @@ def code_of(error: Exception) -> str:
     return ""
 
 
-@functools.cache
+_made: dict[tuple[str, Settings], tuple[tuple[str | None, ...], Any]] = {}
+_making = threading.Lock()
+
+
+def _kept(kind: str, make: Callable[[Settings], Any]) -> Any:
+    """What `make` gave of this environment, made anew where its credentials are others now."""
+    settings = Settings.from_environment()
+    credentials = tuple(os.environ.get(name) for name in _CREDENTIALS)
+    with _making:
+        with_which, there = _made.get((kind, settings), (None, None))
+        if with_which != credentials:
+            there = make(settings)
+            _made[kind, settings] = credentials, there
+        return there
+
+
 def _client(settings: Settings) -> Any:
     config = Config(
         retries={"mode": "standard", "total_max_attempts": 1},
@@ -169,6 +192,8 @@ def _client(settings: Settings) -> Any:
         signature_version=UNSIGNED if settings.anonymous else None,
     )
     session = botocore.session.get_session()
+    if not settings.anonymous and session.get_credentials() is None:
+        raise NoCredentialsError  # a client without any would be kept
     session.get_component("response_parser_factory").set_parser_defaults(timestamp_parser=_time_of)
     return boto3.Session(botocore_session=session).client(
         "s3", endpoint_url=settings.endpoint, region_name=settings.region, config=config
@@ -183,7 +208,6 @@ def _time_of(written: str) -> datetime:
         return parse_timestamp(written)
 
 
-@functools.cache
 def _arrow(settings: Settings) -> fs.S3FileSystem:
     # Arrow pauses 25 ms, 50 ms, ... between attempts: this many attempts last `retry_seconds`. Its
     # "standard" strategy, the default, ends after three, and all threads share its quota.

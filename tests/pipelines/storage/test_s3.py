@@ -4,6 +4,7 @@ server."""
 from __future__ import annotations
 
 import io
+import os
 import random
 import re
 import socket
@@ -14,6 +15,7 @@ import urllib.request
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from datetime import datetime
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -241,6 +243,37 @@ def test_public_objects_are_read_without_credentials(
         paths.read_bytes("s3://faults/read.bin")
     monkeypatch.setenv("AWS_NO_SIGN_REQUEST", "YES")
     assert OPERATIONS["read"]() and OPERATIONS["arrow"]()
+
+
+@pytest.mark.parametrize("read", [paths.read_bytes, read_by_arrow])
+def test_credentials_that_are_set_after_an_error_are_used(
+    proxy: FaultProxy, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, read: Callable[[str], bytes]
+) -> None:
+    monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
+    monkeypatch.setenv("AWS_SHARED_CREDENTIALS_FILE", str(tmp_path / "none"))
+    monkeypatch.setenv("FAE_S3_PATIENCE", "0")
+    given = os.environ["AWS_ACCESS_KEY_ID"]
+    monkeypatch.delenv("AWS_ACCESS_KEY_ID")
+    with pytest.raises(paths.StorageError, match="no AWS credentials|access denied"):
+        read("s3://faults/read.bin")
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", given)
+    assert read("s3://faults/read.bin") == BODY
+
+
+def test_a_renewed_token_is_used(proxy: FaultProxy, monkeypatch: pytest.MonkeyPatch) -> None:
+    for token in ("first-marker-token", "second-marker-token"):
+        monkeypatch.setenv("AWS_SESSION_TOKEN", token)
+        paths.read_bytes("s3://faults/read.bin")
+        assert proxy.last_headers["X-Amz-Security-Token"] == token
+
+
+def test_threads_that_begin_together_make_one_client(
+    proxy: FaultProxy, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("FAE_S3_PATIENCE", "19")  # no other test's client
+    with ThreadPoolExecutor(16) as pool:
+        clients = list(pool.map(lambda _: s3.client(), range(16)))
+    assert len(set(map(id, clients))) == 1
 
 
 def test_buckets_are_addressed_as_asked(monkeypatch: pytest.MonkeyPatch) -> None:
