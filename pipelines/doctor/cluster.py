@@ -26,8 +26,8 @@ def check_fit(
 ) -> Iterator[Finding]:
     """Whether the recipe's precompute and each of its trainings fit on `nodes`.
 
-    `scaled` is the most that the autoscaler may bring up, by resource. What only those resources
-    can hold is a warning instead of a problem.
+    `scaled` is the most that the autoscaler may bring up, by resource, infinite where it does not
+    say. What only those resources can hold is a warning instead of a problem.
     """
     scaled = scaled or {}
     yield from _check_precompute(recipe.precompute, recipe.image_size, nodes, scaled)
@@ -94,13 +94,18 @@ def _check_precompute(
             + (" The autoscaler may still start such a node." if scaled else ""),
         )
     elif decodes == 0:
-        yield Finding(
-            "problem",
-            "decode",
-            f"no CPU is left for a decode task ({options.cpus_per_decode:g} CPU) beside the "
-            "actors: the job would wait for ever. Lower precompute.cpus_per_actor or num_actors, "
-            "or add a CPU node.",
+        text = (
+            f"no CPU is left for a decode task ({options.cpus_per_decode:g} CPU) beside the actors"
         )
+        if scaled.get("CPU", 0.0) > sum(node.cpus for node in nodes):
+            yield Finding("warning", "decode", f"{text}. {_may_start('CPU nodes', scaled['CPU'])}")
+        else:
+            yield Finding(
+                "problem",
+                "decode",
+                f"{text}: the job would wait for ever. Lower precompute.cpus_per_actor or "
+                "num_actors, or add a CPU node.",
+            )
     else:
         labelled = f" with{labels}" if labels else ""
         yield Finding("ok", "decode", f"{decodes} tasks at once on {len(on)} nodes{labelled}")
@@ -126,14 +131,20 @@ def _fit(
         return Finding("ok", subject, f"{setting}, each {each}: fit")
     lacks = "GPU nodes" if gpus else "CPU nodes"
     text = f"{setting}, each {each}: {placed} fit on the nodes that are up."
-    if scaled.get("GPU" if gpus else "CPU", 0.0) >= wanted * (gpus or cpus):
-        return Finding("warning", subject, f"{text} The autoscaler may start the missing {lacks}.")
+    most = scaled.get("GPU" if gpus else "CPU", 0.0)
+    if most >= wanted * (gpus or cpus):
+        return Finding("warning", subject, f"{text} {_may_start(lacks, most)}")
     return Finding(
         "problem",
         subject,
         f"{text} The rest would wait for ever: {lacks} are missing. Add some, or set "
         f"{setting.partition('=')[0]}={max(placed, 1)}.",
     )
+
+
+def _may_start(lacks: str, most: float) -> str:
+    unknown = ", if its limits allow it: Ray does not tell them" * math.isinf(most)
+    return f"The autoscaler may start the missing {lacks}{unknown}."
 
 
 def _check_gpu_nodes(options: PrecomputeSection, nodes: Sequence[Node]) -> Iterator[Finding]:

@@ -6,6 +6,7 @@ A new release of Ray may change any of them, which is why pyproject.toml bounds 
 from __future__ import annotations
 
 import importlib
+import math
 from typing import Any
 
 AUTHENTICATION_LOGGER = "ray._private.authentication"
@@ -23,14 +24,22 @@ Replaced by: a fork server of Ray's own.
 
 
 def most_after_scaling() -> dict[str, float]:
-    """What the autoscaler may bring up at most, by resource; empty where it has said nothing.
+    """What an autoscaler may bring up at most, by resource; empty where there is none.
 
-    Replaced by: a public state API for the cluster's configuration. Ray Train asks the same way.
+    Ray 2.60 has a call for the limits and never tells it any. There is an autoscaler all the same
+    on KubeRay and after `ray up`, which start its second version, and where no node has a CPU: the
+    limits are then infinite. Replaced by: a public state API for the cluster's configuration. Ray
+    Train asks the same way.
     """
     import ray._private.state
+    from ray.autoscaler.v2.utils import is_autoscaler_v2
 
     found: dict[str, Any] | None = ray._private.state.state.get_max_resources_from_cluster_config()
-    return {name: float(value) for name, value in (found or {}).items()}
+    if found:
+        return {name: float(value) for name, value in found.items()}
+    if is_autoscaler_v2(fetch_from_server=True) or not ray.cluster_resources().get("CPU"):
+        return {"CPU": math.inf, "GPU": math.inf}
+    return {}
 
 
 def has_started_ray() -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import http.server
+import math
 import socket
 import threading
 from dataclasses import replace
@@ -71,6 +72,19 @@ def test_what_an_autoscaler_may_still_bring_is_no_problem():
     found = fit([cpu_node()], *EIGHT, scaled=scaled)["actors"]
     assert found.level == "warning" and "autoscaler" in found.message
     assert fit([cpu_node()], *EIGHT, scaled={"GPU": 7.0})["actors"].level == "problem"
+
+
+def test_a_head_without_cpus_may_be_all_that_is_up_before_an_autoscaler_starts_nodes():
+    unknown = {"CPU": math.inf, "GPU": math.inf}
+    recipe = load_recipe("photos-dinov2s", EIGHT)
+    found = list(check_fit(recipe, [cpu_node(cpus=0)], unknown))
+    assert {finding.level for finding in found} == {"warning"}
+    assert {f.subject for f in found} == {"actors", "decode", "training"}
+    assert all("autoscaler" in f.message for f in found if f.subject != "training")
+    assert "limits" in fit([cpu_node(cpus=0)], *EIGHT, scaled=unknown)["actors"].message
+    at_its_limit = fit([cpu_node(cpus=1)], scaled={"CPU": 1.0})["decode"]
+    assert at_its_limit.level == "problem"
+    assert {f.level for f in check_fit(recipe, [cpu_node(cpus=0)])} == {"problem"}
 
 
 def test_decode_needs_a_cpu_beside_the_actors():
@@ -361,5 +375,17 @@ def test_a_local_cluster_is_looked_at_by_its_own_nodes(capsys):
             "no problems",
         ):
             assert word in shown
+    finally:
+        ray.shutdown()
+
+
+@pytest.mark.integration
+def test_a_cluster_of_a_head_without_cpus_has_no_problem(capsys):
+    import ray
+
+    try:
+        ray.init(num_cpus=0, include_dashboard=False, log_to_driver=False)
+        assert doctor(["photos-dinov2s", "tracking.enabled=false"]), capsys.readouterr().out
+        assert "The autoscaler may start the missing CPU nodes" in capsys.readouterr().out
     finally:
         ray.shutdown()
