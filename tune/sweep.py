@@ -23,7 +23,7 @@ from fae.pipelines.chain import run_stage
 from fae.pipelines.chain.stages import PLACES, check_stages, needed_stages, plan_stages
 from fae.pipelines.config import Recipe, with_absolute_paths
 from fae.pipelines.runtime.places import check_places
-from fae.pipelines.runtime.session import plain_error, quiet_logs, start_ray
+from fae.pipelines.runtime.session import on_cluster, plain_error, quiet_logs, start_ray
 from fae.pipelines.storage import paths
 from fae.pipelines.training.tracking import Tracker, resolve_uri, shared_tracking
 from fae_core.errors import UserError
@@ -115,7 +115,7 @@ def with_shared_decoder(recipe: Recipe) -> Recipe:
     return shared
 
 
-def run_trial(config: dict[str, Any], values: dict[str, Any], cores: int) -> None:
+def run_trial(config: dict[str, Any], values: dict[str, Any], cores: int | None) -> None:
     """Run a trial's missing stages, each under its lock; Ray Tune calls this in a process.
 
     `config` holds the trial's settings and `values` the sweep's recipe. The stages run with `cores`
@@ -148,7 +148,9 @@ def run_trial(config: dict[str, Any], values: dict[str, Any], cores: int) -> Non
     tune.report(metrics)
 
 
-def _run_stages(recipe: Recipe, trial: Trial, cores: int, tracker: Tracker) -> dict[str, float]:
+def _run_stages(
+    recipe: Recipe, trial: Trial, cores: int | None, tracker: Tracker
+) -> dict[str, float]:
     """Run the missing stages; seconds of those that this trial itself ran, by stage."""
     from ray import tune
 
@@ -246,9 +248,15 @@ def _run(recipe: Recipe, space: Mapping[str, Any], options: Mapping[str, Any]) -
     import ray
     from ray import tune
 
-    limit = concurrent_trials(recipe, plan_trial(recipe, {}), ray.cluster_resources())
+    trial, there = plan_trial(recipe, {}), ray.cluster_resources()
+    limit = concurrent_trials(recipe, trial, there, on_cluster())
     cores = cores_of_each(limit, cpus_of_nodes())
-    _say(f"At most {limit} trials run at the same time.")
+    _say(
+        f"At most {limit} trials run at the same time."
+        if limit
+        else "No node that trains is up yet: all trials wait for nodes at the same time. "
+        "tune.max_concurrent_trials=N limits them."
+    )
     recorder = _Recorder(recipe)
     trainable = tune.with_parameters(run_trial, values=recipe.model_dump(mode="json"), cores=cores)
     with tempfile.TemporaryDirectory() as scratch:

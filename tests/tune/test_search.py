@@ -103,6 +103,20 @@ def test_as_many_trials_at_once_as_the_cluster_trains(photographs, tmp_path):
     assert concurrent_trials(recipe, trial, {"CPU": 1}) == 3
 
 
+def test_a_cluster_that_begins_without_nodes_does_not_limit_the_trials(photographs, tmp_path):
+    on_gpus = values(photographs, tmp_path, "autoencoder.training.use_gpu=true")
+    recipe = load_recipe(RECIPE, on_gpus)
+    trial = plan_trial(recipe, {})
+    for there in ({}, {"CPU": 8}):
+        limit = concurrent_trials(recipe, trial, there, may_grow=True)
+        assert limit is None and cores_of_each(limit, [0.0, 8.0]) is None
+        assert concurrent_trials(recipe, trial, there) == 1  # this machine brings no nodes
+    assert concurrent_trials(recipe, trial, {"CPU": 8, "GPU": 2}, may_grow=True) == 2
+    assert cores_of_each(2, [0.0]) is None and with_shared_cores(recipe, None) == recipe
+    recipe.tune.algorithm = "optuna"  # all at once, it would learn nothing
+    assert concurrent_trials(recipe, trial, {}, may_grow=True) == 1
+
+
 def test_trials_side_by_side_share_the_cores_and_are_the_same_trials(photographs, tmp_path):
     recipe = load_recipe(
         RECIPE,
