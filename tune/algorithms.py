@@ -46,7 +46,7 @@ def make_searcher(recipe: Recipe, folder: str) -> tuple[Any, int]:
     """(searcher, number of trials that it has yet to run) for tune.algorithm=optuna.
 
     Its study is made from the sweep's recorded trials, so nothing is unpickled. The settings of
-    unfinished and failed trials come first.
+    unfinished and failed trials come first. The recipe's points are no suggestions.
     """
     from optuna.storages import InMemoryStorage
     from ray.tune.search.optuna import OptunaSearch
@@ -70,4 +70,5 @@ def make_searcher(recipe: Recipe, folder: str) -> tuple[Any, int]:
         # A restart continues the suggestions instead of repeating the first ones.
         seed=recipe.seed + len(ended),
     )
-    return searcher, max(recipe.tune.num_samples - len(ended), len(to_resume))
+    suggested = [r for r in ended.values() if r["settings"] not in recipe.tune.points]
+    return searcher, max(recipe.tune.num_samples - len(suggested), len(to_resume))

@@ -34,7 +34,7 @@ from .records import FAILED, FINISHED, STOPPED, recorded
 from .spaces import Settings, label, planned_settings
 from .stage_lock import stage_lock
 from .sweep_report import write_sweep_report
-from .sweep_tracking import log_stage, star_trials, sweep_tracker, trial_tracker
+from .sweep_tracking import end_trainings, log_stage, star_trials, sweep_tracker, trial_tracker
 from .trials import STEP, Trial, plan_trial, recorded_trials, stage_of, sweep_folder
 
 SETTINGS = "settings"
@@ -59,6 +59,16 @@ def search(recipe: Recipe) -> dict[str, Any]:
     start_ray()
     _quiet_tune()
     tracker = sweep_tracker(resolved)
+    try:
+        resolved = _run_missing(resolved, settings, folder)
+    except Exception:
+        tracker.finish("FAILED")
+        raise
+    return _report(recipe, resolved, tracker)
+
+
+def _run_missing(resolved: Recipe, settings: Sequence[Settings], folder: str) -> Recipe:
+    """Run the trials that have not ended; returns the recipe with what all of them share."""
     resolved = with_shared_decoder(resolved)
     planned = {trial.uri: trial for trial in (plan_trial(resolved, one) for one in settings)}
     missing = [trial for trial in planned.values() if trial.result() is None]
@@ -67,7 +77,7 @@ def search(recipe: Recipe) -> dict[str, Any]:
         _run_planned(resolved, list(planned.values()))
     if resolved.tune.algorithm == "optuna" and resolved.tune.space:
         _run_suggested(resolved, folder)
-    return _report(recipe, resolved, tracker)
+    return resolved
 
 
 def _check_trials(recipe: Recipe, settings: Sequence[Settings]) -> None:
@@ -218,14 +228,27 @@ class _Recorder(Callback):
                 tracker.log_metrics({k: v for k, v in validation.items() if k != STEP}, step)
             tracker.set_tags({"fae.state": STOPPED})
             tracker.finish()
+            end_trainings(planned, self._others(trials, trial))
         state = result["state"] if result else STOPPED
         _say(f"trial {label(settings_of(trial.config))}: {state}")
 
     def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         planned = plan_trial(self.recipe, settings_of(trial.config))
-        cause = planned.failure() or _failure_of(trial)
+        cause = planned.failure()
+        if cause is None:  # its process died, or could not start
+            cause = _failure_of(trial)
+            planned.record_failure(cause)
+            tracker = trial_tracker(self.recipe, planned)
+            tracker.set_tags({"fae.state": FAILED})
+            tracker.finish("FAILED")
+        end_trainings(planned, self._others(trials, trial))
         self.errors.append(f"{label(settings_of(trial.config))}: {cause}")
         _say(f"trial {self.errors[-1]}")
+
+    def _others(self, trials: list[Any], trial: Any) -> list[Trial]:
+        """The trials that have begun or will begin, and have not ended."""
+        live = [one for one in trials if one is not trial and not one.is_finished()]
+        return [plan_trial(self.recipe, settings_of(one.config)) for one in live]
 
 
 def _run_planned(recipe: Recipe, planned: Sequence[Trial]) -> None:

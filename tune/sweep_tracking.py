@@ -5,7 +5,7 @@ A trial's run holds its recipe, curves, figures and fingerprints.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
 from fae.pipelines.chain import stage_pictures
@@ -14,7 +14,7 @@ from fae.pipelines.config import Recipe
 from fae.pipelines.config.facts import flatten
 from fae.pipelines.storage import paths
 from fae.pipelines.training.metrics_log import read_metrics_log
-from fae.pipelines.training.tracking import Tracker, resolve_uri
+from fae.pipelines.training.tracking import Tracker, end_run, resolve_uri
 
 from .records import FAILED, UNFINISHED
 from .spaces import label
@@ -69,6 +69,17 @@ def log_stage(tracker: Tracker, stage: Stage) -> None:
     for name, png in stage_pictures(stage).items():
         tracker.log_figure(png, f"{stage.name}-{name}")
     tracker.set_tags({f"fae.{stage.name}": result["fingerprint"]})
+
+
+def end_trainings(trial: Trial, others: Iterable[Trial]) -> None:
+    """End the runs of the trial's unfinished trainings, which its own end has killed.
+
+    One that a trial of `others` shares is left alone: that trial resumes it.
+    """
+    shared = {stage.uri for other in others for stage in other.stages}
+    for stage in trial.stages:
+        if training_of(stage) and stage.uri not in shared and stage.result() is None:
+            end_run(stage.recipe.tracking, stage.uri, "KILLED")
 
 
 def star_trials(

@@ -33,7 +33,7 @@ from .preemption import NodeLeaving
 from .run_folder import run_folder
 from .run_log import say
 from .step import NonFiniteGradientError
-from .tracking import Tracker, account_note, shared_tracking
+from .tracking import Tracker, account_note, end_run, shared_tracking
 
 RESIZE_SECONDS = 60.0
 """Between two looks at whether hosts have joined, where a training has `min_workers`."""
@@ -62,7 +62,12 @@ def launch(
         "versions": versions(),
     }
     called = functools.partial(run_worker, worker.__module__, worker.__name__)
-    fit(called, config, training, run_folder(recipe), callbacks)
+    try:
+        fit(called, config, training, run_folder(recipe), callbacks)
+    except Exception:
+        # The first worker, which tracks the run, may have died.
+        end_run(recipe.tracking, run_folder(recipe), "FAILED")
+        raise
 
 
 @dataclass(frozen=True)

@@ -182,13 +182,9 @@ class Tracker:
             )
 
     def _connect(self, experiment: str, uri: str) -> None:
-        # A dead server must cost seconds, not MLflow's default of many minutes of retries.
-        os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
-        os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "10")
         from mlflow.exceptions import MlflowException
-        from mlflow.tracking import MlflowClient
 
-        self._client = MlflowClient(tracking_uri=uri)
+        self._client = _client_of(uri)
         found = self._client.get_experiment_by_name(experiment)
         if not found:
             location = None
@@ -236,11 +232,8 @@ class Tracker:
 
     def _find(self, run: str) -> str | None:
         """The id of the run with this address."""
-        escaped = run.replace("'", "\\'")
-        runs = self._client.search_runs(
-            [self._experiment_id], f"tags.`{RUN_TAG}` = '{escaped}'", max_results=1
-        )
-        return str(runs[0].info.run_id) if runs else None
+        found = _run_of(self._client, self._experiment_id, run)
+        return str(found.info.run_id) if found else None
 
     def _attempt(self, action: Callable[[], None] | None = None) -> bool:
         """Open the run if it is not, send what was kept, then `action`; whether all succeeded."""
@@ -270,3 +263,34 @@ class Tracker:
             return False
         self._pause = 0.0
         return True
+
+
+def end_run(tracking: TrackingSection, run: str, status: str) -> None:
+    """End the run with the address `run` as MLflow's `status`, where one is there and RUNNING.
+
+    For what notices the end of a process that could not end its run itself. Raises nothing.
+    """
+    if not tracking.enabled:
+        return
+    with contextlib.suppress(Exception):  # what ended the process is what the user must hear of
+        client = _client_of(resolve_uri(tracking))
+        experiment = client.get_experiment_by_name(tracking.experiment)
+        found = experiment and _run_of(client, experiment.experiment_id, run)
+        if found and found.info.status == "RUNNING":
+            client.set_terminated(found.info.run_id, status)
+
+
+def _client_of(uri: str) -> Any:
+    # A dead server must cost seconds, not MLflow's default of many minutes of retries.
+    os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
+    os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "10")
+    from mlflow.tracking import MlflowClient
+
+    return MlflowClient(tracking_uri=uri)
+
+
+def _run_of(client: Any, experiment_id: str, run: str) -> Any:
+    """The experiment's run with this address, or None."""
+    escaped = run.replace("'", "\\'")
+    runs = client.search_runs([experiment_id], f"tags.`{RUN_TAG}` = '{escaped}'", max_results=1)
+    return runs[0] if runs else None

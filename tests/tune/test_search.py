@@ -19,11 +19,12 @@ from types import SimpleNamespace
 import pytest
 
 from fae.pipelines.config.recipe import RecipeError, load_recipe
-from fae.tune import search
+from fae.tune import SearchError, search
 from fae.tune.algorithms import make_searcher
 from fae.tune.concurrency import concurrent_trials, cores_of_each, with_shared_cores
 from fae.tune.records import FINISHED
 from fae.tune.stage_lock import stage_lock
+from fae.tune.sweep_status import planned_trials
 from fae.tune.trials import plan_trial
 from tests.tiny import ROOT
 
@@ -154,6 +155,23 @@ def test_optuna_starts_from_recorded_trials_that_its_space_holds(photographs, tm
     assert missing == 2 and searcher.suggest("1") == {DIM: 16}, "the interrupted trial comes first"
 
 
+def test_optuna_suggests_num_samples_beside_the_points(photographs, tmp_path):
+    points = [{DIM: 8}, {DIM: 16}]
+    recipe = load_recipe(
+        RECIPE,
+        values(
+            photographs, tmp_path, "tune.algorithm=optuna", "tune.num_samples=4",
+            f"tune.space.{DIM}.grid=[4,8,16,32]", f"tune.points={json.dumps(points)}",
+        ),
+    )  # fmt: skip
+    for settings in [*points, {DIM: 4}]:
+        trial = plan_trial(recipe, settings)
+        trial.record_start()
+        trial.record_result(FINISHED, {"autoencoder/mse": 1.0}, {})
+    _, missing = make_searcher(recipe, str(tmp_path / "tune" / "s"))
+    assert missing == 3 and planned_trials(recipe) == 6
+
+
 def test_the_lock_of_a_stage_is_lost_only_with_the_node_of_its_owner(monkeypatch):
     made = {}
 
@@ -250,10 +268,13 @@ def check_tracking(server: str, numbers: dict) -> None:
 @pytest.mark.faults
 @pytest.mark.integration
 def test_asha_stops_a_trial_in_the_middle_of_its_training(local_ray, photographs, tmp_path):
+    from mlflow.tracking import MlflowClient
+
+    uri = f"sqlite:///{tmp_path}/mlflow.db"
     recipe = load_recipe(
         RECIPE,
         values(
-            photographs, tmp_path, "tracking.enabled=false", "tune.scheduler=asha",
+            photographs, tmp_path, f"tracking.uri={uri}", "tune.scheduler=asha",
             "tune.max_concurrent_trials=1", "autoencoder.training.steps=80",
             "tune.space.autoencoder.training.learning_rate.grid=[1e-3,1e-9]",
             "autoencoder.training.validate_every=20", "autoencoder.training.checkpoint_every=20",
@@ -267,6 +288,15 @@ def test_asha_stops_a_trial_in_the_middle_of_its_training(local_ray, photographs
     assert 20 <= stopped["metrics"]["autoencoder/step"] < 80
     folder = tmp_path / f"autoencoder-{stopped['stages']['autoencoder']}"
     assert not (folder / "result.json").exists()
+    client = MlflowClient(tracking_uri=uri)
+    statuses = {
+        name: sorted(
+            run.info.status
+            for run in client.search_runs([client.get_experiment_by_name(name).experiment_id])
+        )
+        for name in ("fae", "fae-stages")
+    }
+    assert statuses == {"fae": ["FINISHED"] * 3, "fae-stages": ["FINISHED", "KILLED"]}
     again = search(recipe)
     assert again == numbers and not (folder / "result.json").exists()
 
@@ -322,3 +352,70 @@ def test_a_failed_trial_names_its_cause_in_its_record_and_in_mlflow(
     assert (run.info.status, run.data.tags["fae.state"]) == ("FAILED", FAILED)
     trial.record_start()  # what the next attempt does first
     assert trial.failure() is None
+
+
+def test_runs_of_a_trial_that_others_ended_are_ended_in_mlflow(photographs, tmp_path):
+    """By the scheduler, or with its process; a training that another trial resumes is not."""
+    from mlflow.tracking import MlflowClient
+
+    from fae.pipelines.training.tracking import Tracker
+    from fae.tune.records import FAILED, recorded
+    from fae.tune.sweep import _Recorder
+    from fae.tune.sweep_tracking import trial_tracker
+
+    uri = f"sqlite:///{tmp_path}/mlflow.db"
+    recipe = load_recipe(
+        RECIPE, values(photographs, tmp_path, f"tracking.uri={uri}", "chain.until=latents")
+    )
+    client = MlflowClient(tracking_uri=uri)
+
+    def running(settings: dict) -> SimpleNamespace:
+        """Ray Tune's trial, which trains its autoencoder when its process ends."""
+        trial = plan_trial(recipe, settings)
+        trial.record_start()
+        trial_tracker(recipe, trial)
+        Tracker(trial.recipe.tracking, uri, trial.stages[0].uri, {})
+        return SimpleNamespace(
+            config={"settings": json.dumps(settings)}, last_result={"autoencoder/mse": 1.0},
+            is_finished=lambda: False, get_error=lambda: None, get_pickled_error=lambda: None,
+        )  # fmt: skip
+
+    def statuses(experiment: str) -> dict[str, str]:
+        found = client.search_runs([client.get_experiment_by_name(experiment).experiment_id])
+        return {run.data.tags["fae.run"]: run.info.status for run in found}
+
+    settings = {"stopped": {DIM: 4}, "killed": {DIM: 8}, "shared": {DIM: 16, COLUMNS: ["mean"]}}
+    settings["other"] = {DIM: 16, COLUMNS: ["mean", "logvar"]}
+    trials = {name: running(some) for name, some in settings.items()}
+    recorder, live = _Recorder(recipe), list(trials.values())
+    recorder.on_trial_complete(1, live, trials["stopped"])
+    recorder.on_trial_error(1, live, trials["killed"])
+    recorder.on_trial_error(1, live, trials["shared"])
+
+    planned = {name: plan_trial(recipe, some) for name, some in settings.items()}
+    trainings, runs = statuses("fae-stages"), statuses("fae")
+    assert [trainings[planned[name].stages[0].uri] for name in planned] == [
+        "KILLED", "KILLED", "RUNNING", "RUNNING",
+    ]  # fmt: skip
+    assert [runs[planned[name].uri] for name in planned] == [
+        "FINISHED", "FAILED", "FAILED", "RUNNING",
+    ]  # fmt: skip
+    records = recorded(str(tmp_path / "tune" / "s"))
+    assert records[planned["killed"].uri.rpartition("/")[2]]["state"] == FAILED
+
+
+def test_a_sweep_whose_trials_failed_is_failed_in_mlflow(photographs, tmp_path, monkeypatch):
+    from mlflow.tracking import MlflowClient
+
+    def fail(*_):
+        raise SearchError("1 trials failed")
+
+    monkeypatch.setattr("fae.tune.sweep.start_ray", lambda: None)
+    monkeypatch.setattr("fae.tune.sweep._run_planned", fail)
+    uri = f"sqlite:///{tmp_path}/mlflow.db"
+    space = f"tune.space.{DIM}.grid=[4,8]"
+    with pytest.raises(SearchError):
+        search(load_recipe(RECIPE, values(photographs, tmp_path, f"tracking.uri={uri}", space)))
+    client = MlflowClient(tracking_uri=uri)
+    (run,) = client.search_runs([client.get_experiment_by_name("fae").experiment_id])
+    assert run.info.status == "FAILED"

@@ -23,9 +23,9 @@ from fae.pipelines.config.recipe import load_recipe
 from fae.pipelines.config.sections import TrackingSection
 from fae.pipelines.data.account import Account
 from fae.pipelines.training import tracking
-from fae.pipelines.training.launch import Worker
+from fae.pipelines.training.launch import Worker, launch
 from fae.pipelines.training.loop import run_job
-from fae.pipelines.training.tracking import Tracker
+from fae.pipelines.training.tracking import Tracker, end_run
 from tests.fault_proxy import FaultProxy
 
 
@@ -172,3 +172,44 @@ def test_a_training_that_fails_is_failed_in_mlflow(tmp_path, monkeypatch, broken
     client = MlflowClient(tracking_uri=uri)
     (run,) = client.search_runs([client.get_experiment_by_name("fae").experiment_id])
     assert run.info.status == "FAILED"
+
+
+def test_a_run_whose_first_worker_died_is_failed_in_mlflow(tmp_path, monkeypatch):
+    from mlflow.tracking import MlflowClient
+    from ray.exceptions import ActorDiedError
+    from ray.train import WorkerGroupError
+
+    uri = f"sqlite:///{tmp_path}/mlflow.db"
+    values = [f"tracking.uri={uri}", f"storage={tmp_path}", "run=first"]
+    recipe = load_recipe("photos-dinov2s", [*values, "generator.training.max_failures=0"])
+
+    class Trainer:
+        def __init__(self, *_: object, train_loop_config: dict, **__: object) -> None:
+            self.run, self.uri = f"{tmp_path}/first", train_loop_config["tracking_uri"]
+
+        def fit(self) -> None:
+            Tracker(recipe.tracking, self.uri, self.run, {})
+            raise WorkerGroupError("", {0: ActorDiedError()})
+
+    monkeypatch.setattr("ray.train.torch.TorchTrainer", Trainer)
+    monkeypatch.setattr("ray.cluster_resources", lambda: {"CPU": 8.0})
+    monkeypatch.setattr("fae.pipelines.training.launch.start_ray", lambda: None)
+    with pytest.raises(WorkerGroupError):
+        launch(run_job, recipe, recipe.generator.training)
+    client = MlflowClient(tracking_uri=uri)
+    experiment = client.get_experiment_by_name("fae").experiment_id
+    (run,) = client.search_runs([experiment])
+    assert run.info.status == "FAILED"
+
+
+def test_a_run_that_has_ended_is_not_ended_again(tmp_path):
+    from mlflow.tracking import MlflowClient
+
+    uri = f"sqlite:///{tmp_path}/mlflow.db"
+    section = TrackingSection(uri=uri)
+    end_run(section, "runs/r", "FAILED")  # there is none
+    Tracker(section, uri, "runs/r", {}).finish()
+    end_run(section, "runs/r", "FAILED")
+    client = MlflowClient(tracking_uri=uri)
+    (run,) = client.search_runs([client.get_experiment_by_name("fae").experiment_id])
+    assert run.info.status == "FINISHED"
