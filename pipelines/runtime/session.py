@@ -30,6 +30,8 @@ VARIABLES = {
 CONNECT_SECONDS = 10.0
 HTTP2_GREETING = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + bytes([0, 0, 0, 4, 0, 0, 0, 0, 0])
 """RFC 9113: the client's preface and an empty SETTINGS frame (type 4), which a server answers."""
+RETRY_ADVICE = "\nFailed to apply UDF transform after "
+"""How the text begins that Ray Data appends to a task's error, about retries of its own."""
 GCS_PORT = "RAY_GCS_SERVER_PORT"
 STATE_API = "RAY_API_SERVER_ADDRESS"
 """Where tasks find the dashboard's state API: by the address of the head, HOST:PORT."""
@@ -125,7 +127,7 @@ def plain_error(error: Exception) -> Exception:
     cause: BaseException | None = error
     while cause is not None:
         if isinstance(cause, UserError) and not isinstance(cause, RayError):
-            return type(cause)(str(cause))
+            return type(cause)(str(cause).partition(RETRY_ADVICE)[0])
         cause = getattr(cause, "cause", None) or cause.__cause__
     return error
 

@@ -8,8 +8,24 @@ import tempfile
 from pathlib import Path
 
 import pytest
+from ray.data._internal import util
 
-from fae.pipelines.runtime.session import on_cluster, start_ray
+from fae.pipelines.runtime.session import on_cluster, plain_error, start_ray
+from fae.pipelines.storage.paths import StorageError
+
+
+def test_an_error_of_a_task_is_its_own_words_without_rays_about_retries():
+    error = StorageError("Cannot read a.")
+    util._annotate_exception_with_retry_context(
+        error,
+        description="apply UDF transform",
+        **{"attempts": 1, "max_attempts": 1, "total_backoff_s": 0.0, "exception_str": ""},
+    )
+    failed = RuntimeError("a task failed")
+    failed.__cause__ = error
+    plain = plain_error(failed)
+    assert isinstance(plain, StorageError) and str(plain) == "Cannot read a."
+
 
 SCRIPT = """
 import os
