@@ -45,6 +45,8 @@ FILES = {
 GENERATORS = tuple(kind for kind, name in FILES.items() if name == "generator.safetensors")
 """The kinds of generators."""
 
+INSTALL_IT = "Install the version that trained it; a published folder's fae.json names it."
+
 
 class CheckpointError(UserError, ValueError):
     """A file that `save` did not write, or that is incomplete or damaged."""
@@ -142,27 +144,42 @@ def read_metadata(path: str | Path) -> dict[str, str]:
 def build(kind: str, config: Mapping[str, Any]) -> Any:
     """A module of one of `MODULES` with initial weights; `config` has its configuration's fields.
 
-    Lists are taken for tuples: JSON has no tuples, and the configurations have no lists.
+    Lists are taken for tuples: JSON has no tuples, and the configurations have no lists. Raises
+    CheckpointError for a field that is not known here or is missing.
     """
     module_class, config_class = MODULES[kind]
     values = {k: tuple(v) if isinstance(v, list) else v for k, v in config.items()}
-    return module_class(config_class(**values))
+    try:
+        made = config_class(**values)
+    except TypeError as error:
+        raise CheckpointError(
+            f"another version of fae-ray wrote this {kind} ({error}). {INSTALL_IT}"
+        ) from None
+    return module_class(made)
 
 
 def load(path: str | Path, *kinds: str) -> Loaded:
     """Rebuild the module that `save` wrote. Where `kinds` are given, it must be of one of them.
 
-    Raises CheckpointError for a file that is missing, of another kind, or whose weights do not
-    match the hash in its metadata.
+    Raises CheckpointError for a file that is missing, of another kind, of another version, or whose
+    weights do not match the hash in its metadata.
     """
     metadata = read_metadata(path)
     if kinds and metadata["kind"] not in kinds:
         raise CheckpointError(f"{path} holds a {metadata['kind']}; needed is {' or '.join(kinds)}.")
-    module = build(metadata["kind"], json.loads(metadata["config"]))
+    try:
+        module = build(metadata["kind"], json.loads(metadata["config"]))
+    except CheckpointError as error:
+        raise CheckpointError(f"{path}: {error}") from None
     tensors = load_file(str(path))
     if tensors_sha256(tensors) != metadata["weights_sha256"]:
         raise CheckpointError(
             f"{path}: the weights do not match the hash in its metadata; the file is damaged."
+        )
+    if differing := sorted(module.state_dict().keys() ^ tensors.keys()):
+        raise CheckpointError(
+            f"{path}: another version of fae-ray wrote it: {len(differing)} tensors are only there "
+            f"or only here, the first {differing[0]}. {INSTALL_IT}"
         )
     module.load_state_dict(tensors, strict=True)
     return Loaded(

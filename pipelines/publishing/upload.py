@@ -30,7 +30,10 @@ def push(folder: str | Path, repository: str, private: bool = False) -> str:
     place = Path(folder).expanduser()
     if not (place / ACCOUNT).is_file():
         raise PublishError(f"{place} has no {ACCOUNT}: `fae publish RUN --output FOLDER` makes it.")
-    files = json.loads((place / ACCOUNT).read_text())["files"]
+    try:
+        files = dict(json.loads((place / ACCOUNT).read_text())["files"])
+    except (ValueError, TypeError, KeyError):
+        raise PublishError(f"{place / ACCOUNT} is damaged. Publish into a new folder.") from None
     there = {p.relative_to(place).as_posix() for p in place.rglob("*") if not p.is_dir()}
     if others := sorted(there - {*files, ACCOUNT}):
         raise PublishError(

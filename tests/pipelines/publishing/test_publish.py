@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -24,6 +25,8 @@ from fae.pipelines.storage import paths
 from fae.pipelines.storage.paths import StorageError
 from fae_core import checkpoint
 from fae_core.checkpoint import CheckpointError
+from fae_core.pixel_decoder import PixelDecoder, PixelDecoderConfig
+from tests.fault_proxy import FaultProxy
 from tests.hub_server import TOKEN, HubServer
 from tests.tiny import SMALLEST_BACKBONE, TINY
 
@@ -156,6 +159,40 @@ def test_the_results_of_a_chain_are_published_from_its_folder(runs, tmp_path):
     assert named["networks"] == account["networks"]
 
 
+def test_what_is_published_again_keeps_the_recipe_of_each_network(runs, tmp_path):
+    changed = (runs / "dit/recipe.yaml").read_text().replace("seed: 0", "seed: 7", 1)
+    dit = tmp_path / "dit"
+    shutil.copytree(runs / "dit", dit)
+    (dit / "recipe.yaml").write_text(changed)
+    first, again = tmp_path / "first", tmp_path / "again"
+    publish([str(runs / "fae"), str(dit)], str(first))
+    card = (first / "README.md").read_text()
+    assert "fae train autoencoder recipe.yaml data.path" in card
+    assert "fae train generator recipe-generator.yaml latents" in card
+    publish([str(first)], str(again))
+    assert "seed: 7" in (first / "recipe-generator.yaml").read_text()
+    for name in ("recipe.yaml", "recipe-generator.yaml"):
+        assert (again / name).read_text() == (first / name).read_text()
+
+
+def test_the_card_of_networks_without_their_autoencoder_loads_each(runs, tmp_path):
+    output = tmp_path / "published"
+    publish([str(runs / "decoder"), str(runs / "dit")], str(output), name=MODEL)
+    card = (output / "README.md").read_text()
+    for name in ("pixel_decoder", "generator"):
+        assert f'{name} = fae.load("hf://{MODEL}/{name}.safetensors").module' in card
+
+
+def test_networks_of_any_size_are_published_to_s3(limited_s3: FaultProxy, tmp_path):
+    decoder = PixelDecoder(PixelDecoderConfig(8, (2, 2), 32, width=256, depth=2, num_heads=2))
+    file = tmp_path / "pixel_decoder.safetensors"
+    checkpoint.save(file, decoder, {"backbone": "test_vit:0", "image_size": "32"})
+    assert file.stat().st_size > limited_s3.put_limit  # a single PUT is refused
+    publish([str(file)], "s3://large/published")
+    loaded = fae.load("s3://large/published/pixel_decoder.safetensors")
+    assert loaded.weights_sha256 == fae.load(file).weights_sha256
+
+
 def test_networks_that_do_not_belong_together_are_refused(runs, tmp_path):
     dit = fae.load(runs / "dit")
     other = tmp_path / "generator.safetensors"
@@ -234,6 +271,9 @@ def test_a_changed_folder_and_a_refused_token_are_not_pushed(
     monkeypatch.setenv("HF_TOKEN", TOKEN)
     (output / "recipe.yaml").write_text("{}")
     with pytest.raises(PublishError, match="recipe.yaml differ from fae.json"):
+        push(output, MODEL)
+    (output / "fae.json").write_text("{}")
+    with pytest.raises(PublishError, match="fae.json is damaged"):
         push(output, MODEL)
     assert hub.repositories == {}
 
