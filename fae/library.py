@@ -94,8 +94,8 @@ class FeatureAutoencoder:
 
         Raises CheckpointError if the weights of the backbone are not those that the autoencoder
         was trained on (SHA-256), or if the pixel decoder was trained on another backbone;
-        WeightsError if the weights cannot be loaded; and RecipeError if the recipe has values for
-        these that are not known here.
+        WeightsError if the weights cannot be loaded; and RecipeError for a precision, or a value of
+        these keys in the recipe, that is not known here.
         """
         uri = _address(path)
         loaded = load_checkpoint(uri, "autoencoder")
@@ -111,7 +111,10 @@ class FeatureAutoencoder:
             pixels = load_checkpoint(decoder_uri, "pixel_decoder")
             decoder = LatentDecoder.join(loaded, pixels, decoder_uri, place)
         loaded.module.to(place)
-        asked = precision or beside.precompute.precision
+        asked = beside.precompute.precision
+        if precision is not None:
+            given = validate_recipe({"precompute": {"precision": precision}}, "from_pretrained")
+            asked = given.precompute.precision
         chosen = settled_precision(asked, place.type == "cuda")
         return cls(backbone.to(place), loaded, decoder, place, chosen, beside.data)
 

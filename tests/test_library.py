@@ -186,6 +186,8 @@ def test_crops_are_those_of_the_runs_recipe(runs, pictures, tmp_path):
 
 def test_the_precision_is_that_of_the_runs_recipe(runs):
     assert fae.FeatureAutoencoder.from_pretrained(runs / "fae").precision == "fp32"
+    with pytest.raises(RecipeError, match="precompute.precision: given 'fp16'"):
+        fae.FeatureAutoencoder.from_pretrained(runs / "fae", precision="fp16")
 
 
 def test_images_are_given_in_several_ways(model, pictures):

@@ -62,9 +62,9 @@ def import_rae(
     config: Mapping[str, Any] = {}
     weights_uri = uri
     if paths.exists(paths.join(uri, "config.json")):
-        config = _autoencoder_rae_config(uri)
+        config = _autoencoder_rae_config(uri, num_heads)
         weights_uri = paths.join(uri, DIFFUSERS_WEIGHTS)
-        num_heads = num_heads or int(config["decoder_num_attention_heads"])
+        num_heads = int(config["decoder_num_attention_heads"])
     with _tensors(weights_uri) as tensors:
         decoder = decoder_tensors(tensors, uri)
         name = backbone or _backbone_of(config, uri)
@@ -152,14 +152,25 @@ def _check_output(output: str) -> None:
         raise ForeignError(f"--output {output}: give the name of a .safetensors file.")
 
 
-def _autoencoder_rae_config(uri: str) -> dict[str, Any]:
-    config = json.loads(paths.read_bytes(paths.join(uri, "config.json")))
+def _autoencoder_rae_config(uri: str, num_heads: int | None) -> dict[str, Any]:
+    try:
+        config = dict(json.loads(paths.read_bytes(paths.join(uri, "config.json"))))
+    except (ValueError, TypeError):
+        raise ForeignError(f"{uri}: its config.json is no configuration of a model.") from None
     if config.get("_class_name") != "AutoencoderRAE":
         raise ForeignError(
             f"{uri} is a {config.get('_class_name') or 'model'} by its config.json; expected "
             "AutoencoderRAE of diffusers, or one of RAE's .pt files."
         )
-    return dict(config)
+    if num_heads is not None:
+        config["decoder_num_attention_heads"] = num_heads
+    needed = ("decoder_num_attention_heads", "encoder_input_size", "encoder_patch_size")
+    if absent := [key for key in needed if not isinstance(config.get(key), int)]:
+        raise ForeignError(
+            f"{uri}: its config.json has no number for {', '.join(absent)}. Another version of "
+            "diffusers may have written it; those that were tried are 0.42 and later."
+        )
+    return config
 
 
 @contextmanager

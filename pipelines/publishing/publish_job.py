@@ -143,7 +143,7 @@ def _recipes(found: Findings) -> dict[str, str]:
             if paths.exists(uri := paths.join(network.folder, file)):
                 there[name] = uri
                 break
-    first = "autoencoder" if "autoencoder" in there else next(iter(there), None)
+    first = "autoencoder" if "autoencoder" in there else next(iter(there), "")
     return {
         "recipe.yaml" if name == first else f"recipe-{name}.yaml": _read_recipe(uri)
         for name, uri in there.items()

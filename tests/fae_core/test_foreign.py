@@ -83,8 +83,8 @@ def test_a_width_of_no_known_size_needs_the_heads() -> None:
         dit_generator(random_tensors(modern=False), "it", num_classes=CLASSES)
 
 
-def test_an_empty_checkpoint_is_refused_in_words(tmp_path: Path) -> None:
-    for name in ("empty.pt", "empty.safetensors"):
-        (tmp_path / name).touch()
+def test_an_empty_or_damaged_checkpoint_is_refused_in_words(tmp_path: Path) -> None:
+    for name in ("empty.pt", "empty.safetensors", "damaged.pt"):
+        (tmp_path / name).write_bytes(b"junk" if name == "damaged.pt" else b"")
         with pytest.raises(ForeignError, match=rf"{name} cannot be read as a file of tensors"):
             read_tensors(tmp_path / name)

@@ -220,6 +220,14 @@ def test_other_models_and_pickles_are_refused(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps({"_class_name": "AutoencoderKL"}))
     with pytest.raises(ForeignError, match="AutoencoderKL"):
         run("rae", tmp_path, "--output", tmp_path / "d.safetensors")
+    for text, words in (
+        ("[1]", "no configuration"),
+        ("{", "no configuration"),
+        ('{"_class_name": "AutoencoderRAE"}', "no number for decoder_num_attention_heads"),
+    ):
+        (tmp_path / "config.json").write_text(text)
+        with pytest.raises(ForeignError, match=words):
+            run("rae", tmp_path, "--output", tmp_path / "d.safetensors")
     torch.save(
         {"model": PixelDecoder(PixelDecoderConfig(4, (2, 2), 16, 8, 1, 2))}, tmp_path / "p.pt"
     )
