@@ -111,7 +111,10 @@ def part_of(tensor: Tensor, part: int, parts: int) -> Tensor:
 
 
 def needs(tensor: Tensor, part: int, parts: int) -> bool:
-    """Whether this worker fills rows of `tensor` from that part; small tensors are in any part."""
+    """Whether a sharded model's worker fills rows of `tensor` from that part.
+
+    Small tensors that are not distributed are in any part.
+    """
     if not isinstance(tensor, DTensor) and tensor.nbytes <= SMALL:
         return False
     return bool(_common(_own_rows(tensor), rows_of(len(tensor), part, parts)))

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from ..config.sections import TrainingSection
-from .distributed import fill, gathered, mapped, needs, part_of
+from .distributed import fill, gathered, is_sharded, mapped, needs, part_of
 from .job import Adversary, TrainingError
 
 
@@ -99,7 +99,12 @@ class TrainState:
         }
 
     def needs(self, part: int, parts: int) -> bool:
-        """Whether this worker must read that part, besides any one: it has all small tensors."""
+        """Whether this worker must read that part, besides any one.
+
+        A whole model has rows of every part, also of small tensors if a sharded one wrote it.
+        """
+        if not is_sharded(self.model):
+            return True
         modules = [network.module for network in self.networks.values()]
         tensors = (t for m in modules for t in (*m.parameters(), *m.buffers()))
         return any(needs(tensor, part, parts) for tensor in tensors)

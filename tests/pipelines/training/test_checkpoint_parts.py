@@ -84,9 +84,11 @@ def save_at(run: str, sharded: bool, steps: tuple[int, ...], width: int = 203) -
     return state.content()
 
 
-def resumed(run: str, sharded: bool, until: int = 0) -> tuple[str, dict[str, Any], list[str]]:
+def resumed(
+    run: str, sharded: bool, until: int = 0, width: int = 203
+) -> tuple[str, dict[str, Any], list[str]]:
     """What a state says and holds that resumed and trained on, and the files that it read."""
-    state, read = new_state(sharded), []
+    state, read = new_state(sharded, width), []
     copy = paths.local_copy
 
     def recorded(uri: str) -> Any:
@@ -171,6 +173,13 @@ def test_a_run_that_resumed_ends_at_the_bits_of_one_that_was_not_interrupted(
         on_workers(2, resumed, str(run), sharded, 4), whole, strict=True
     ):
         assert alike(without_rng(content), without_rng(expected))
+
+
+def test_a_network_of_small_tensors_that_was_sharded_resumes_whole(tmp_path: Path) -> None:
+    held, _ = on_workers(2, save_at, str(tmp_path), True, (1,), 16)
+    _, content, read = resumed(str(tmp_path), False, width=16)
+    assert len(read) == 2
+    assert alike(without_rng(content), without_rng(held))
 
 
 def test_two_sharded_workers_resume_from_one_file(tmp_path: Path) -> None:
@@ -288,7 +297,7 @@ def one_cannot_write(run: str) -> str:
 def test_where_one_worker_cannot_write_its_part_all_say_so(tmp_path: Path) -> None:
     first, second = on_workers(2, one_cannot_write, str(tmp_path))
     assert first.startswith("TrainingError: worker 1 of 2: Cannot write /proc/nowhere")
-    assert second.startswith("StorageError: Cannot write /proc/nowhere")
+    assert second.startswith("FileError: Cannot write /proc/nowhere")
     assert not list_checkpoints(str(tmp_path))
 
 
