@@ -76,6 +76,33 @@ def keep_interrupts(trainer: Any) -> list[Any]:
     return controllers
 
 
+def with_advice_on_retries(error: Exception) -> None:
+    """Add to `error` what Ray Data adds to those of tasks: its settings of retries.
+
+    Only tests need it. Replaced by: nothing; the error of a task would be enough.
+    """
+    from ray.data._internal.util import _annotate_exception_with_retry_context
+
+    _annotate_exception_with_retry_context(
+        error,
+        description="apply UDF transform",
+        attempts=1,
+        max_attempts=1,
+        total_backoff_s=0.0,
+        exception_str="",
+    )
+
+
+def fill_in_machine_images(config: dict[str, Any]) -> None:
+    """Set the `ImageId` of the nodes in a `ray up` file that name none, as Ray does on AWS.
+
+    Only tests need it. Replaced by: `ray up --dry-run`.
+    """
+    from ray.autoscaler._private.aws.config import _check_ami
+
+    _check_ami(config)
+
+
 def worker_setup() -> tuple[Any, Any]:
     """(the parser of a worker's command line, the class of its runtime environment).
 

@@ -16,6 +16,7 @@ import yaml
 from fae.cli import job_commands
 from fae.cluster.command import Command
 from fae.cluster.kuberay import ray_job
+from fae.pipelines.runtime import ray_private
 from tests.tiny import ROOT
 
 FILES = sorted((ROOT / "cluster" / "kuberay").glob("*.yaml"))
@@ -177,10 +178,8 @@ def test_the_head_may_start_the_workers_and_they_may_only_use_the_bucket():
 
 
 def test_ray_chooses_no_machine_image_by_itself():
-    from ray.autoscaler._private.aws.config import _check_ami
-
     config, _ = aws()
-    _check_ami(config)  # it fills in what is missing
+    ray_private.fill_in_machine_images(config)
     types = config["available_node_types"].values()
     assert {each["node_config"]["ImageId"] for each in types} == {"AMI"}
 

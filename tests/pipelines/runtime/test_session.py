@@ -8,19 +8,16 @@ import tempfile
 from pathlib import Path
 
 import pytest
-from ray.data._internal import util
 
+from fae.pipelines.runtime import ray_private
 from fae.pipelines.runtime.session import on_cluster, plain_error, start_ray
 from fae.pipelines.storage.paths import StorageError
 
 
 def test_an_error_of_a_task_is_its_own_words_without_rays_about_retries():
     error = StorageError("Cannot read a.")
-    util._annotate_exception_with_retry_context(
-        error,
-        description="apply UDF transform",
-        **{"attempts": 1, "max_attempts": 1, "total_backoff_s": 0.0, "exception_str": ""},
-    )
+    ray_private.with_advice_on_retries(error)
+    assert "retries" in str(error)
     failed = RuntimeError("a task failed")
     failed.__cause__ = error
     plain = plain_error(failed)
