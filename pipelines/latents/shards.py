@@ -61,12 +61,16 @@ def errors_uri(uri: str, index: int) -> str:
 
 
 def files_in(uri: str, folder: str) -> dict[str, paths.FileInfo]:
-    """The files of shards in `folder`, "shards" or "errors", by name.
+    """The files in `folder`, "shards" or "errors", by name.
 
-    Others are left out, such as the temporary file that a killed writer left on a local disk.
+    The hidden temporary files that a killed writer left on a local disk are no part of the store.
     """
-    found = ((f.uri.rpartition("/")[2], f) for f in paths.list_files(paths.join(uri, folder)))
-    return {name: file for name, file in found if _NAME.fullmatch(name)}
+    found = {f.uri.rpartition("/")[2]: f for f in paths.list_files(paths.join(uri, folder))}
+    return {
+        name: file
+        for name, file in found.items()
+        if not (name.startswith(".") and name.endswith(paths.TEMPORARY_SUFFIX))
+    }
 
 
 def write_shard(
@@ -214,7 +218,11 @@ def read_errors(uri: str, each: Each = map) -> Iterator[dict[str, str]]:
 
 def errors_by_shard(uri: str, each: Each = map) -> Iterator[tuple[int, list[dict[str, str]]]]:
     """(shard, its errors) of every shard that has some, in order; `each` as for `commit`."""
-    files = {int(name.partition(".")[0]): f.uri for name, f in files_in(uri, "errors").items()}
+    files = {
+        int(name.partition(".")[0]): file.uri
+        for name, file in files_in(uri, "errors").items()
+        if _NAME.fullmatch(name)
+    }
     for some in each(_read_error_files, batched(sorted(files.items()), SHARDS_AT_ONCE)):
         yield from some
 

@@ -30,9 +30,10 @@ from .token_states import STATES, TOKENS, starts_of
 def verify_store(uri: str, on_shard: Callable[[int, int], None] | None = None) -> list[str]:
     """Re-read every shard against manifest and plan; the problems in words, none if it is sound.
 
-    Finds a missing, truncated, changed, swapped or extra shard, a flipped byte anywhere in it, an
-    image that is in two places or in none, a label or caption that is not the plan's, and
-    statistics that are not the latents'. `on_shard(done, of)` is called after each shard.
+    Finds a missing, truncated, changed, swapped or extra shard, a flipped byte anywhere in it (of
+    an object with SSE-KMS or SSE-C: in its pages, by their checksums), an image that is in two
+    places or in none, a label or caption that is not the plan's, and statistics that are not the
+    latents'. `on_shard(done, of)` is called after each shard.
     """
     plan = open_plan(uri)
     manifest = read_manifest(uri, plan.format)
@@ -86,10 +87,7 @@ def _verify_shard(
     if len(data) != entry["bytes"]:
         return [f"has {len(data)} bytes, the manifest says {entry['bytes']}"]
     content = hashlib.md5(data, usedforsecurity=False).hexdigest()
-    # The ETag of an object in parts, or encrypted with a KMS or customer key, is no MD5; page
-    # checksums remain.
-    is_md5 = "-" not in entry["etag"] and file.etag in (None, content)
-    if is_md5 and content != entry["etag"]:
+    if content != entry["etag"] and _is_md5(entry["etag"], file):
         return ["has the right size and other bytes than when it was written"]
     try:
         table = pq.read_table(pa.BufferReader(data), page_checksum_verification=True)
@@ -119,6 +117,15 @@ def _verify_shard(
     if STATES in table.column_names:
         problems += _verify_states(table, entry["tokens"])
     return problems
+
+
+def _is_md5(etag: str, file: paths.FileInfo) -> bool:
+    """Whether the manifest's `etag`, which is not the MD5 of the file's bytes now, was one.
+
+    Only S3 makes others: of an object that was written in parts, or encrypted with a KMS or
+    customer key. The pages' checksums remain there.
+    """
+    return "-" not in etag and not (file.etag == etag and paths.is_encrypted(file.uri))
 
 
 def _planned_captions(record: ImageRecord) -> tuple[str, ...]:

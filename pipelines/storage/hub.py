@@ -83,6 +83,10 @@ def exists(uri: str) -> bool:
     return True
 
 
+def is_encrypted(uri: str) -> bool:
+    return False
+
+
 def read_bytes(uri: str) -> bytes:
     """The whole content of the file `uri`."""
     return bytes(filesystem().cat_file(path_of(uri)))

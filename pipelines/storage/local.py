@@ -54,6 +54,10 @@ def exists(uri: str) -> bool:
     return os.path.exists(path_of(uri))
 
 
+def is_encrypted(uri: str) -> bool:
+    return False
+
+
 def write_bytes(uri: str, data: bytes) -> str:
     path = path_of(uri)
     temporary = _write_temporary(path, data)

@@ -59,6 +59,13 @@ def exists(uri: str) -> bool:
     return False
 
 
+def is_encrypted(uri: str) -> bool:
+    bucket, key = split(uri)
+    said = _ask("read", lambda client: client.head_object(Bucket=bucket, Key=key))
+    with_kms = said.get("ServerSideEncryption", "").startswith("aws:kms")
+    return with_kms or "SSECustomerAlgorithm" in said
+
+
 def write_bytes(uri: str, data: bytes) -> str:
     bucket, key = split(uri)
     return _ask("write", lambda client: _put(client, bucket, key, data))

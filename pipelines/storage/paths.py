@@ -35,6 +35,7 @@ __all__ = [
     "delete",
     "exists",
     "filesystem",
+    "is_encrypted",
     "is_hub",
     "is_portable",
     "is_remote",
@@ -169,6 +170,15 @@ def exists(uri: str) -> bool:
     """Whether there is a file, folder or object, or any object below `uri`. Raises StorageError."""
     with _explained("look up", uri):
         return _readable(uri).exists(uri)
+
+
+def is_encrypted(uri: str) -> bool:
+    """Whether `uri` is an object with SSE-KMS or SSE-C, whose ETag is not the MD5 of its content.
+
+    Raises StorageError.
+    """
+    with _explained("look up", uri):
+        return _readable(uri).is_encrypted(uri)
 
 
 def write_bytes(uri: str, data: bytes) -> str:

@@ -5,9 +5,11 @@ import hashlib
 import json
 import os
 import shutil
+from collections.abc import Callable
 from itertools import islice
 from pathlib import Path
 
+import boto3
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -289,6 +291,10 @@ def damage_swap(folder: Path) -> None:
             lambda f: (f / "shards" / "00000009.parquet").write_bytes(b"x"),
             "00000009.parquet is not in the manifest",
         ),
+        (
+            lambda f: (f / "shards" / "00000000 (copy).parquet").write_bytes(b"x"),
+            r"00000000 \(copy\).parquet is not in the manifest",
+        ),
         (damage_swap, "00000000.parquet has"),
         (lambda f: damage_words(f, label=9), "00000002.parquet has another label or caption of"),
         (
@@ -324,9 +330,66 @@ def test_verify_finds_any_flipped_byte(tmp_path_factory, place):
     )
 
 
+def in_footer(data: bytes) -> int:
+    """A place in a shard that no checksum of a page covers."""
+    return data.rindex(b"parquet-cpp")
+
+
+def rot(monkeypatch: pytest.MonkeyPatch, place: Callable[[bytes], int]) -> None:
+    """From now on S3 gives shard 2 with a flipped bit, and the ETag as it was."""
+    sound = objects.read_bytes
+
+    def read_bytes(address):
+        data = bytearray(sound(address))
+        if address.endswith("shards/00000002.parquet"):
+            data[place(data)] ^= 1
+        return bytes(data)
+
+    monkeypatch.setattr(objects, "read_bytes", read_bytes)
+
+
+@pytest.mark.parametrize("root", ["s3"], indirect=True)
+@pytest.mark.parametrize("copied_in_parts", [False, True])
+def test_bytes_that_rot_under_an_etag_are_found(root, monkeypatch, copied_in_parts):
+    uri = build(paths.join(root, "store")).uri
+    if copied_in_parts:  # an ETag with a dash, while the manifest has the MD5
+        client, shard = boto3.client("s3"), f"{uri}/shards/00000002.parquet"
+        body = paths.read_bytes(shard)
+        asked = {"Bucket": "bucket", "Key": shard.removeprefix("s3://bucket/")}
+        asked["UploadId"] = client.create_multipart_upload(**asked)["UploadId"]
+        part = client.upload_part(**asked, PartNumber=1, Body=body)
+        parts = {"Parts": [{"PartNumber": 1, "ETag": part["ETag"]}]}
+        client.complete_multipart_upload(**asked, MultipartUpload=parts)
+    assert verify_store(uri) == []
+    rot(monkeypatch, in_footer)
+    (problem,) = verify_store(uri)
+    assert problem.startswith("shards/00000002.parquet has the right size and other bytes")
+
+
+def test_a_copy_on_the_hub_is_verified_by_the_manifests_md5s(hub, tmp_path):
+    build(str(tmp_path))
+    files = {
+        str(path.relative_to(tmp_path)): path.read_bytes()
+        for path in tmp_path.rglob("*")
+        if path.is_file()
+    }
+    hub.add("datasets/me/latents", files)
+    assert verify_store("hf://datasets/me/latents") == []
+    data = bytearray(files["shards/00000002.parquet"])
+    data[in_footer(data)] ^= 1
+    hub.add("datasets/me/latents", {**files, "shards/00000002.parquet": bytes(data)})
+    (problem,) = verify_store("hf://datasets/me/latents")
+    assert problem.startswith("shards/00000002.parquet has the right size and other bytes")
+
+
 @pytest.fixture
 def encrypted(root, monkeypatch):
-    """A store on S3 whose ETags are no MD5, as with SSE-KMS; and a function that renews one."""
+    """A store on S3 whose ETags are no MD5, with SSE-KMS; and a function that renews one."""
+    rule = {"ApplyServerSideEncryptionByDefault": {"SSEAlgorithm": "aws:kms"}}
+    client = boto3.client("s3")
+    client.put_bucket_encryption(
+        Bucket="bucket", ServerSideEncryptionConfiguration={"Rules": [rule]}
+    )
     renewed = set()
     real = objects._etag
 
@@ -336,17 +399,15 @@ def encrypted(root, monkeypatch):
 
     monkeypatch.setattr(objects, "_etag", etag)
     store = build(paths.join(root, "store"))
-    return store.uri, renewed.add
+    yield store.uri, renewed.add
+    client.delete_bucket_encryption(Bucket="bucket")
 
 
 @pytest.mark.parametrize("root", ["s3"], indirect=True)
-def test_an_etag_that_is_no_md5_is_no_damage(encrypted):
+def test_an_etag_that_is_no_md5_is_no_damage(encrypted, monkeypatch):
     uri, _ = encrypted
     assert verify_store(uri) == []
-    shard = paths.join(uri, "shards", "00000002.parquet")
-    data = bytearray(paths.read_bytes(shard))
-    data[len(data) // 3] ^= 1
-    paths.write_bytes(shard, bytes(data))
+    rot(monkeypatch, lambda data: len(data) // 3)
     (problem,) = verify_store(uri)
     assert problem.startswith("shards/00000002.parquet is not readable")
 
