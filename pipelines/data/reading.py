@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -13,14 +14,17 @@ import pyarrow.parquet as pq
 
 from ..config.sections import DataSection
 from ..storage import paths, s3
+from .account import Account
 from .crops import ImageError, decode_records
 from .listing import source_root
 from .parquet_files import refuse_extensions
 from .records import ImageRecord
 from .row_groups import LARGE_BYTES, RowStreams, column_bytes, is_damage
-from .tables import LISTS, beside, parent
+from .tables import LISTS, beside, parent, plan_list
 
 THREADS = s3.CONNECTIONS
+OTHERS = 8
+"""Files of a source that are tried to tell an image that is refused from a source that is."""
 
 _ROW = re.compile(r"(.+)#row=(\d+)")
 _RANGE = re.compile(r"(.+)#offset=(\d+)&size=(\d+)")
@@ -41,8 +45,9 @@ def read_records(
 ) -> list[bytes | Exception]:
     """The encoded bytes of each record, or the exception of one that cannot be read.
 
-    An exception is about its image: it is not there, or damaged. Raises StorageError where the
-    storage does not answer, or refuses all that is asked of it here: another run may read them.
+    An exception is about its image: it is not there, damaged, or refused while others can be read.
+    Raises StorageError where the storage does not answer or refuses others too: another run may
+    read them.
 
     Rows of one Parquet file are read together, one row group at a time and only the image column. A
     large row group is streamed; with `streams`, calls for rows in order read it once together. The
@@ -78,9 +83,51 @@ def read_records(
             for index, blob in zip(remote, fetched, strict=True):
                 blobs[index] = blob
     refused = [blob for blob in blobs if isinstance(blob, paths.RefusedError)]
-    if refused and not any(isinstance(blob, bytes) for blob in blobs):
+    if refused and not any(_can_read(uri) for uri in _others(records, blobs, data)):
         raise refused[0]
     return blobs
+
+
+def _others(
+    records: Sequence[ImageRecord], blobs: Sequence[bytes | Exception], data: DataSection
+) -> Iterator[str]:
+    """At most OTHERS files of the source that were not refused, those that were just read first.
+
+    Those are to be read once more: an outage can begin within one call.
+    """
+    files = [_file_of(record.uri) for record in records]
+    pairs = list(zip(files, blobs, strict=True))
+    read = dict.fromkeys(file for file, blob in pairs if isinstance(blob, bytes))
+    refused = {file for file, blob in pairs if isinstance(blob, paths.RefusedError)}
+    unread = (uri for uri in _source_files(data, refused) if uri not in refused)
+    return itertools.islice(itertools.chain(read, unread), OTHERS)
+
+
+def _source_files(data: DataSection, refused: set[str]) -> Iterator[str]:
+    """The files of the source, or those that its list names."""
+    if data.path is None:
+        return
+    root = source_root(data.path)
+    by_name = data.format == "auto" and root.lower().endswith(LISTS)
+    if data.format == "list" or (by_name and root not in refused):  # else Parquet of images
+        yield from (record.uri for record in plan_list([root], data, Account(data.path)))
+    else:
+        yield from (file.uri for file in paths.list_files(data.path))
+
+
+def _file_of(uri: str) -> str:
+    match = _ROW.fullmatch(uri) or _RANGE.fullmatch(uri)
+    return match[1] if match else uri
+
+
+def _can_read(uri: str) -> bool:
+    return isinstance(_attempt(_first_byte, uri), bytes)
+
+
+def _first_byte(uri: str) -> bytes:
+    with paths.open_input(uri) as file:
+        content: bytes = file.read_at(1, 0)
+    return content
 
 
 def _source_filter(data: DataSection) -> Callable[[str], bool]:
@@ -91,10 +138,9 @@ def _source_filter(data: DataSection) -> Callable[[str], bool]:
     may_be_list = data.format == "auto" and root.lower().endswith(LISTS)
 
     def inside(uri: str) -> bool:
-        match = _ROW.fullmatch(uri) or _RANGE.fullmatch(uri)
-        path = match[1] if match else uri
+        path = _file_of(uri)
         below = path.startswith(f"{root}/") and "/../" not in path
-        return below or path == root or (may_be_list and match is None)
+        return below or path == root or (may_be_list and path == uri)
 
     return inside
 

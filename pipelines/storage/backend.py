@@ -26,8 +26,8 @@ class FileError(StorageError):
 
 
 class RefusedError(StorageError):
-    """Access is denied, or there is no such bucket or repository: for this file alone or for all,
-    which other reads tell."""
+    """It is about this file alone or about all, which other reads tell: access is denied, a local
+    read fails (EIO), or there is no such bucket or repository."""
 
 
 @dataclass(frozen=True, slots=True)

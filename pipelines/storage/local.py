@@ -17,16 +17,18 @@ from pathlib import Path
 
 from pyarrow import fs
 
-from .backend import FileError, FileInfo, StorageError
+from .backend import FileError, FileInfo, RefusedError, StorageError
 
 SHIPPED = "shipped:"
 """How the address of a folder in the package begins: shipped:emoji, for example."""
 TEMPORARY_SUFFIX = ".tmp"
 """Of the hidden files that are renamed; those of a killed process stay."""
 ERRORS: tuple[type[Exception], ...] = (OSError,)
-_OF_ONE_FILE = (
-    *(errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ELOOP, errno.ENAMETOOLONG),
+_OF_ONE_FILE = (errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ELOOP, errno.ENAMETOOLONG)
+# Damage of a file or its permissions; but also a mount that is away, or whose ticket has expired.
+_OF_ONE_OR_ALL = (
     *(errno.EACCES, errno.EPERM, errno.EIO),
+    *(errno.EUCLEAN, errno.EBADMSG, errno.EINVAL),
 )
 
 
@@ -123,8 +125,12 @@ def list_folders(uri: str) -> list[str]:
 
 
 def explain(uri: str, error: Exception) -> tuple[type[StorageError], str]:
-    other = isinstance(error, OSError) and error.errno not in _OF_ONE_FILE
-    return StorageError if other else FileError, f"{uri}: {advice(error)}"
+    kind: type[StorageError] = StorageError
+    if not isinstance(error, OSError) or error.errno in _OF_ONE_FILE:
+        kind = FileError
+    elif error.errno in _OF_ONE_OR_ALL:
+        kind = RefusedError
+    return kind, f"{uri}: {advice(error)}"
 
 
 def advice(error: Exception, place: str = "there") -> str:

@@ -6,7 +6,9 @@ What S3 gives equals what a folder gives.
 from __future__ import annotations
 
 import csv
+import errno
 import json
+import os
 import resource
 import subprocess
 import sys
@@ -17,6 +19,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from pyarrow import fs
 
 from fae.pipelines.config.sections import DataSection
 from fae.pipelines.data.crops import (
@@ -190,6 +193,95 @@ def test_a_machine_without_file_descriptors_is_no_error_of_its_images(tmp_path: 
             read_records(records, data)
     finally:
         resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+
+
+@pytest.fixture
+def denied(monkeypatch: pytest.MonkeyPatch) -> dict[str, int]:
+    """What reading fails with, by the end of the file's name; every file for an empty one."""
+    errors: dict[str, int] = {}
+
+    def check(path: str) -> None:
+        for name, code in errors.items():
+            if path.endswith(name):
+                raise OSError(code, os.strerror(code))
+
+    read_bytes, open_input = Path.read_bytes, fs.LocalFileSystem.open_input_file
+
+    class Local(fs.LocalFileSystem):
+        def open_input_file(self, path: str) -> pa.NativeFile:
+            check(path)
+            return open_input(self, path)
+
+    def read(path: Path) -> bytes:
+        check(str(path))
+        return read_bytes(path)
+
+    monkeypatch.setattr(Path, "read_bytes", read)
+    monkeypatch.setattr(fs, "LocalFileSystem", Local)
+    return errors
+
+
+@pytest.mark.parametrize("code", ["EACCES", "EPERM", "EIO", "EUCLEAN", "EBADMSG", "EINVAL"])
+def test_a_mount_that_refuses_all_ends_the_job_and_one_file_is_its_own_error(
+    tmp_path: Path, denied: dict[str, int], code: str
+) -> None:
+    for index in range(4):
+        put(tmp_path / f"{index}.png", b"%d" % index)
+    data = DataSection(path=str(tmp_path))
+    records = list_images(data)
+    denied["2.png"] = getattr(errno, code)
+    for some in (records, records[2:3]):  # also alone in its shard or batch
+        lost = [blob for blob in read_records(some, data) if not isinstance(blob, bytes)]
+        assert len(lost) == 1 and "2.png" in str(lost[0])
+    denied[""] = getattr(errno, code)
+    for some in (records, records[:1]):
+        with pytest.raises(paths.StorageError, match=r"0\.png"):
+            read_records(some, data)
+
+
+def test_a_mount_that_goes_away_within_a_shard_gives_no_errors(
+    tmp_path: Path, denied: dict[str, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for index in range(4):
+        put(tmp_path / f"{index}.png", b"%d" % index)
+    data = DataSection(path=str(tmp_path))
+    records = list_images(data)
+    read = paths.read_bytes
+
+    def until_the_second(uri: str) -> bytes:
+        if uri.endswith("2.png"):
+            denied[""] = errno.EIO
+        return read(uri)
+
+    monkeypatch.setattr(paths, "read_bytes", until_the_second)
+    with pytest.raises(paths.StorageError, match=r"2\.png: Input/output error"):
+        read_records(records, data)
+
+
+@pytest.mark.parametrize("kind", ["csv", "tar", "parquet"])
+def test_a_refused_file_of_any_source_is_told_from_a_source_that_is_refused(
+    tmp_path: Path, denied: dict[str, int], kind: str
+) -> None:
+    source = tmp_path / "source"
+    for name in "ab":
+        if kind == "csv":
+            put(tmp_path / name / "0.png", b"0")
+        elif kind == "tar":
+            make_tar(source.joinpath(f"{name}.tar"), [("0.jpg", b"0")])
+        else:
+            source.mkdir(exist_ok=True)
+            pq.write_table(pa.table({"image": [b"0"]}), source / f"{name}.parquet")
+    if kind == "csv":
+        rows = [[str(tmp_path / name / "0.png")] for name in "ab"]
+        source = write_csv(tmp_path / "list.csv", [["uri"], *rows])
+    data = DataSection(path=str(source))
+    records = list_images(data)
+    denied["b/0.png" if kind == "csv" else f"b.{kind}"] = errno.EACCES
+    (lost,) = read_records(records[1:], data)
+    assert isinstance(lost, paths.RefusedError)
+    denied["a/0.png" if kind == "csv" else f"a.{kind}"] = errno.EACCES
+    with pytest.raises(paths.RefusedError, match="Permission denied"):
+        read_records(records[1:], data)
 
 
 def test_a_file_that_is_not_parquet_is_refused(tmp_path: Path) -> None:

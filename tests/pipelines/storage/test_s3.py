@@ -406,6 +406,8 @@ def test_one_object_that_is_denied_archived_or_gone_is_an_error_of_its_image(
     proxy.refusal = (404 if code == "NoSuchKey" else 403, code, "/some/b.jpg")
     first, second, third = read_records(records, data)
     assert (first, third) == (b"a", b"c") and isinstance(second, paths.StorageError)
+    (alone,) = read_records(records[1:2], data)
+    assert isinstance(alone, paths.StorageError)
 
 
 def test_damage_of_a_file_on_s3_is_an_error_of_its_images(proxy: FaultProxy) -> None:
