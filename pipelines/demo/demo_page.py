@@ -93,7 +93,7 @@ def _store(found: Found) -> list[Words | Table]:
     latent = FLOAT16_BYTES * int(np.prod(store.latent_shape))
     about = (
         "Ray Data streams images through actors that run DINOv2 and the FAE encoder. Each shard is "
-        "written once, whole or not at all. "
+        "written whole or not at all. "
     )
     if found.killed_at is not None:
         about += (

@@ -1,7 +1,12 @@
-"""manifest.json of a latent store: what is missing, and the commit that writes it once, last."""
+"""manifest.json of a latent store: what is missing, and the commit that writes it, last.
+
+It is written once. Only its ETags are renewed, where shards of a finished store on S3 were written
+again with SSE-KMS or SSE-C: there the same bytes have another ETag whenever they are written.
+"""
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import math
@@ -52,8 +57,12 @@ def read_manifest(uri: str, store_format: str = FORMAT) -> dict[str, Any] | None
     manifest_uri = paths.join(uri, "manifest.json")
     if not paths.exists(manifest_uri):
         return None
+    return _decode_manifest(manifest_uri, paths.read_bytes(manifest_uri), store_format)
+
+
+def _decode_manifest(manifest_uri: str, data: bytes, store_format: str) -> dict[str, Any]:
     try:
-        manifest: dict[str, Any] = json.loads(paths.read_bytes(manifest_uri))
+        manifest: dict[str, Any] = json.loads(data)
     except ValueError as error:
         raise StoreError(f"{manifest_uri} is not JSON: {error}") from None
     found = manifest.get("format") if isinstance(manifest, dict) else None
@@ -80,10 +89,10 @@ def commit(uri: str, plan: Plan, run: Mapping[str, Any], each: Each = map) -> di
     """Check that every planned image is in exactly one place, then write the manifest; returns it.
 
     What depends on when and where it ran is under "run"; the rest depends on images, model and
-    recipe alone. Where a manifest is there already its content must be the same; only an ETag that
-    is no MD5 may differ, and is then replaced. `each` is `map`,
-    or spreads its calls over a cluster: every shard's footer is read. Raises StoreError where
-    something is missing.
+    recipe alone. Where a manifest is there already its content must be the same; only ETags that
+    are no MD5s may differ, and are renewed. `each` is `map`, or spreads its calls over a cluster:
+    every shard's footer is read. Raises StoreError where something is missing, and StoreMismatch
+    where the manifest that is there says something else.
     """
     files = files_in(uri, "shards")
     names = [f"{i:08d}.parquet" for i in range(plan.num_shards)]
@@ -136,38 +145,51 @@ def commit(uri: str, plan: Plan, run: Mapping[str, Any], each: Each = map) -> di
     }
     assert manifest["planned"] == manifest["stored"] + manifest["errors"]
     whole = manifest | {"run": {**run, "versions": versions()}}
-    try:
+    with contextlib.suppress(FileExistsError):
         paths.write_once(paths.join(uri, "manifest.json"), encode_manifest(whole))
         return whole
-    except FileExistsError:
-        existing = read_manifest(uri, plan.format) or {}
-        differing = [key for key in manifest if manifest[key] != existing.get(key)]
-        if differing == ["shards"] and _differ_in_etags(uri, entries, existing["shards"]):
-            renewed = existing | {"shards": entries}
-            paths.write_bytes(paths.join(uri, "manifest.json"), encode_manifest(renewed))
-            return renewed
-        if differing:
-            raise StoreMismatch(
-                f"{uri}/manifest.json exists and differs in: {', '.join(differing)}. The store "
-                "changed after it was finished; `fae inspect --verify` finds what changed."
-            ) from None
+    return _agreed(uri, manifest)
+
+
+def _agreed(uri: str, manifest: Mapping[str, Any]) -> dict[str, Any]:
+    """The manifest that is there already, with this one's ETags where they may be renewed.
+
+    Raises StoreMismatch where it says something else than `manifest`.
+    """
+    manifest_uri = paths.join(uri, "manifest.json")
+    known = paths.read_bytes(manifest_uri)
+    existing = _decode_manifest(manifest_uri, known, manifest["format"])
+    differing = [key for key in manifest if manifest[key] != existing.get(key)]
+    if not differing:
         return existing
+    if differing == ["shards"] and _may_renew(uri, manifest["shards"], existing["shards"]):
+        renewed = existing | {"shards": manifest["shards"]}
+        if paths.replace(manifest_uri, known, encode_manifest(renewed)):
+            return renewed
+        return _agreed(uri, manifest)  # another driver has renewed it meanwhile
+    raise StoreMismatch(
+        f"{manifest_uri} exists and differs in: {', '.join(differing)}. The store changed after it "
+        "was finished; `fae inspect --verify` finds what changed."
+    )
 
 
-def _differ_in_etags(
-    uri: str, now: Sequence[dict[str, Any]], then: Sequence[dict[str, Any]]
-) -> bool:
-    """Whether the entries differ in ETags alone, of objects whose ETags are no MD5.
-
-    Encrypted with a KMS or customer key, the same bytes have another ETag whenever they are
-    written.
+def _may_renew(uri: str, now: Sequence[dict[str, Any]], then: Sequence[dict[str, Any]]) -> bool:
+    """Whether the entries differ in ETags alone, which are no MD5s and still those of the shards:
+    another driver may have written shards after this one listed them.
     """
     if [entry | {"etag": ""} for entry in now] != [entry | {"etag": ""} for entry in then]:
         return False
     written = [a for a, b in zip(now, then, strict=True) if a["etag"] != b["etag"]]
-    contents = (paths.read_bytes(paths.join(uri, "shards", entry["name"])) for entry in written)
-    digests = (hashlib.md5(data, usedforsecurity=False).hexdigest() for data in contents)
-    return all(digest != entry["etag"] for digest, entry in zip(digests, written, strict=True))
+    there = files_in(uri, "shards")
+    if any(e["name"] not in there or there[e["name"]].etag != e["etag"] for e in now):
+        return False
+
+    def is_md5(entry: dict[str, Any]) -> bool:
+        data = paths.read_bytes(there[entry["name"]].uri)
+        return hashlib.md5(data, usedforsecurity=False).hexdigest() == entry["etag"]
+
+    with ThreadPoolExecutor(THREADS) as pool:
+        return not any(pool.map(is_md5, written))
 
 
 def _latent_contents(

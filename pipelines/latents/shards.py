@@ -4,7 +4,7 @@
 plan.parquet               immutable: shard, key, uri, label, caption; sorted by key
 shards/00000042.parquet    key, label, caption and the latents of shard 42, written whole
 errors/00000042.parquet    key, stage, message of its failed images; absent where there are none
-manifest.json              written once; readers trust it alone
+manifest.json              written once, last (manifest.py names one exception); readers trust it
 ```
 Latents are uncompressed in one page a shard, so a row is one range of the file (`offsets` in the
 manifest), while any Parquet reader sees `arrow.fixed_shape_tensor<float16>`. plan.py and

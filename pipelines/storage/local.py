@@ -7,12 +7,13 @@ place.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import errno
+import fcntl
 import hashlib
 import os
 import uuid
 from collections.abc import Iterator
-from dataclasses import replace
 from pathlib import Path
 
 from pyarrow import fs
@@ -83,6 +84,19 @@ def write_once(uri: str, data: bytes) -> str:
     return hashlib.md5(data, usedforsecurity=False).hexdigest()
 
 
+def replace(uri: str, known: bytes, data: bytes) -> bool:
+    path = path_of(uri)
+    folder = os.open(os.path.dirname(path), os.O_RDONLY)
+    try:
+        fcntl.flock(folder, fcntl.LOCK_EX)
+        if Path(path).read_bytes() != known:
+            return False
+        write_bytes(uri, data)
+        return True
+    finally:
+        os.close(folder)
+
+
 @contextlib.contextmanager
 def writing(uri: str) -> Iterator[Path]:
     path = path_of(uri)
@@ -113,7 +127,7 @@ def list_files(uri: str, recursive: bool) -> Iterator[FileInfo]:
         yield from found
         return
     for info in found:
-        yield replace(info, uri=uri.rstrip("/") + info.uri[len(root) :])
+        yield dataclasses.replace(info, uri=uri.rstrip("/") + info.uri[len(root) :])
 
 
 def list_folders(uri: str) -> list[str]:

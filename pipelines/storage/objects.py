@@ -72,24 +72,24 @@ def write_bytes(uri: str, data: bytes) -> str:
 
 
 def write_once(uri: str, data: bytes) -> str:
+    return _put_if(uri, data, IfNoneMatch="*")
+
+
+def replace(uri: str, known: bytes, data: bytes) -> bool:
     bucket, key = split(uri)
-    attempts = 0
 
-    def attempt(client: Any) -> str:
-        nonlocal attempts
-        attempts += 1
-        return _put(client, bucket, key, data, IfNoneMatch="*")
+    def content_and_etag(client: Any) -> tuple[bytes, str]:
+        answer = client.get_object(Bucket=bucket, Key=key)
+        return answer["Body"].read(), answer["ETag"]
 
+    content, etag = _ask("read", content_and_etag)
+    if content != known:
+        return False
     try:
-        return _ask("write", attempt)
-    except s3.ClientError as error:
-        # 409 is S3's answer to the loser of two conditional writes that overlap.
-        if s3.code_of(error) not in _THERE_ALREADY:
-            raise
-        # An earlier attempt of this call may have written it, and only the answer was lost.
-        if attempts > 1 and read_bytes(uri) == data:
-            return hashlib.md5(data, usedforsecurity=False).hexdigest()
-        raise FileExistsError(uri) from None
+        _put_if(uri, data, IfMatch=etag)
+    except FileExistsError:
+        return False
+    return True
 
 
 @contextlib.contextmanager
@@ -230,6 +230,28 @@ def _pages(bucket: str, prefix: str, recursive: bool) -> Iterator[dict[str, Any]
 
 def _put(client: Any, bucket: str, key: str, data: bytes, **condition: str) -> str:
     return _etag(client.put_object(Bucket=bucket, Key=key, Body=data, **condition))
+
+
+def _put_if(uri: str, data: bytes, **condition: str) -> str:
+    """The ETag of what it has written. FileExistsError where the condition is not met."""
+    bucket, key = split(uri)
+    attempts = 0
+
+    def attempt(client: Any) -> str:
+        nonlocal attempts
+        attempts += 1
+        return _put(client, bucket, key, data, **condition)
+
+    try:
+        return _ask("write", attempt)
+    except s3.ClientError as error:
+        # 409 is S3's answer to the loser of two conditional writes that overlap.
+        if s3.code_of(error) not in _THERE_ALREADY:
+            raise
+        # An earlier attempt of this call may have written it, and only the answer was lost.
+        if attempts > 1 and read_bytes(uri) == data:
+            return hashlib.md5(data, usedforsecurity=False).hexdigest()
+        raise FileExistsError(uri) from None
 
 
 def _etag(answer: dict[str, Any]) -> str:

@@ -2,7 +2,8 @@
 filesystems.
 
 A write is whole or absent: a temporary file renamed into place locally, one PUT on S3; `write_once`
-never replaces (hard link locally, `If-None-Match: *` on S3). `writing` and `local_copy` are for
+never replaces (hard link locally, `If-None-Match: *` on S3), and `replace` only what the caller
+knows (a lock locally, `If-Match` on S3). `writing` and `local_copy` are for
 files of any size, which on S3 pass through a temporary file in parts (transfers.py). Each kind of
 storage is a module (backend.py); the first s3:// address imports objects.py, and boto3 with it, the
 first hf:// address hub.py. The Hub is read and not written.
@@ -47,6 +48,7 @@ __all__ = [
     "open_input",
     "push",
     "read_bytes",
+    "replace",
     "source_root",
     "storage_error",
     "write_bytes",
@@ -196,6 +198,16 @@ def write_once(uri: str, data: bytes) -> str:
         raise FileExistsError(errno.EEXIST, "Written once and there already", uri) from None
     except backend.ERRORS as error:
         raise storage_error("write", uri, error) from None
+
+
+def replace(uri: str, known: bytes, data: bytes) -> bool:
+    """Replaces the whole content of `uri`, `known`, by `data`; returns whether it did.
+
+    It does not where another process has replaced it meanwhile, even in a race. Raises
+    StorageError.
+    """
+    with _explained("write", uri):
+        return _writable(uri).replace(uri, known, data)
 
 
 @contextlib.contextmanager

@@ -423,6 +423,26 @@ def test_a_shard_that_is_encoded_again_with_another_etag_is_committed(encrypted)
     assert missing_shards(uri, plan) == [] and verify_store(uri) == []
 
 
+@pytest.mark.parametrize("root", ["s3"], indirect=True)
+def test_a_commit_does_not_undo_what_another_driver_renewed_meanwhile(encrypted, monkeypatch):
+    uri, renew = encrypted
+    plan, replace = open_plan(uri), paths.replace
+    renew("00000002.parquet")
+    write(uri, plan, 2)
+
+    def after_another(*arguments):
+        monkeypatch.setattr(paths, "replace", replace)
+        renew("00000001.parquet")
+        write(uri, plan, 1, lost=(2, 5))
+        commit(uri, plan, {})
+        return replace(*arguments)
+
+    monkeypatch.setattr(paths, "replace", after_another)
+    with pytest.raises(StoreMismatch, match="differs in: shards"):
+        commit(uri, plan, {})
+    assert missing_shards(uri, plan) == [] and verify_store(uri) == []
+
+
 def test_a_damaged_shard_counts_as_missing_once_its_size_betrays_it(tmp_path):
     build(str(tmp_path))
     plan = open_plan(str(tmp_path))

@@ -83,6 +83,17 @@ def test_one_of_many_conditional_writes_wins(base: str) -> None:
             assert paths.read_bytes(uri) == f"writer {won.index(True)}".encode()
 
 
+def test_one_of_many_replacements_wins(base: str) -> None:
+    with ThreadPoolExecutor(16) as pool:
+        for race in range(20):
+            uri = f"{base}/replaced-{race}"
+            paths.write_bytes(uri, b"first")
+            data = [f"writer {writer}".encode() for writer in range(16)]
+            won = list(pool.map(lambda mine, uri=uri: paths.replace(uri, b"first", mine), data))
+            assert sum(won) == 1
+            assert paths.read_bytes(uri) == data[won.index(True)]
+
+
 def test_a_wrong_secret_is_refused_at_once_and_not_repeated(
     base: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:

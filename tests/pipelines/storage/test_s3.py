@@ -202,6 +202,15 @@ def test_write_once_knows_its_own_write_whose_answer_was_lost(proxy: FaultProxy)
         paths.write_once("s3://faults/manifest.json", b"mine")
 
 
+def test_replace_knows_its_own_write_whose_answer_was_lost(proxy: FaultProxy) -> None:
+    paths.write_bytes("s3://faults/renewed.json", b"first")
+    proxy.inject("answer lost", 1, lambda method, path: method == "PUT")
+    assert paths.replace("s3://faults/renewed.json", b"first", b"mine")
+    assert proxy.injected["answer lost"] == 1
+    assert not paths.replace("s3://faults/renewed.json", b"first", b"yours")
+    assert paths.read_bytes("s3://faults/renewed.json") == b"mine"
+
+
 def test_a_listing_of_several_pages_goes_on_where_it_was_interrupted(
     proxy: FaultProxy, monkeypatch: pytest.MonkeyPatch
 ) -> None:

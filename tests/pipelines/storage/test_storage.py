@@ -31,6 +31,26 @@ def test_write_once_never_replaces_and_leaves_no_temporary(root: str) -> None:
     assert [file.uri for file in paths.list_files(root)] == [uri]
 
 
+def test_replace_leaves_alone_what_another_has_written(root: str) -> None:
+    uri = paths.join(root, "manifest.json")
+    paths.write_bytes(uri, b"first")
+    assert paths.replace(uri, b"first", b"mine")
+    assert not paths.replace(uri, b"first", b"yours")
+    assert paths.read_bytes(uri) == b"mine"
+    with pytest.raises(paths.FileError, match="it is not there"):
+        paths.replace(paths.join(root, "absent.json"), b"first", b"mine")
+
+
+def test_one_of_many_racing_replacements_wins(root: str) -> None:
+    uri = paths.join(root, "manifest.json")
+    paths.write_bytes(uri, b"first")
+    with ThreadPoolExecutor(8) as pool:
+        data = [str(writer).encode() for writer in range(8)]
+        won = list(pool.map(lambda mine: paths.replace(uri, b"first", mine), data))
+    assert sum(won) == 1
+    assert paths.read_bytes(uri) == data[won.index(True)]
+
+
 def test_one_of_many_racing_writers_wins(root: str) -> None:
     uri = paths.join(root, "manifest.json")
 
