@@ -97,11 +97,11 @@ def test_every_row_of_protocols_is_another_sampler_that_the_recipe_takes():
 def test_encoding_is_measured_at_more_batch_sizes_than_torch_compiles_a_function_for(monkeypatch):
     counter = CompileCounter()
     monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend=counter))
-    monkeypatch.setattr(torch._dynamo.config, "recompile_limit", 1)
     monkeypatch.setattr(device, "seconds", lambda work, *_: work() or 1.0)
     monkeypatch.setattr(device, "matrix_rate", lambda *_: 1e12)
     recipe = load_recipe("photos-dinov2s", [*TINY, *SMALLEST_BACKBONE])
-    rows = device.encode(recipe, [2, 3], torch.device("cpu"))
+    with torch._dynamo.config.patch(recompile_limit=1):
+        rows = device.encode(recipe, [2, 3], torch.device("cpu"))
     assert [row[1:3] for row in rows] == [["2", "no"], ["3", "no"], ["2", "yes"], ["3", "yes"]]
     assert counter.frame_count == 2
 
