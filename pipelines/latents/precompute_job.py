@@ -49,9 +49,12 @@ def precompute(recipe: Recipe, show_progress: bool = True) -> dict[str, Any]:
     source = plan_source(recipe.data)
     if show_progress:
         print("\n".join(source.account.lines()), file=sys.stderr, flush=True)
-    _check_losses(source.account, recipe.precompute.max_error_rate)
     section = recipe.precompute
-    begun = open_plan(output).parts if paths.exists(paths.join(output, PLAN)) else {}
+    begun: Mapping[str, str] = {}
+    if paths.exists(paths.join(output, PLAN)):
+        begun = open_plan(output).parts
+    else:  # a plan that is there was allowed its losses
+        _check_losses(source.account, section.max_error_rate)
     section.precision = settled_precision(
         section.precision, section.gpus_per_actor, begun.get("precision")
     )

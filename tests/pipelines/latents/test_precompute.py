@@ -552,6 +552,26 @@ def test_a_damaged_file_of_many_images_counts_by_its_share_of_the_files(tmp_path
     assert not output.exists()
 
 
+def test_a_store_that_is_begun_goes_on_where_its_source_lost_more_than_a_new_one_may(
+    autoencoder, tmp_path, without_ray
+):
+    source, output = tmp_path / "images", tmp_path / "store"
+    source.mkdir()
+    buffer = io.BytesIO()
+    Image.new("RGB", (20, 20)).save(buffer, "PNG")
+    for name in "ab":
+        pq.write_table(pa.table({"image": [buffer.getvalue()]}), source / f"{name}.parquet")
+    recipe = recipe_for(source, autoencoder, output, "precompute.max_error_rate=0.5")
+    ensure_plan(str(output), list_images(recipe.data), 8, fingerprint_parts(recipe))
+    (source / "b.parquet").write_bytes(b"damaged")
+    recipe.precompute.max_error_rate = 0.4
+    with pytest.raises(TooManyErrors, match=r"(?s)b.parquet#00000000 \[read\]"):
+        precompute(recipe, show_progress=False)
+    recipe.precompute.max_error_rate = 0.5
+    manifest = precompute(recipe, show_progress=False)
+    assert (manifest["stored"], manifest["errors"]) == (1, 1)
+
+
 @pytest.mark.integration
 def test_too_many_errors_commit_nothing_and_lose_nothing(
     photographs, autoencoder, tmp_path, without_ray
