@@ -45,6 +45,8 @@ class Account:
     captions_from: str = ""
     unused: list[str] = field(default_factory=list)
     """What was there and is not used: columns, sidecar files, members."""
+    remarks: list[str] = field(default_factory=list)
+    """What may hint at damage, and is no loss."""
     num_losses: int = 0
     losses: list[dict[str, str]] = field(default_factory=list)
     """The first losses of planning: address, stage `plan`, message."""
@@ -90,7 +92,7 @@ class Account:
         return cls(**{**values, "skipped": skipped})
 
     def lines(self) -> list[str]:
-        """At most ten lines for people."""
+        """At most eleven lines for people."""
         read = self.num_files - self.num_skipped
         lines = [
             f"source    {self.path} ({self.source_format})",
@@ -107,6 +109,8 @@ class Account:
         lines += [f"images    {self.num_images:,} planned", self._labels(), self._captions()]
         if self.unused:
             lines.append(f"not used  {_some(self.unused, 8)}")
+        if self.remarks:
+            lines.append(f"remark    {_some(self.remarks, 8)}")
         if self.num_losses:
             first = self.losses[0]
             more = f", and {self.num_losses - 1:,} more" if self.num_losses > 1 else ""

@@ -19,8 +19,12 @@ FOOTER_READ = 2**16
 """Bytes of a Parquet file's end that are read at once, as Arrow does."""
 
 
+class DamagedParquet(SourceError):
+    """What a Parquet file holds cannot be read."""
+
+
 def footer(uri: str) -> tuple[pq.FileMetaData, pa.Schema]:
-    """The metadata and schema of `uri`. Raises SourceError for damage, and StorageError.
+    """The metadata and schema of `uri`. Raises DamagedParquet, and StorageError.
 
     Arrow has OSError for both, so the file's end is read before it is parsed.
     """
@@ -33,16 +37,16 @@ def footer(uri: str) -> tuple[pq.FileMetaData, pa.Schema]:
         with pq.ParquetFile(pa.BufferReader(end)) as parquet:
             return parquet.metadata, parquet.schema_arrow
     except (pa.ArrowInvalid, OSError) as error:
-        raise SourceError(f"{uri} is not readable Parquet: {error}") from None
+        raise DamagedParquet(f"{uri} is not readable Parquet: {error}") from None
 
 
 def parquet_columns(uri: str) -> list[str]:
-    """Names of the columns of the Parquet file `uri`. Raises SourceError for another file."""
+    """Names of the columns of the Parquet file `uri`. Raises DamagedParquet for another file."""
     return list(footer(uri)[1].names)
 
 
 def parquet_rows(uri: str, columns: Sequence[str]) -> Iterator[dict[str, Any]]:
-    """The rows of `uri` with these columns. Raises SourceError for damage, and StorageError."""
+    """The rows of `uri` with these columns. Raises DamagedParquet, and StorageError."""
     try:
         with paths.open_input(uri) as file, pq.ParquetFile(file) as parquet:
             if not columns:
@@ -50,9 +54,11 @@ def parquet_rows(uri: str, columns: Sequence[str]) -> Iterator[dict[str, Any]]:
                 return
             for batch in parquet.iter_batches(batch_size=8192, columns=list(columns)):
                 yield from batch.to_pylist()
-    except (pa.ArrowInvalid, OSError) as error:
+    except MemoryError:
+        raise
+    except Exception as error:  # a client of the Hub raises what is no OSError
         if is_damage(uri, error):
-            raise SourceError(f"{uri} is not readable Parquet: {error}") from None
+            raise DamagedParquet(f"{uri} is not readable Parquet: {error}") from None
         raise paths.storage_error("read", uri, error) from None
 
 

@@ -40,7 +40,8 @@ def is_damage(uri: str, error: Exception) -> bool:
     """
     arrows = type(error) is OSError and error.errno is None
     of_s3 = uri.startswith("s3://") and "AWS Error" in str(error)
-    return isinstance(error, pa.ArrowInvalid) or (arrows and not of_s3)
+    unreadable = isinstance(error, pa.ArrowInvalid | pa.ArrowNotImplementedError)
+    return unreadable or (arrows and not of_s3)
 
 
 class RowStreams:

@@ -24,7 +24,7 @@ from ..storage import paths
 from .account import Account
 from .conventions import caption_column, captions_of, label_of
 from .listing import relative_path
-from .parquet_files import footer, parquet_rows, refuse_extensions
+from .parquet_files import DamagedParquet, footer, parquet_rows, refuse_extensions
 from .records import ImageRecord, SourceError
 from .row_groups import LARGE_BYTES, column_bytes
 
@@ -42,26 +42,31 @@ def plan_parquet(
     account: Account,
     large_groups: dict[str, dict[int, tuple[int, int]]],
 ) -> Iterator[ImageRecord]:
-    """The rows of the Parquet files among `uris`; a file with a damaged footer is a recorded loss.
+    """The rows of the Parquet files among `uris`. A damaged file is a recorded loss, and so are the
+    rows from a damaged page of labels or captions on.
 
     Notes the large row groups of each file, and their rows, in `large_groups`.
 
     Raises StorageError where the storage fails, and SourceError for Delta and Iceberg tables, whose
-    Parquet files are not all of the table, for columns that cannot serve and for damaged rows.
+    Parquet files are not all of the table, and for columns that cannot serve.
     """
-    num_read = 0
+    num_planned = 0
     for uri in _table_files(uris, data, account):
+        num_rows, num_read = 1, 0
         try:
             metadata, schema = footer(uri)
-        except SourceError as error:
-            account.lose(uri, str(error))
-            account.lost_files += 1
-            continue
-        num_read += 1
-        if large := _large_groups(metadata, data.image_column):
-            large_groups[uri] = large
-        yield from _image_rows(uri, schema, data, account)
-    if account.num_losses and not num_read:
+            num_rows = metadata.num_rows
+            if large := _large_groups(metadata, data.image_column):
+                large_groups[uri] = large
+            for record in _image_rows(uri, schema, data, account):
+                yield record
+                num_read += 1
+        except DamagedParquet as error:
+            rest = f" ({num_rows - num_read} of its {num_rows} rows)" if num_read else ""
+            account.lose(uri, f"{error}{rest}")
+            account.lost_files += (num_rows - num_read) / max(num_rows, 1)
+        num_planned += num_read
+    if account.num_losses and not num_planned:
         raise SourceError(account.losses[0]["message"])
 
 

@@ -43,6 +43,8 @@ class _Tar:
     losses: list[tuple[str, str]] = field(default_factory=list)
     unread: float = 0.0
     """The share of its bytes that cannot be read."""
+    unclosed: bool = False
+    """Whether it stops where a member ends, without an end-of-archive block."""
 
 
 def plan_tars(uris: Sequence[str], data: DataSection, account: Account) -> Iterator[ImageRecord]:
@@ -61,6 +63,7 @@ def plan_tars(uris: Sequence[str], data: DataSection, account: Account) -> Itera
             account.skip(NOT_A_TAR, uri)
     parts: Counter[str] = Counter()
     num_images = 0
+    unclosed: list[str] = []
     with ThreadPoolExecutor(s3.CONNECTIONS) as pool:
         for some in batched(tars, s3.CONNECTIONS):
             read = pool.map(lambda uri: _read_tar(uri, data), some)
@@ -68,6 +71,7 @@ def plan_tars(uris: Sequence[str], data: DataSection, account: Account) -> Itera
                 for address, message in tar.losses:
                     account.lose(address, message)
                 account.lost_files += tar.unread
+                unclosed += [uri] * tar.unclosed
                 parts += tar.parts
                 num_images += len(tar.images)
                 yield from _records(uri, tar, data, account)
@@ -75,6 +79,11 @@ def plan_tars(uris: Sequence[str], data: DataSection, account: Account) -> Itera
         first = account.losses[0]
         raise SourceError(
             f"{first['address']} is not a readable WebDataset shard: {first['message']}"
+        )
+    if unclosed:
+        account.remarks.append(
+            f"{len(unclosed)} of {len(tars)} tars end without an end-of-archive block, for example "
+            f"{unclosed[0]}: their writer did not close them, or they are cut behind a member"
         )
     account.unused += [f"{count} members .{part}" for part, count in parts.most_common()]
 
@@ -122,7 +131,8 @@ def _read_tar(uri: str, data: DataSection) -> _Tar:
                         if member.isreg() and not member.issparse():
                             _read_member(uri, tar, member, size, data, found, from_json)
                         end = tar.offset
-                problem = _problem_at(buffered, end, size)
+                found.unclosed = end == size
+                problem = None if found.unclosed else _problem_at(buffered, end, size)
             except tarfile.TarError as error:
                 problem = str(error)
             if problem:
@@ -131,7 +141,9 @@ def _read_tar(uri: str, data: DataSection) -> _Tar:
                 message = f"the tar cannot be read to its end{of_all}: {problem}"
                 found.losses.append((uri, message))
                 found.unread = left / size if size else 1.0
-    except OSError as error:
+    except (SourceError, MemoryError):
+        raise
+    except Exception as error:  # a client of the Hub raises what is no OSError
         raise paths.storage_error("read", uri, error) from None
     for sample, values in from_json.items():
         _take_json(f"{uri}, member {sample}.json", sample, values, data, found)
@@ -139,9 +151,9 @@ def _read_tar(uri: str, data: DataSection) -> _Tar:
 
 
 def _problem_at(file: io.BufferedReader, end: int, size: int) -> str | None:
-    """Why tarfile stopped at byte `end`, None at the end of a whole tar: zeros up to `size`."""
-    if end >= size:
-        return f"it has no end-of-archive block at byte {end} and may be cut there"
+    """Why tarfile stopped at byte `end`, None in a whole tar: zeros follow up to `size`."""
+    if end > size:
+        return f"the last member ends at byte {end}, and the tar at byte {size}"
     file.seek(end)
     rest = file.read(min(size - end, LONGEST_PADDING + 1))
     if rest[: tarfile.BLOCKSIZE].strip(b"\0"):

@@ -20,7 +20,7 @@ from fae.pipelines.data.reading import load_crops, read_records
 from fae.pipelines.data.records import SourceError, records_of
 from fae.pipelines.data.sources import Source, list_images, plan_source
 from fae.pipelines.latents.precompute_job import shards_in_large_groups, units_of
-from fae.pipelines.storage import paths
+from fae.pipelines.storage import hub, paths
 from tests.pictures import make_tar, put
 
 
@@ -346,16 +346,65 @@ def test_a_network_that_fails_while_a_footer_is_read_is_no_loss_of_the_file(
         plan(tmp_path)
 
 
-def test_a_damaged_page_of_labels_is_refused_by_name(tmp_path):
-    table = pa.table({"image": [encoded()] * 9, "label": [f"class {i}" for i in range(9)]})
-    options = {"compression": "none", "use_dictionary": False}
-    pq.write_table(table, tmp_path / "a.parquet", **options)
-    content = bytearray((tmp_path / "a.parquet").read_bytes())
-    place = content.find(b"class 5", content.find(b"class 4"))
-    content[place - 4 : place] = b"\xff\xff\xff\x7f"
-    (tmp_path / "a.parquet").write_bytes(content)
+def damage_a_label(path: Path, row: int, num_rows: int = 9) -> None:
+    """Write Parquet with one label whose length reaches beyond its page; groups of three rows."""
+    labels = [f"class {i:03d}" for i in range(num_rows)]
+    table = pa.table({"image": [encoded()] * num_rows, "label": labels})
+    pq.write_table(table, path, row_group_size=3, compression="none", use_dictionary=False)
+    content = bytearray(path.read_bytes())
+    label = labels[row].encode()
+    place = content.find(len(label).to_bytes(4, "little") + label)
+    content[place : place + 4] = b"\xff\xff\xff\x7f"
+    path.write_bytes(content)
+
+
+def test_a_file_with_a_damaged_page_of_labels_is_a_loss_and_the_others_are_planned(tmp_path):
+    damage_a_label(tmp_path / "a.parquet", 5)
+    pq.write_table(pa.table({"image": [encoded()]}), tmp_path / "b.parquet")
+    source = plan(tmp_path)
+    assert source.table["key"].to_pylist() == ["b.parquet#00000000"]
+    (loss,) = source.account.losses
+    assert "a.parquet is not readable Parquet" in loss["message"]
+    assert source.account.lost_files == 1
+
+
+def test_rows_before_a_damaged_page_of_labels_are_planned_and_the_rest_is_a_share(tmp_path):
+    damage_a_label(tmp_path / "a.parquet", 10_000, 10_002)
+    source = plan(tmp_path)
+    kept = source.account.num_images
+    assert 0 < kept <= 10_000 and kept == source.account.num_labels
+    (loss,) = source.account.losses
+    assert f"({10_002 - kept} of its 10002 rows)" in loss["message"]
+    assert source.account.lost_files == pytest.approx((10_002 - kept) / 10_002)
+
+
+def test_damaged_labels_in_the_only_file_are_refused_by_its_name(tmp_path):
+    damage_a_label(tmp_path / "a.parquet", 5)
     with pytest.raises(SourceError, match=r"a\.parquet is not readable Parquet"):
         plan(tmp_path)
+
+
+@pytest.mark.parametrize("kind", ["parquet", "tar"])
+def test_a_hub_that_goes_away_while_a_file_is_planned_is_said(tmp_path, monkeypatch, kind):
+    class Away(io.FileIO):
+        def read(self, size=-1):
+            if self.tell() < 2000:
+                raise hub._HTTP_ERROR("no route")
+            return super().read(size)
+
+    if kind == "tar":
+        make_tar(tmp_path / "a.tar", [("0.jpg", encoded())])
+    else:
+        noise = os.urandom(100_000)
+        table = pa.table({"label": [1], "image": [noise]})
+        pq.write_table(table, tmp_path / "a.parquet", compression="none")
+    address = f"hf://datasets/o/n/a.{kind}"
+    found = paths.FileInfo(address, 1)
+    monkeypatch.setattr(hub, "list_files", lambda uri, recursive: iter([found]))
+    away = lambda uri: pa.PythonFile(Away(tmp_path / f"a.{kind}"), "r")  # noqa: E731
+    monkeypatch.setattr(paths, "open_input", away)
+    with pytest.raises(paths.StorageError, match="no connection .*Check the network"):
+        plan("hf://datasets/o/n")
 
 
 def test_a_large_row_group_is_read_once_for_all_who_ask_in_order(tmp_path, monkeypatch):
@@ -507,7 +556,6 @@ def test_a_tar_that_is_cut_short_gives_the_images_before_the_cut(tmp_path):
         ("a header", "6144 of 10240 bytes are left): no header of a member at byte 4096", 0.6),
         ("zeros", "6144 of 10240 bytes are left): an end-of-archive block at byte 4096", 0.6),
         ("joined", "10240 of 18432 bytes are left): an end-of-archive block at byte 8192", 5 / 9),
-        ("cut between", "its end: it has no end-of-archive block at byte 4096", 0),
         ("cut in a header", "100 of 4196 bytes are left): no header of a member", 100 / 4196),
         ("cut in padding", "its end: unexpected end of data", 0),
         ("long zeros", "2097152 of 2101248 bytes are left): an end-of-archive block", 512 / 513),
@@ -522,7 +570,6 @@ def test_a_tar_that_stops_before_its_end_is_a_loss_that_names_the_byte(
         "a header": whole[:4200] + b"?" + whole[4201:],
         "zeros": whole[:4096] + bytes(512) + whole[4608:],
         "joined": whole[: 8192 + 1024] + whole[1024:],
-        "cut between": whole[:4096],
         "cut in a header": whole[:4196],
         "cut in padding": whole[: 4096 - 5],
         "long zeros": whole[:4096] + bytes(2**21),
@@ -532,6 +579,18 @@ def test_a_tar_that_stops_before_its_end_is_a_loss_that_names_the_byte(
     (loss,) = source.account.losses
     assert loss["address"].endswith("0.tar") and message in loss["message"]
     assert source.account.lost_files == pytest.approx(share)
+
+
+def test_tars_that_their_writer_did_not_close_are_a_remark_and_no_loss(tmp_path):
+    for name in "ab":
+        path = make_tar(tmp_path / f"{name}.tar", [(f"{i}.jpg", b"x" * 500) for i in range(8)])
+        path.write_bytes(path.read_bytes()[:8192])
+    make_tar(tmp_path / "c.tar", [("0.jpg", b"x")])
+    account = plan(tmp_path).account
+    assert (account.num_images, account.num_losses, account.lost_files) == (17, 0, 0)
+    (line,) = (line for line in account.lines() if line.startswith("remark"))
+    assert "2 of 3 tars end without an end-of-archive block, for example" in line
+    assert "a.tar" in line
 
 
 @pytest.mark.parametrize("zeros", [512, 1024, 2**20])
