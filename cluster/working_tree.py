@@ -1,13 +1,14 @@
 """The working tree as one zip for Ray's job server: which files go in, and a limit on their size.
 
 .gitignore and .rayignore files count in every folder, and in those above up to the repository's
-root; SECRETS, MADE and DATA count always. A link to a folder of the tree, as `fae/pipelines` of a
-checkout is, is sent as that folder's files, because unpacking a zip makes no links. The zip's bytes
-depend on the files alone, so Ray uploads equal trees once.
+root; SECRETS, HIDDEN, MADE and DATA count always. A link to a folder of the tree, as a checkout's
+`fae/pipelines` is, is sent as that folder's files, because unpacking a zip makes no links. The
+zip's bytes depend on the files alone, so Ray uploads equal trees once.
 """
 
 from __future__ import annotations
 
+import contextlib
 import os
 import zipfile
 from collections.abc import Iterator
@@ -22,11 +23,11 @@ LIMIT = 50_000_000
 """Largest tree [bytes] that is sent without `--max-size`; Ray's own limit is 512 MiB."""
 IGNORE_FILES = (".gitignore", ".rayignore")
 SECRETS = (
-    "*[Cc]redentials*", "[Ss]ecret.*", "[Ss]ecrets.*", "!*.py",
-    ".*", *(f"!{name}" for name in IGNORE_FILES),  # .ssh/, .kube/, .env, .netrc, .bash_history, …
-    "id_rsa*", "id_dsa*", "id_ecdsa*", "id_ed25519*", "*.pem", "*.key", "*.p12", "*.pfx",
-    "auth_token", "kubeconfig*",
+    "*[Cc]redentials*", "[Ss]ecret.*", "[Ss]ecrets.*", "kubeconfig*", "auth_token",
+    "id_rsa*", "id_dsa*", "id_ecdsa*", "id_ed25519*", "*.pem", "*.key", "*.p12", "*.pfx", "!*.py",
 )  # fmt: skip
+"""Files by their own name or a folder's. A folder of such a name is looked into for its Python."""
+HIDDEN = (".*", *(f"!{name}" for name in IGNORE_FILES))  # .ssh/, .kube/, .env, .netrc, …
 MADE = (
     "venv/", "env/", "node_modules/", "__pycache__/", "*.egg-info/",
     "/build/", "/dist/", "/site/", "/runs/", "/data/", "/latents/", "/samples/", "/fae-demo/",
@@ -71,7 +72,7 @@ def working_tree(root: Path, limit: int = LIMIT, whole: tuple[str, ...] = ()) ->
     """
     if not root.is_dir():
         raise SubmitError(f"--working-dir {root}: no such folder.")
-    if Path.home().resolve().is_relative_to(root.resolve()):
+    if _home_is_below(root.resolve()):
         raise SubmitError(
             f"--working-dir {root}: your home folder would be sent, with what programs keep there. "
             "Change to the folder of your code, or give it as --working-dir."
@@ -91,6 +92,13 @@ def working_tree(root: Path, limit: int = LIMIT, whole: tuple[str, ...] = ()) ->
             f"(written like .gitignore), or raise --max-size. The largest:\n{lines}"
         )
     return tree
+
+
+def _home_is_below(folder: Path) -> bool:
+    """Whether the user's home folder is `folder` or lies in it; a user may have none."""
+    with contextlib.suppress(RuntimeError):
+        return Path.home().resolve().is_relative_to(folder)
+    return False
 
 
 def _files(root: Path, whole: tuple[str, ...]) -> dict[str, int]:
@@ -141,7 +149,8 @@ class _Rules:
 
     def __init__(self, root: Path, whole: tuple[str, ...]) -> None:
         self.whole = whole
-        self.always = GitIgnoreSpec.from_lines([*SECRETS, *MADE])
+        self.folders = GitIgnoreSpec.from_lines([*HIDDEN, *MADE])
+        self.files = GitIgnoreSpec.from_lines([*SECRETS, *HIDDEN, *MADE])
         self.data = GitIgnoreSpec.from_lines(DATA)
         self.read_specs: list[tuple[str, str, GitIgnoreSpec]] = []
         top = root.resolve()
@@ -166,7 +175,7 @@ class _Rules:
 
     def leave_out(self, path: str) -> bool:
         """Whether any rule is against `path`; a folder's path ends with /."""
-        if self.always.match_file(path):
+        if (self.folders if path.endswith("/") else self.files).match_file(path):
             return True
         if not path.startswith(self.whole) and self.data.match_file(path):
             return True

@@ -44,9 +44,12 @@ def _words(*names: str) -> Iterator[list[str]]:
     own = OWN_CGROUPS.read_text().splitlines() if OWN_CGROUPS.exists() else []
     for line in own:
         _, controllers, path = line.split(":", 2)
-        root = CGROUPS / controllers  # of version 2, which names none, CGROUPS itself
-        group = root / path.strip("/")
-        for folder in (group, *group.parents):
-            files = [folder / name for name in names]
-            if folder.is_relative_to(root) and all(file.is_file() for file in files):
-                yield " ".join(file.read_text() for file in files).split()
+        # Version 2 names no controllers: CGROUPS itself. Version 1 has a folder for those that are
+        # mounted together, in an order of its own, with a link for each.
+        for folder_name in {controllers, *controllers.split(",")}:
+            root = CGROUPS / folder_name
+            group = root / path.strip("/")
+            for folder in (group, *group.parents):
+                files = [folder / name for name in names]
+                if folder.is_relative_to(root) and all(file.is_file() for file in files):
+                    yield " ".join(file.read_text() for file in files).split()

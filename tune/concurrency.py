@@ -18,7 +18,7 @@ def concurrent_trials(
     """tune.max_concurrent_trials; without it, how many trials the `cluster` can train at once.
 
     `cluster` holds its CPUs and GPUs by Ray's names. The most demanding training of `trial`
-    decides; the result is at least 1. It is None, no limit, for a cluster that `may_grow` and has
+    decides; the result is at least 1. It is None, not known, for a cluster that `may_grow` and has
     nothing yet of what a training needs: trials that wait make an autoscaler start nodes. Optuna
     runs one at a time there, because it learns from trials that have ended.
     """
@@ -39,7 +39,7 @@ def concurrent_trials(
 def cores_of_each(at_once: int | None, nodes: Sequence[float]) -> int | None:
     """The CPU cores that each of `at_once` trials has for itself, at most the largest node's.
 
-    `nodes` holds the CPUs of each node. None where there is no limit or no CPU yet.
+    `nodes` holds the CPUs of each node. None where that is not known, or no CPU yet.
     """
     if at_once is None or not any(nodes):
         return None

@@ -38,6 +38,11 @@ from .sweep_tracking import end_trainings, log_stage, star_trials, sweep_tracker
 from .trials import STEP, Trial, plan_trial, recorded_trials, stage_of, sweep_folder
 
 SETTINGS = "settings"
+WAITING_TRIALS = 16
+"""Trials at once where no node that trains is up yet.
+
+A waiting trial is a process of 0.6 GB, and all of them may start on the first node.
+"""
 
 
 class SearchError(UserError, RuntimeError):
@@ -63,6 +68,9 @@ def search(recipe: Recipe) -> dict[str, Any]:
         resolved = _run_missing(resolved, settings, folder)
     except Exception:
         tracker.finish("FAILED")
+        raise
+    except KeyboardInterrupt:
+        tracker.finish("KILLED")
         raise
     return _report(recipe, resolved, tracker)
 
@@ -200,6 +208,7 @@ class _Recorder(Callback):
     def __init__(self, recipe: Recipe) -> None:
         self.recipe = recipe
         self.errors: list[str] = []
+        self._plans: dict[str, Trial] = {}
 
     def on_trial_start(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         _say(f"trial {label(settings_of(trial.config))}: started")
@@ -213,7 +222,7 @@ class _Recorder(Callback):
             _say(f"trial {label(settings_of(trial.config))}: step {result[STEP]}  {shown}")
 
     def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
-        planned = plan_trial(self.recipe, settings_of(trial.config))
+        planned = self._planned(trial)
         result = planned.result()
         if result is None:
             reported = {
@@ -233,7 +242,7 @@ class _Recorder(Callback):
         _say(f"trial {label(settings_of(trial.config))}: {state}")
 
     def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
-        planned = plan_trial(self.recipe, settings_of(trial.config))
+        planned = self._planned(trial)
         cause = planned.failure()
         if cause is None:  # its process died, or could not start
             cause = _failure_of(trial)
@@ -248,7 +257,15 @@ class _Recorder(Callback):
     def _others(self, trials: list[Any], trial: Any) -> list[Trial]:
         """The trials that have begun or will begin, and have not ended."""
         live = [one for one in trials if one is not trial and not one.is_finished()]
-        return [plan_trial(self.recipe, settings_of(one.config)) for one in live]
+        return [self._planned(one) for one in live] if self.recipe.tracking.enabled else []
+
+    def _planned(self, trial: Any) -> Trial:
+        """Its plan, made once: that hashes the records of all images, and Ray Tune waits for it."""
+        settings = settings_of(trial.config)
+        key = json.dumps(settings, sort_keys=True)
+        if key not in self._plans:
+            self._plans[key] = plan_trial(self.recipe, settings)
+        return self._plans[key]
 
 
 def _run_planned(recipe: Recipe, planned: Sequence[Trial]) -> None:
@@ -277,8 +294,8 @@ def _run(recipe: Recipe, space: Mapping[str, Any], options: Mapping[str, Any]) -
     _say(
         f"At most {limit} trials run at the same time."
         if limit
-        else "No node that trains is up yet: all trials wait for nodes at the same time. "
-        "tune.max_concurrent_trials=N limits them."
+        else f"No node that trains is up yet: at most {WAITING_TRIALS} trials wait for nodes at "
+        "once. tune.max_concurrent_trials=N sets how many."
     )
     recorder = _Recorder(recipe)
     trainable = tune.with_parameters(run_trial, values=recipe.model_dump(mode="json"), cores=cores)
@@ -288,7 +305,9 @@ def _run(recipe: Recipe, space: Mapping[str, Any], options: Mapping[str, Any]) -
             tune.with_resources(trainable, {"CPU": 0.01}),
             param_space=dict(space),
             tune_config=tune.TuneConfig(
-                scheduler=make_scheduler(recipe), max_concurrent_trials=limit, **options
+                scheduler=make_scheduler(recipe),
+                max_concurrent_trials=limit or WAITING_TRIALS,
+                **options,
             ),
             run_config=tune.RunConfig(
                 name="tune", storage_path=scratch, callbacks=[recorder], verbose=0

@@ -62,11 +62,14 @@ def launch(
         "versions": versions(),
     }
     called = functools.partial(run_worker, worker.__module__, worker.__name__)
+    # The first worker, which tracks the run, may have died, and a stop ends it.
     try:
         fit(called, config, training, run_folder(recipe), callbacks)
     except Exception:
-        # The first worker, which tracks the run, may have died.
         end_run(recipe.tracking, run_folder(recipe), "FAILED")
+        raise
+    except KeyboardInterrupt:
+        end_run(recipe.tracking, run_folder(recipe), "KILLED")
         raise
 
 

@@ -103,7 +103,7 @@ def memory_of(recipe: Recipe, network: str) -> TrainingMemory:
         plan = memory_plan_of(job, training, batch)
     batch_bytes = sum(tensor.nbytes for tensor in batch.tensors.values())
     host = {"batches made ahead": (PREFETCH_BATCHES + 2) * batch_bytes}
-    sharded = training.parallel == "fsdp" and training.num_workers > 1
+    sharded = training.parallel == "fsdp" and training.fewest_workers > 1
     if training.use_gpu or sharded:
         host["network, whole for its file"] = network_bytes(job.model)
     saved = checkpoint_size(recipe, network)
@@ -114,7 +114,7 @@ def memory_of(recipe: Recipe, network: str) -> TrainingMemory:
     if sharded:
         for name in plan.parts:
             if name.startswith("model: "):
-                step[name] = -(-step[name] // training.num_workers)
+                step[name] = -(-step[name] // training.fewest_workers)
         step["model: layers that are gathered"] = gathered_bytes(job.model)
     if network not in HELD_OUT_IMAGES:
         return TrainingMemory(step, host, 0, 0)

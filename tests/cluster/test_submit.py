@@ -63,8 +63,10 @@ def test_what_programs_keep_in_hidden_files_and_keys_by_their_names_is_not_sent(
         ".pypirc", ".pgpass", ".s3cfg", ".boto", ".envrc", ".config/gcloud/x", ".bash_history",
         "credentials.json", "gcp-credentials.yaml", "secrets.yaml", "secret.json", "id_rsa",
         "keys/id_ed25519", "id_ecdsa_sk", "cert.p12", "kubeconfig.yaml", "a/.hidden/b.py",
+        "credentials/token.json",
     ]  # fmt: skip
     sent = ["storage/secrets.py", "id_mapping.py", "my_credentials.py", ".rayignore"]
+    sent += ["credentials/y.py", "id_rsa_tools.py", "kubeconfig_gen.py"]
     found = [name for name, _ in working_tree(tree(tmp_path, *sent, *kept)).files]
     assert found == sorted(sent)
 
@@ -429,7 +431,6 @@ def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[JobServer]:
     monkeypatch.setenv("RAY_API_SERVER_ADDRESS", "")
     monkeypatch.setenv("RAY_AUTH_MODE", "disabled")
     monkeypatch.setattr("fae.cluster.submit.POLL_SECONDS", 0.01)
-    monkeypatch.setattr("fae.cluster.submit.PATIENCE_SECONDS", 0.1)
     with job_server() as server:
         yield server
 
@@ -477,7 +478,10 @@ def test_a_connection_that_ends_and_comes_back_is_followed_on(server, tmp_path, 
     assert "the log's stream broke" in capsys.readouterr().err and not server.dropped
 
 
-def test_a_connection_that_stays_away_is_said_with_how_to_see_the_job(server, tmp_path):
+def test_a_connection_that_stays_away_is_said_with_how_to_see_the_job(
+    server, tmp_path, monkeypatch
+):
+    monkeypatch.setattr("fae.cluster.submit.PATIENCE_SECONDS", 0.1)
     (tmp_path / "mine.yaml").write_text("output: s3://b/latents\n")
     server.dropped = 10**6
     with pytest.raises(SubmitError, match=r"may run on(?s:.*)ray job logs --follow --address http"):

@@ -47,6 +47,13 @@ def host(tmp_path, monkeypatch):
             3,
             2 * GIB,
         ),
+        # Some kernels name the controllers in another order than the folder, which has links.
+        (
+            V1.format("/"),
+            {"cpu/cpu.cfs_quota_us": "300000", "cpu/cpu.cfs_period_us": "100000"},
+            3,
+            256 * GIB,
+        ),
         (
             V1.format("/"),
             {
@@ -58,7 +65,16 @@ def host(tmp_path, monkeypatch):
             256 * GIB,
         ),
     ],
-    ids=["no limit", "v2 max", "v2", "half a core", "v2 nested", "v1 docker", "v1 no limit"],
+    ids=[
+        "no limit",
+        "v2 max",
+        "v2",
+        "half a core",
+        "v2 nested",
+        "v1 docker",
+        "v1 links",
+        "v1 no limit",
+    ],
 )
 def test_a_limit_of_the_control_group_counts_and_not_the_host(host, own, files, cpus, memory):
     (host / "own").write_text(own)

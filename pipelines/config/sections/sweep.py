@@ -84,7 +84,7 @@ class TuneSection(Section):
     """The first one ranks trials; together they make the Pareto front, and Optuna looks for all."""
     max_concurrent_trials: Execution[int | None] = Field(None, gt=0)
     """Trials that run at once; without it as many as the cluster's CPUs and GPUs can train at once,
-    at least one. A cluster that begins without nodes does not limit them."""
+    at least one. A cluster that begins without nodes gets 16, which wait for them."""
 
     @field_validator("space", mode="before")
     @classmethod

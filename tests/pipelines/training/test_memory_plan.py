@@ -139,3 +139,10 @@ def test_a_sharded_training_holds_its_share_and_two_whole_layers():
     gathered = fsdp.step["model: layers that are gathered"]
     assert gathered == 2 * (others + 2 * layers[0])
     assert "network, whole for its file" in fsdp.host
+    for fewest, share in ((2, 2), (1, 1)):  # it may have to go on with so few
+        elastic = [*settings, "generator.training.parallel=fsdp"]
+        elastic.append(f"generator.training.min_workers={fewest}")
+        least = memory_of(load_recipe("photos-dinov2s", elastic), "generator").step
+        for name, whole in ddp.step.items():
+            if name.startswith("model: "):
+                assert least[name] == pytest.approx(whole / share, abs=1)

@@ -18,6 +18,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from ray.exceptions import ActorDiedError
+from ray.train import WorkerGroupError
 
 from fae.pipelines.config.recipe import load_recipe
 from fae.pipelines.config.sections import TrackingSection
@@ -174,10 +176,16 @@ def test_a_training_that_fails_is_failed_in_mlflow(tmp_path, monkeypatch, broken
     assert run.info.status == "FAILED"
 
 
-def test_a_run_whose_first_worker_died_is_failed_in_mlflow(tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    ("error", "status"),
+    [
+        (WorkerGroupError("", {0: ActorDiedError()}), "FAILED"),
+        (KeyboardInterrupt(), "KILLED"),
+    ],
+    ids=["died", "stopped"],
+)
+def test_a_run_whose_first_worker_died_is_ended_in_mlflow(tmp_path, monkeypatch, error, status):
     from mlflow.tracking import MlflowClient
-    from ray.exceptions import ActorDiedError
-    from ray.train import WorkerGroupError
 
     uri = f"sqlite:///{tmp_path}/mlflow.db"
     values = [f"tracking.uri={uri}", f"storage={tmp_path}", "run=first"]
@@ -189,17 +197,17 @@ def test_a_run_whose_first_worker_died_is_failed_in_mlflow(tmp_path, monkeypatch
 
         def fit(self) -> None:
             Tracker(recipe.tracking, self.uri, self.run, {})
-            raise WorkerGroupError("", {0: ActorDiedError()})
+            raise error
 
     monkeypatch.setattr("ray.train.torch.TorchTrainer", Trainer)
     monkeypatch.setattr("ray.cluster_resources", lambda: {"CPU": 8.0})
     monkeypatch.setattr("fae.pipelines.training.launch.start_ray", lambda: None)
-    with pytest.raises(WorkerGroupError):
+    with pytest.raises(type(error)):
         launch(run_job, recipe, recipe.generator.training)
     client = MlflowClient(tracking_uri=uri)
     experiment = client.get_experiment_by_name("fae").experiment_id
     (run,) = client.search_runs([experiment])
-    assert run.info.status == "FAILED"
+    assert run.info.status == status
 
 
 def test_a_run_that_has_ended_is_not_ended_again(tmp_path):
