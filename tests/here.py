@@ -56,6 +56,7 @@ def leave_ray_out(monkeypatch: pytest.MonkeyPatch) -> None:
     for features in ("features", "probe_features", "text_scores"):
         monkeypatch.setattr(f"fae.pipelines.evaluation.{features}.run_rows", run_rows)
     monkeypatch.setattr("fae.pipelines.latents.filling.fan_out", map)
+    monkeypatch.setattr("fae.pipelines.latents.filling.start_ray", lambda: None)
     monkeypatch.setattr("fae.pipelines.evaluation.evaluate_job.start_ray", lambda: None)
     for feed in ("image_feed", "feature_cache"):
         monkeypatch.setattr(f"fae.pipelines.training.{feed}.decoded", decoded)

@@ -6,8 +6,9 @@
 from __future__ import annotations
 
 import json
+import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from itertools import islice
@@ -19,9 +20,11 @@ from ..config.sections import PrecomputeSection
 from ..runtime.actor_pool import RowStages, run_rows
 from ..runtime.lanes import fan_out
 from ..runtime.progress import Progress
-from .manifest import commit, missing_shards, read_manifest
+from ..runtime.session import start_ray
+from ..storage import paths
+from .manifest import commit, missing_shards
 from .plan import Plan
-from .shards import THREADS, delete_shard, errors_by_shard, read_errors
+from .shards import THREADS, delete_shard, error_files, errors_by_shard, read_errors
 
 SHOWN_ERRORS = 10
 REPAIRABLE = ("read", "decode")
@@ -32,25 +35,43 @@ class TooManyErrors(UserError, RuntimeError):
     """More images failed than `precompute.max_error_rate` allows; the text shows the first."""
 
 
-def shards_to_run(plan: Plan, section: PrecomputeSection) -> list[int]:
-    """The missing shards. Where an earlier run recorded more errors than are allowed now, the
-    shards with images that could not be read or decoded are deleted first, and so are among them:
-    the source may have been repaired.
+def shards_to_run(
+    plan: Plan, section: PrecomputeSection, is_readable: Callable[[int, list[str]], bool]
+) -> list[int]:
+    """The missing shards, among them those that a repaired source lets do anew.
+
+    Where an earlier run recorded more errors than are allowed now, `is_readable(shard, keys)` tells
+    on the cluster whether one of a shard's images that could not be read or decoded can be now.
+    Such shards are deleted. Another driver may do the same, or finish the store meanwhile.
     """
     missing = missing_shards(plan.uri, plan)
-    if read_manifest(plan.uri, plan.format) is not None:
+    manifest_uri = paths.join(plan.uri, "manifest.json")
+    if paths.exists(manifest_uri):
         return missing
-    without = set(missing)
-    num_errors, failed = 0, list[int]()
-    for shard, errors in errors_by_shard(plan.uri):
-        if shard not in without:
-            num_errors += len(errors)
-            failed += [shard] * any(error["stage"] in REPAIRABLE for error in errors)
-    if num_errors <= section.max_error_rate * plan.num_images or not failed:
+    allowed, without = section.max_error_rate * plan.num_images, set(missing)
+    files = {shard: file for shard, file in error_files(plan.uri).items() if shard not in without}
+    if len(files) * plan.shard_size <= allowed:
         return missing
+    num_errors, failed = 0, list[tuple[int, list[str]]]()
+    for shard, errors in errors_by_shard(files):
+        num_errors += len(errors)
+        if keys := [error["key"] for error in errors if error["stage"] in REPAIRABLE]:
+            failed.append((shard, keys))
+    if num_errors <= allowed or not failed:
+        return missing
+    start_ray()
+    readable = fan_out(lambda some: is_readable(*some), failed)
+    repaired = [shard for (shard, _), now in zip(failed, readable, strict=True) if now]
+
+    def deleted(shard: int) -> bool:
+        return not paths.exists(manifest_uri) and delete_shard(plan.uri, shard, files[shard])
+
     with ThreadPoolExecutor(THREADS) as pool:
-        list(pool.map(lambda shard: delete_shard(plan.uri, shard), failed))
-    return sorted([*missing, *failed])
+        num_anew = sum(pool.map(deleted, repaired))
+    if num_anew:
+        said = f"{num_anew} shards with images that are readable now are done anew"
+        print(said, file=sys.stderr, flush=True)
+    return missing_shards(plan.uri, plan) if repaired else missing
 
 
 def fill_store(
@@ -112,9 +133,14 @@ def _check_error_rate(
     if num_errors <= allowed * plan.num_images:
         return
     first = "\n".join(f"  {e['key']} [{e['stage']}] {e['message']}" for e in errors)
+    how = "Raise the rate, and the same command goes on from the finished shards."
+    if any(error["stage"] in REPAIRABLE for error in errors):
+        how = (
+            "Repair the source and run the same command again: it does anew the shards with such "
+            "images that are readable then. Or raise the rate: it goes on from the finished shards."
+        )
     raise TooManyErrors(
         f"{num_errors} of {plan.num_images} images could not be encoded, more than "
-        f"precompute.max_error_rate={allowed:g} allows. Nothing was committed. Repair the source "
-        "and run the same command again: it reads anew the shards with such images. Or raise the "
-        f"rate: it goes on from the finished shards. The first:\n{first}"
+        f"precompute.max_error_rate={allowed:g} allows. Nothing was committed. {how} The first:\n"
+        f"{first}"
     )

@@ -32,7 +32,7 @@ from ..storage import paths
 from .encoder import LatentEncoder
 from .filling import TooManyErrors, fill_store, shards_to_run
 from .plan import PLAN, Plan, PlanId, ensure_plan, open_plan
-from .tasks import decode_shard, plan_of, read_shards, store_shard
+from .tasks import decode_shard, is_readable, plan_of, read_shards, store_shard
 
 
 def precompute(recipe: Recipe, show_progress: bool = True) -> dict[str, Any]:
@@ -64,7 +64,8 @@ def precompute(recipe: Recipe, show_progress: bool = True) -> dict[str, Any]:
     streamed = shards_in_large_groups(source.table["uri"], source.large_groups, size)
     del source
     paths.write_bytes(paths.join(output, "recipe.yaml"), written.encode())
-    units = units_of(shards_to_run(plan, section), streamed)
+    readable = partial(is_readable, plan_id=plan.id, data=recipe.data, image_size=recipe.image_size)
+    units = units_of(shards_to_run(plan, section, readable), streamed)
     stages = shard_stages(recipe, plan)
     if any(len(unit) > 1 for unit in units):
         read = partial(read_shards, plan_id=plan.id, data=recipe.data)

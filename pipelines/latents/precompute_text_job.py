@@ -26,7 +26,8 @@ from ..runtime import metrics
 from ..runtime.actor_pool import RowStages
 from ..runtime.places import check_places
 from ..storage import StoreError, paths
-from .filling import fill_store, shards_to_run
+from .filling import fill_store
+from .manifest import missing_shards
 from .plan import FORMAT, PLAN, TEXT_FORMAT, Plan, PlanId, ensure_plan, open_plan
 from .tasks import plan_of, store_states
 from .text_store import PRECISION
@@ -63,7 +64,7 @@ def precompute_text(recipe: Recipe, show_progress: bool = True) -> dict[str, Any
     )
     paths.write_bytes(paths.join(output, "recipe.yaml"), written.encode())
     stages = text_stages(recipe, plan)
-    units = [[shard] for shard in shards_to_run(plan, section)]
+    units = [[shard] for shard in missing_shards(output, plan)]
     return fill_store(plan, units, stages, section, started, show_progress)
 
 

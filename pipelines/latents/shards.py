@@ -213,17 +213,24 @@ def captions_of(table: pa.Table) -> list[tuple[str, ...]]:
 
 def read_errors(uri: str, each: Each = map) -> Iterator[dict[str, str]]:
     """Every recorded error (key, stage, message) in shard order; `each` as for `commit`."""
-    return (row for _, rows in errors_by_shard(uri, each) for row in rows)
+    return (row for _, rows in errors_by_shard(error_files(uri), each) for row in rows)
 
 
-def errors_by_shard(uri: str, each: Each = map) -> Iterator[tuple[int, list[dict[str, str]]]]:
-    """(shard, its errors) of every shard that has some, in order; `each` as for `commit`."""
-    files = {
-        int(name.partition(".")[0]): file.uri
-        for name, file in files_in(uri, "errors").items()
-        if _NAME.fullmatch(name)
-    }
-    for some in each(_read_error_files, batched(sorted(files.items()), SHARDS_AT_ONCE)):
+def error_files(uri: str) -> dict[int, paths.FileInfo]:
+    """The errors files by shard, of the shards that have one."""
+    files = files_in(uri, "errors").items()
+    return {int(name.partition(".")[0]): file for name, file in files if _NAME.fullmatch(name)}
+
+
+def errors_by_shard(
+    files: Mapping[int, paths.FileInfo], each: Each = map
+) -> Iterator[tuple[int, list[dict[str, str]]]]:
+    """(shard, its errors) of `error_files`, in order; `each` as for `commit`.
+
+    A file that was deleted after it was listed has none.
+    """
+    addresses = [(shard, file.uri) for shard, file in sorted(files.items())]
+    for some in each(_read_error_files, batched(addresses, SHARDS_AT_ONCE)):
         yield from some
 
 
@@ -231,14 +238,29 @@ def _read_error_files(
     files: Sequence[tuple[int, str]],
 ) -> list[tuple[int, list[dict[str, str]]]]:
     with ThreadPoolExecutor(THREADS) as pool:
-        read = pool.map(read_shard_errors, (uri for _, uri in files))
+        read = pool.map(_errors_if_there, (uri for _, uri in files))
         return [(shard, rows) for (shard, _), rows in zip(files, read, strict=True)]
 
 
-def delete_shard(uri: str, index: int) -> None:
-    """Delete shard `index` and then its errors: a shard that is there has its errors beside it."""
+def _errors_if_there(uri: str) -> list[dict[str, str]]:
+    try:
+        return read_shard_errors(uri)
+    except paths.FileError:
+        if paths.exists(uri):
+            raise
+        return []
+
+
+def delete_shard(uri: str, index: int, errors: paths.FileInfo) -> bool:
+    """Delete shard `index` and then its errors: a shard that is there has its errors beside it.
+
+    Returns whether it did: not where the errors file is no longer `errors`, as it was listed.
+    """
+    if next(paths.list_files(errors_uri(uri, index)), None) != errors:
+        return False
     paths.delete(shard_uri(uri, index))
     paths.delete(errors_uri(uri, index))
+    return True
 
 
 def read_shard_errors(uri: str) -> list[dict[str, str]]:

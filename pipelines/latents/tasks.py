@@ -15,7 +15,7 @@ import numpy as np
 
 from ..config.sections import DataSection
 from ..data.crops import ImageError, decode_records
-from ..data.reading import RowStreams, read_records
+from ..data.reading import RowStreams, load_crops, read_records
 from ..runtime import metrics
 from ..storage import StoreError
 from .plan import Plan, PlanId, open_plan
@@ -33,6 +33,16 @@ def plan_of(expected: PlanId) -> Plan:
             "meanwhile, or this node has other files at the same path. Run the command again."
         )
     return plan
+
+
+def is_readable(
+    shard: int, keys: Sequence[str], plan_id: PlanId, data: DataSection, image_size: int
+) -> bool:
+    """Whether one of the shard's images `keys` can be read and decoded. Raises StorageError."""
+    wanted = set(keys)
+    records = [record for record in plan_of(plan_id).shard(shard) if record.key in wanted]
+    _, places, _ = load_crops(records, image_size, data)
+    return bool(places)
 
 
 def read_shards(

@@ -17,11 +17,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from fae.pipelines.config.sections import PrecomputeSection
 from fae.pipelines.data.records import ImageRecord
+from fae.pipelines.latents import shards
+from fae.pipelines.latents.filling import shards_to_run
 from fae.pipelines.latents.manifest import commit, missing_shards
 from fae.pipelines.latents.plan import Plan, ensure_plan, open_plan
 from fae.pipelines.latents.reader import NO_LABEL, LatentBatch, LatentStore
-from fae.pipelines.latents.shards import read_errors, write_shard
+from fae.pipelines.latents.shards import files_in, read_errors, write_shard
 from fae.pipelines.latents.tasks import plan_of, store_shard
 from fae.pipelines.latents.verify import verify_store
 from fae.pipelines.storage import objects, paths
@@ -450,6 +453,69 @@ def test_a_damaged_shard_counts_as_missing_once_its_size_betrays_it(tmp_path):
     assert missing_shards(str(tmp_path), plan) == [1]
     write(str(tmp_path), plan, 1, lost=(2, 5))
     assert verify_store(str(tmp_path)) == []
+
+
+SECTION = PrecomputeSection(max_error_rate=0.01)
+
+
+@pytest.fixture
+def failed(tmp_path, without_ray):
+    """The plan of an unfinished store of three shards, each with an image that failed."""
+    plan = ensure_plan(str(tmp_path), records(24), 8, PARTS)
+    for index in range(plan.num_shards):
+        write(str(tmp_path), plan, index, lost=(2,))
+    return plan
+
+
+def test_only_shards_with_an_image_that_is_readable_now_are_done_anew(failed, capsys):
+    key = failed.shard(1)[2].key
+    assert shards_to_run(failed, SECTION, lambda shard, keys: False) == []
+    assert len(files_in(failed.uri, "shards")) == len(files_in(failed.uri, "errors")) == 3
+    assert "done anew" not in capsys.readouterr().err
+    assert shards_to_run(failed, SECTION, lambda shard, keys: keys == [key]) == [1]
+    assert "1 shards with images that are readable now are done anew" in capsys.readouterr().err
+    assert missing_shards(failed.uri, failed) == [1]
+
+
+def test_a_few_shards_with_errors_are_not_even_read(failed, monkeypatch):
+    monkeypatch.setattr("fae.pipelines.latents.shards.read_shard_errors", None)
+    rate = PrecomputeSection(max_error_rate=1.0)
+    assert shards_to_run(failed, rate, lambda shard, keys: True) == []
+
+
+def test_a_shard_that_another_driver_does_anew_is_left_to_it(failed):
+    def meanwhile(shard, keys):
+        if shard == 0:
+            for name in ("shards", "errors"):
+                paths.delete(paths.join(failed.uri, name, "00000001.parquet"))
+            write(failed.uri, failed, 2, lost=(2, 3))
+        return True
+
+    assert shards_to_run(failed, SECTION, meanwhile) == [0, 1]
+    assert len(list(read_errors(failed.uri))) == 2
+
+
+def test_errors_that_another_driver_deletes_are_none(failed, monkeypatch):
+    read = shards.read_shard_errors
+
+    def meanwhile(uri):
+        paths.delete(paths.join(failed.uri, "errors", "00000001.parquet"))
+        return read(uri)
+
+    monkeypatch.setattr(shards, "read_shard_errors", meanwhile)
+    assert shards_to_run(failed, SECTION, lambda shard, keys: shard == 1) == []
+
+
+def test_a_store_that_another_driver_finishes_keeps_its_shards(failed):
+    def meanwhile(shard, keys):
+        if shard == 2:
+            for index in range(3):
+                write(failed.uri, failed, index)
+            commit(failed.uri, failed, {})
+        return True
+
+    assert shards_to_run(failed, SECTION, meanwhile) == []
+    assert verify_store(failed.uri) == []
 
 
 @pytest.mark.parametrize("part", [0.5, 1.0])
