@@ -131,7 +131,8 @@ def test_a_worker_holds_the_plan_of_its_micro_batch_and_the_checkpoint_that_it_w
     assert size == weights + rest * 2 // 3
     # It is written tensor by tensor. From a GPU a copy on the host is written meanwhile, and at the
     # end one of the network, for its own file.
-    copies = [sum(size for name, size in w.host.items() if "written" in name) for w in workers]
+    names = ("checkpoint, a copy until it is written", "network, whole for its file")
+    copies = [sum(w.host.get(name, 0) for name in names) for w in workers]
     assert copies == [0, size + weights]
     made = load_recipe("photos-dinov2s", [*options, "autoencoder.training.checkpoint_parts=true"])
     memory = {p.name: p for p in training_memory(made, "autoencoder")}["worker"].host
