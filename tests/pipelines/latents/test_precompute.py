@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import errno
-import gc
 import io
 import json
-import logging
 import os
 import shutil
 import signal
@@ -16,7 +14,6 @@ import sys
 import time
 import zlib
 from collections.abc import Iterator
-from contextlib import closing
 from pathlib import Path
 
 import boto3
@@ -45,11 +42,9 @@ from fae.pipelines.latents.text_store import TextStore
 from fae.pipelines.latents.verify import verify_store
 from fae.pipelines.networks.text_encoder import CaptionEncoder
 from fae.pipelines.networks.untrained import build_autoencoder
-from fae.pipelines.runtime import actor_pool, room
-from fae.pipelines.runtime.actor_pool import RowStages, dataset_of, lanes_for, run_rows
-from fae.pipelines.runtime.packages import OtherVersions
-from fae.pipelines.runtime.progress import Progress
-from fae.pipelines.runtime.room import NoRoom, Stalled
+from fae.pipelines.runtime import room
+from fae.pipelines.runtime.actor_pool import dataset_of
+from fae.pipelines.runtime.room import NoRoom
 from fae.pipelines.storage.claims import StoreMismatch
 from fae.pipelines.storage.paths import StorageError
 from fae_core import checkpoint
@@ -311,14 +306,6 @@ def test_a_finished_store_is_returned_as_it_is(photographs, autoencoder, uninter
     assert content(uninterrupted) == before
 
 
-def test_actors_are_parted_into_lanes_that_each_have_a_cpu_of_every_node(monkeypatch):
-    monkeypatch.setattr("fae.pipelines.runtime.actor_pool.ACTORS_PER_LANE", 64)
-    monkeypatch.setattr("fae.pipelines.runtime.actor_pool.smallest_node_cpus", lambda: 8)
-    assert [lanes_for(actors) for actors in (1, 64, 65, 256, 1000)] == [1, 1, 2, 4, 8]
-    monkeypatch.setattr("fae.pipelines.runtime.actor_pool.smallest_node_cpus", lambda: 0)
-    assert lanes_for(1000) == 1
-
-
 @pytest.mark.integration
 def test_actors_in_several_lanes_write_the_same_bytes(
     photographs, autoencoder, uninterrupted, tmp_path, ray_session, monkeypatch
@@ -467,6 +454,29 @@ def test_a_repaired_source_is_read_anew_by_the_same_command(autoencoder, tmp_pat
     manifest = precompute(recipe, show_progress=False)
     assert (manifest["stored"], manifest["errors"]) == (9, 0)
     assert manifest["run"]["shards_encoded"] == 1
+    assert verify_store(str(output)) == []
+
+
+@pytest.mark.integration
+def test_tasks_read_the_unreadable_images_of_many_shards_again(autoencoder, tmp_path, ray_session):
+    images, output = tmp_path / "images", tmp_path / "store"
+    images.mkdir()
+    photo = Image.effect_noise((60, 50), 60).convert("RGB")
+    for index in range(9):
+        photo.save(images / f"{index}.png")
+    bad = ["1.png", "4.png", "7.png"]  # one of each shard
+    for name in bad:
+        (images / name).write_bytes(b"no image")
+    shards = "precompute.shard_size=3"
+    allowed = recipe_for(images, autoencoder, output, shards, "precompute.max_error_rate=1")
+    assert precompute(allowed, show_progress=False)["errors"] == 3
+    (output / "manifest.json").unlink()  # as if the job had ended before its commit
+    for name in bad[:2]:
+        photo.save(images / name)
+    recipe = recipe_for(images, autoencoder, output, shards, "precompute.max_error_rate=0.2")
+    manifest = precompute(recipe, show_progress=False)
+    assert (manifest["stored"], manifest["errors"]) == (8, 1)
+    assert manifest["run"]["shards_encoded"] == 2
     assert verify_store(str(output)) == []
 
 
@@ -637,133 +647,6 @@ def test_an_actor_killed_in_the_middle_of_a_shard_costs_nothing(
     assert content(output) == content(uninterrupted)
 
 
-class OfOtherWeights:
-    """An actor that does not start."""
-
-    def __init__(self):
-        raise CheckpointError("The weights are not the ones.")
-
-    def __call__(self, batch):
-        raise AssertionError
-
-
-@pytest.mark.integration
-def test_an_error_of_an_actors_start_is_the_jobs_in_words(ray_session):
-    rows = run_rows([{"shard": 0}], RowStages(OfOtherWeights, ()), Recipe().precompute)
-    with pytest.raises(CheckpointError, match=r"^The weights are not the ones\."):
-        list(rows)
-
-
-class Passing:
-    """An actor that changes nothing."""
-
-    def __call__(self, batch):
-        return batch
-
-
-def same(row):
-    return row
-
-
-@pytest.mark.integration
-@pytest.mark.parametrize(
-    "stages",
-    [
-        RowStages(Passing, ()),
-        RowStages(Passing, (), prepare=same),
-        RowStages(Passing, (), finish=same),
-    ],
-    ids=["actor", "prepare", "finish"],
-)
-def test_a_node_with_other_versions_than_the_driver_does_no_row(ray_session, monkeypatch, stages):
-    if stages.prepare or stages.finish:  # on the actor's node all is well
-        monkeypatch.setattr(actor_pool, "_speaking", lambda actor, expected: actor)
-    monkeypatch.setattr(actor_pool, "versions", lambda: {"timm": "0.0.1"})
-    with pytest.raises(OtherVersions, match=r"^it has timm 1.*started with timm 0\.0\.1\. Use one"):
-        list(run_rows([{"shard": 0}], stages, Recipe().precompute))
-
-
-def refused(row):
-    raise CheckpointError("It is refused.")
-
-
-def refused_at_the_end(row):
-    if row["shard"] == 3:
-        refused(row)
-    return row
-
-
-@pytest.fixture
-def no_collector() -> Iterator[None]:
-    """Python collects no reference cycles by itself, as it may not for long in a waiting driver."""
-    gc.disable()
-    logging.disable(logging.CRITICAL)  # pytest keeps records of the log, and they keep frames
-    yield
-    logging.disable(logging.NOTSET)
-    gc.enable()
-
-
-@pytest.mark.integration
-@pytest.mark.parametrize(
-    "stages",
-    [
-        RowStages(OfOtherWeights, ()),
-        RowStages(Passing, (), prepare=refused),
-        RowStages(Passing, (), finish=refused),
-    ],
-    ids=["actor", "prepare", "finish"],
-)
-def test_a_job_that_fails_leaves_no_actor_behind(ray_session, no_collector, stages):
-    with pytest.raises(CheckpointError) as failure:
-        list(run_rows([{"shard": 0}], stages, Recipe().precompute))
-    wait_for(all_cpus_free, seconds=20)
-    assert failure.value  # a notebook keeps the last error, too
-
-
-@pytest.mark.integration
-def test_lanes_that_fail_leave_no_actor_behind(ray_session, no_collector, monkeypatch):
-    monkeypatch.setattr("fae.pipelines.runtime.actor_pool.ACTORS_PER_LANE", 1)
-    pool = Recipe().precompute.model_copy(update={"num_actors": 2, "cpus_per_actor": 0.4})
-    stages = RowStages(Passing, (), prepare=refused_at_the_end)
-    with pytest.raises(CheckpointError):
-        list(run_rows([{"shard": index} for index in range(4)], stages, pool))
-    wait_for(all_cpus_free, seconds=20)
-
-
-@pytest.mark.integration
-def test_rows_that_are_closed_leave_no_actor_behind(ray_session, no_collector):
-    rows = run_rows(
-        [{"shard": index} for index in range(4)], RowStages(Passing, ()), Recipe().precompute
-    )
-    with closing(rows):
-        next(rows)
-    wait_for(all_cpus_free, seconds=20)
-
-
-def all_cpus_free() -> bool:
-    import ray
-
-    return ray.available_resources().get("CPU") == ray.cluster_resources()["CPU"]
-
-
-class Silent:
-    """An actor that never finishes a row."""
-
-    def __call__(self, batch):
-        time.sleep(600)
-
-
-@pytest.mark.integration
-def test_a_job_in_which_nothing_moves_ends_in_words(ray_session, monkeypatch):
-    import ray.data
-
-    context = ray.data.DataContext.get_current()
-    monkeypatch.setattr(context, "execution_no_progress_timeout_s", 6.0)
-    rows = run_rows([{"shard": 0}], RowStages(Silent, ()), Recipe().precompute)
-    with pytest.raises(Stalled, match=r"^Nothing has moved for 0 minutes; 1 node is up, .*again, "):
-        list(rows)
-
-
 @pytest.mark.integration
 def test_actors_that_leave_no_cpu_for_decoding_are_refused_and_a_job_that_waits_says_so(
     ray_session, photographs, autoencoder, tmp_path, monkeypatch, capsys
@@ -846,14 +729,3 @@ def test_from_s3_to_s3_gives_the_local_latents(
         client.get_object(Bucket="pipeline", Key="store/manifest.json")["Body"].read()
     )
     assert [e["etag"] for e in manifest["shards"]] == [e["etag"] for e in local.manifest["shards"]]
-
-
-def test_the_steady_rate_leaves_out_start_up_and_the_end():
-    progress = Progress(num_shards=12, num_images=120, enabled=False)
-    for index in range(12):
-        late = 50.0 if index == 0 else 100.0 + index * 2.0
-        progress.add(10, 0, late)
-    assert progress.close()["steady_images_per_second"] == pytest.approx(5.0)
-    few = Progress(num_shards=2, num_images=20, enabled=False)
-    few.add(10, 0, 1.0)
-    assert "steady_images_per_second" not in few.close()

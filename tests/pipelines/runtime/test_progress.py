@@ -38,3 +38,14 @@ def test_a_bar_ends_with_work_that_fails(monkeypatch):
         raise OSError("the store is away")
     assert not progress.bar.live.is_started and Progress.running is None
     assert sys.stdout is output
+
+
+def test_the_steady_rate_leaves_out_start_up_and_the_end():
+    progress = Progress(num_shards=12, num_images=120, enabled=False)
+    for index in range(12):
+        late = 50.0 if index == 0 else 100.0 + index * 2.0
+        progress.add(10, 0, late)
+    assert progress.close()["steady_images_per_second"] == pytest.approx(5.0)
+    few = Progress(num_shards=2, num_images=20, enabled=False)
+    few.add(10, 0, 1.0)
+    assert "steady_images_per_second" not in few.close()
